@@ -1,0 +1,153 @@
+"""Checkpoints that are either whole or absent, and resuming from them.
+
+checkpoint-{step}/ holds unet.pth (plain fp32 state dict), unet_ema.pth, state.json (step, seed, config) and accelerate's optimizer, schedule and
+scaler. Nothing about data or random numbers is needed: both are functions of the step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from sdpo.config import InputError, TrainConfig
+from sdpo.families import load_weights
+
+
+def write_file(path: Path, write) -> None:
+    """Let `write` make the file under another name and move it into place, so that it is never seen half written."""
+    partial = path.with_name(path.name + ".partial")
+    write(partial)
+    os.replace(partial, path)
+
+
+def save_state_dict(model: nn.Module | dict, path: Path) -> None:
+    """Write a model's parameters as a plain fp32 state dict on the CPU."""
+    state = model if isinstance(model, dict) else model.state_dict()
+    state = {name: value.detach().float().cpu() for name, value in state.items()}
+    write_file(path, lambda partial: torch.save(state, partial))
+
+
+def register_hooks(accelerator: Accelerator, unet: nn.Module) -> None:
+    """Have accelerate keep the policy in unet.pth instead of a second copy of its own."""
+
+    def save(models, weights, folder):
+        state = accelerator.get_state_dict(unet)
+        if accelerator.is_main_process:
+            save_state_dict(state, Path(folder, "unet.pth"))
+        weights.clear()
+
+    def load(models, folder):
+        load_weights(accelerator.unwrap_model(unet), Path(folder, "unet.pth"))
+        models.clear()
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def save_checkpoint(
+    accelerator: Accelerator, config: TrainConfig, ema: AveragedModel | None, step: int, seed: int
+) -> Path:
+    """Write checkpoint-{step}; every rank must call this. The folder appears under its name only when it is complete."""
+    folder = Path(config.output_dir, f"checkpoint-{step}")
+    partial = folder.with_name(folder.name + ".partial")
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial))
+    if accelerator.is_main_process:
+        if ema is not None:
+            save_state_dict(ema.module, partial / "unet_ema.pth")
+        state = {"step": step, "seed": seed, "config": dataclasses.asdict(config)}
+        (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(partial, folder)
+        for old in (
+            list_checkpoints(config.output_dir)[: -config.checkpoints_total_limit]
+            if config.checkpoints_total_limit
+            else []
+        ):
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+    return folder
+
+
+def list_checkpoints(folder: str | Path) -> list[Path]:
+    """Complete checkpoints in a folder, oldest first."""
+    found = [
+        path
+        for path in Path(folder).glob("checkpoint-*")
+        if path.name.removeprefix("checkpoint-").isdigit() and (path / "state.json").is_file()
+    ]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def find_checkpoint(config: TrainConfig) -> Path | None:
+    """The checkpoint to resume from, if any; raises InputError if a folder is named that is none."""
+    wanted = config.resume_from_checkpoint
+    if wanted in (None, "", "none"):
+        return None
+    if wanted == "latest":
+        found = list_checkpoints(config.output_dir)
+        return found[-1] if found else None
+    for path in (Path(wanted), Path(config.output_dir, Path(wanted).name)):
+        if (path / "state.json").is_file() and (path / "unet.pth").is_file():
+            return path
+    raise InputError(
+        f"--resume_from_checkpoint {wanted}: not a checkpoint of this trainer (state.json or unet.pth missing). "
+        f"Use 'latest', or start a new run from its weights with --unet_init {wanted}/unet.pth"
+    )
+
+
+def read_state(checkpoint: Path) -> dict:
+    """state.json of a checkpoint: step, seed, config."""
+    return json.loads((checkpoint / "state.json").read_text())
+
+
+def changed_settings(config: TrainConfig, checkpoint: Path) -> list[str]:
+    """Settings that shape the numbers and differ from those the checkpoint was trained with."""
+    free = {
+        "output_dir",
+        "logging_dir",
+        "report_to",
+        "tracker_project_name",
+        "resume_from_checkpoint",
+        "seed",
+        "cache_dir",
+        "max_train_steps",
+    }
+    free |= {
+        "checkpointing_steps",
+        "checkpoints_total_limit",
+        "logging_steps",
+        "dataloader_num_workers",
+        "validation_steps",
+        "validation_prompts",
+    }
+    then = read_state(checkpoint)["config"]
+    now = dataclasses.asdict(config)
+    return [
+        f"--{name} was {then[name]!r}, is {value!r}"
+        for name, value in now.items()
+        if name not in free and name in then and then[name] != value
+    ]
+
+
+def load_checkpoint(accelerator: Accelerator, ema: AveragedModel | None, checkpoint: Path) -> int:
+    """Put a checkpoint into the prepared objects and return the number of updates it has seen."""
+    accelerator.load_state(str(checkpoint))
+    if ema is not None:
+        if not (checkpoint / "unet_ema.pth").is_file():
+            raise InputError(f"{checkpoint} has no unet_ema.pth: it was trained without --use_ema; resume without it")
+        load_weights(ema.module, checkpoint / "unet_ema.pth")
+    return read_state(checkpoint)["step"]

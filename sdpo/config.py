@@ -1,0 +1,293 @@
+"""The training configuration: one frozen dataclass from which the command line is generated, its checks and the arithmetic it implies."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; the message names it and the fix. Shown without a traceback."""
+
+
+def flag(default: Any, text: str) -> Any:
+    """A field with its help text."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Flags of train.py. Names and defaults of the official implementation are kept where they exist."""
+
+    # Model
+    pretrained_model_name_or_path: str = flag("", "base model: a hub id or a local diffusers folder")
+    revision: str | None = flag(None, "revision of the base model on the hub")
+    pretrained_vae_model_name_or_path: str | None = flag(None, "another VAE: a hub id or a local folder")
+    sdxl: bool = flag(False, "the base model is SDXL (turns on Adafactor and gradient checkpointing, resolution 1024)")
+    unet_init: str = flag(
+        "", "start policy and reference from this UNet: diffusers folder, hub id, .pth or .safetensors"
+    )
+    cache_dir: str | None = flag(None, "where downloaded models and data sets are kept")
+
+    # Data
+    dataset_name: str | None = flag(None, "pairs in Pick-a-Pic columns: a hub id or a local folder")
+    dataset_config_name: str | None = flag(None, "config of the data set on the hub")
+    train_data_dir: str | None = flag(
+        None,
+        "local pairs: parquet/arrow files, a save_to_disk folder, or images with a JSONL/CSV of caption, winner, loser",
+    )
+    split: str = flag("train", "split to train on")
+    image_column: str = flag("image", "column of single images, for sft on data without pairs")
+    caption_column: str = flag("caption", "column of the caption or list of captions")
+    max_train_samples: int | None = flag(None, "train on this many pairs, drawn with the seed")
+    dreamlike_pairs_only: bool = flag(False, "keep pairs whose model_0 and model_1 both name a dreamlike model")
+    choice_model: str = flag("", "relabel pairs with a scorer")
+    resolution: int | None = flag(None, "side of the square training images in pixels; the base model's own by default")
+    random_crop: bool = flag(False, "crop at random instead of at the centre")
+    no_hflip: bool = flag(False, "never flip images")
+    shared_flip: bool = flag(False, "flip both images of a pair together; officially each is flipped on its own")
+    proportion_empty_prompts: float = flag(0.2, "share of captions replaced by the empty string")
+    max_unreadable_images: int = flag(100, "replace up to this many unreadable pairs per process by others, then stop")
+    dataloader_num_workers: int = flag(0, "data loading processes per rank; 0 loads in the main process")
+
+    # Method
+    train_method: Literal["diffusion-dpo", "dspo", "dmpo", "sft"] = flag("diffusion-dpo", "loss")
+    sft: bool = flag(False, "same as --train_method sft")
+    beta_dpo: float = flag(5000.0, "beta of the loss; contains the paper's T * omega(t)")
+    dmpo_alpha: float = flag(0.0, "alpha of dmpo")
+    dspo_form: Literal["auto", "score", "switched"] = flag(
+        "auto", "form of dspo; auto is the official one for the base model"
+    )
+    use_winner_preserving: bool = flag(
+        False, "scale the loser's gradient by the winner-preserving rule (the safeguard)"
+    )
+    winner_preserving_mu: float = flag(0.0, "share of the winner's descent that the safeguard keeps, in [0, 1]")
+    winner_preserving_per: Literal["batch", "pair"] = flag(
+        "batch", "one loser scale per device micro-batch (official) or per pair (split-invariant)"
+    )
+    constant_loser_scale: float = flag(
+        1.0, "control experiment: a constant loser scale in [0, 1]; 1 is the plain method, 0 trains on winners only"
+    )
+    noise_offset: float = flag(0.0, "strength of a per-channel offset added to the noise")
+    input_perturbation: float = flag(
+        0.0, "strength of extra noise on the model's input, shared by the pair; the target keeps the plain noise"
+    )
+
+    # Optimisation
+    seed: int | None = flag(None, "seed of every random draw; drawn, printed and saved if not given")
+    train_batch_size: int = flag(1, "pairs per device and micro-step")
+    gradient_accumulation_steps: int = flag(1, "micro-steps per update")
+    global_batch_size: int | None = flag(None, "pairs per update over all devices; sets gradient_accumulation_steps")
+    max_train_steps: int = flag(2000, "updates; 0 means num_train_epochs passes over the data")
+    num_train_epochs: int = flag(100, "passes over the data, used with --max_train_steps 0")
+    learning_rate: float = flag(1e-8, "learning rate after warm-up, before --scale_lr")
+    scale_lr: bool = flag(False, "multiply the learning rate by the global batch size")
+    lr_scheduler: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
+    ] = flag("constant_with_warmup", "learning rate schedule")
+    lr_warmup_steps: int = flag(500, "warm-up updates")
+    use_adafactor: bool = flag(False, "Adafactor instead of AdamW")
+    adam_beta1: float = flag(0.9, "beta1 of AdamW")
+    adam_beta2: float = flag(0.999, "beta2 of AdamW")
+    adam_weight_decay: float = flag(1e-2, "weight decay of either optimizer")
+    adam_epsilon: float = flag(1e-8, "epsilon of AdamW")
+    max_grad_norm: float = flag(1.0, "clip the gradient's norm at this value; 0 turns clipping off")
+    mixed_precision: Literal["no", "fp16", "bf16"] = flag("fp16", "autocast precision; weights of the policy stay fp32")
+    allow_tf32: bool = flag(False, "allow TF32 in fp32 matrix products on GPUs that have it")
+    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
+    use_ema: bool = flag(False, "keep an exponential moving average of the weights, saved as unet_ema.pth")
+    ema_decay: float = flag(0.995, "decay of the average; it remembers about 1 / (1 - decay) updates")
+
+    # Held-out pairs
+    validation_pairs: int = flag(
+        0, "pairs set aside by prompt, or read from the validation split or folder, for held-out errors"
+    )
+    validation_split: str | None = flag(None, "read the held-out pairs from this split of the data set instead")
+    validation_data_dir: str | None = flag(None, "read the held-out pairs from this local folder instead")
+    validation_steps: int = flag(100, "measure held-out errors every so many updates, and at the start and end")
+    validation_prompts: str | None = flag(
+        None, "text file with a prompt per line: sample an image of each whenever held-out errors are measured"
+    )
+
+    # Output
+    output_dir: str = flag("sd-model-finetuned", "folder for checkpoints, metrics and the trained model")
+    logging_dir: str = flag("logs", "tracker folder inside output_dir")
+    report_to: str = flag("tensorboard", "tensorboard, wandb, comet_ml, all or none")
+    tracker_project_name: str = flag("tuning", "project name given to the trackers")
+    logging_steps: int = flag(1, "log every so many updates; metrics are averaged over them")
+    checkpointing_steps: int = flag(500, "write a checkpoint every so many updates; 0 writes none")
+    checkpoints_total_limit: int | None = flag(None, "keep this many newest checkpoints")
+    resume_from_checkpoint: str | None = flag("latest", "'latest', a checkpoint folder, or 'none' to start anew")
+
+    # Accepted so that official commands run
+    hub_model_id: str | None = flag(None, "obsolete")
+    local_rank: int = flag(-1, "obsolete")
+    hard_skip_resume: bool = flag(False, "obsolete")
+
+    def __post_init__(self):
+        for wrong, message in self._checks():
+            if wrong:
+                raise InputError(message)
+
+    def _checks(self):
+        """Pairs (is wrong, what to do about it)."""
+        yield (
+            not self.pretrained_model_name_or_path,
+            "--pretrained_model_name_or_path is missing: give a hub id or a local diffusers folder",
+        )
+        yield (
+            not (self.dataset_name or self.train_data_dir),
+            "no data: give --dataset_name (hub id or folder) or --train_data_dir (local folder)",
+        )
+        yield (
+            self.choice_model,
+            "--choice_model comes with the scorers, which are not part of this version; the data set's own labels are used without it",
+        )
+        for name in ("train_batch_size", "gradient_accumulation_steps", "validation_steps", "logging_steps"):
+            yield getattr(self, name) < 1, f"--{name} must be at least 1, got {getattr(self, name)}"
+        for name in (
+            "max_train_steps",
+            "lr_warmup_steps",
+            "dataloader_num_workers",
+            "max_grad_norm",
+            "validation_pairs",
+            "checkpointing_steps",
+            "learning_rate",
+        ):
+            yield getattr(self, name) < 0, f"--{name} must not be negative, got {getattr(self, name)}"
+        for name in ("winner_preserving_mu", "constant_loser_scale", "proportion_empty_prompts", "dmpo_alpha"):
+            yield not 0 <= getattr(self, name) <= 1, f"--{name} must lie in [0, 1], got {getattr(self, name)}"
+        yield not self.beta_dpo > 0, f"--beta_dpo must be positive, got {self.beta_dpo}"
+        yield not 0 <= self.ema_decay < 1, f"--ema_decay must lie in [0, 1), got {self.ema_decay}"
+        yield self.seed is not None and self.seed < 0, f"--seed must not be negative, got {self.seed}"
+        yield (
+            self.resolution is not None and (self.resolution < 8 or self.resolution % 8),
+            f"--resolution must be a multiple of 8, got {self.resolution}",
+        )
+        yield (
+            self.max_train_samples is not None and self.max_train_samples < 1,
+            "--max_train_samples must be at least 1",
+        )
+        yield (
+            self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1,
+            "--checkpoints_total_limit must be at least 1",
+        )
+        controlled = self.use_winner_preserving or self.constant_loser_scale != 1
+        yield (
+            self.method == "sft" and controlled,
+            "sft has no loser: drop --use_winner_preserving and --constant_loser_scale",
+        )
+        yield (
+            self.use_winner_preserving and self.constant_loser_scale != 1,
+            "--use_winner_preserving and --constant_loser_scale exclude each other: one sets the loser's scale by rule, the other by hand",
+        )
+
+    @property
+    def method(self) -> str:
+        """The training method after --sft."""
+        return "sft" if self.sft else self.train_method
+
+    def obsolete(self) -> list[str]:
+        """A sentence for every flag that was given and has no effect."""
+        texts = {
+            "hub_model_id": "the official code never uploaded; run `hf upload REPO OUTPUT_DIR` after training",
+            "local_rank": "the launcher sets the rank",
+            "hard_skip_resume": "resuming never replays data",
+        }
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        return [
+            f"--{name} has no effect: {text}" for name, text in texts.items() if getattr(self, name) != defaults[name]
+        ]
+
+    def cautions(self) -> list[str]:
+        """A sentence for every combination that is known to be inert or harmful."""
+        return [text for applies, text in self._cautions() if applies]
+
+    def _cautions(self):
+        if self.method == "dmpo" and self.dmpo_alpha > 0:
+            turn = math.log1p(-self.dmpo_alpha) - math.log(self.dmpo_alpha) if self.dmpo_alpha < 1 else -math.inf
+            yield (
+                True,
+                f"dmpo with alpha {self.dmpo_alpha:g} turns at margin {turn:.3f}: beyond it descent shrinks the margin and raises the "
+                "winner's error, and scaling the loser cannot prevent that",
+            )
+        yield (
+            self.method == "dspo" and self.dspo_form != "switched" and self.beta_dpo <= 0.1,
+            f"dspo by score matching at beta {self.beta_dpo:g}: the loser's gradient is of order beta^2, so training is close to sft and the safeguard close to inert",
+        )
+        yield (
+            self.use_winner_preserving and self.winner_preserving_mu == 0,
+            "--winner_preserving_mu 0 only forbids a first-order rise of the winner's error on outputs; in experiments it was close to inert, "
+            "and held-out winner errors still rose; try 0.6 to 0.9",
+        )
+        yield (
+            self.winner_preserving_mu > 0 and not self.use_winner_preserving,
+            "--winner_preserving_mu has no effect without --use_winner_preserving",
+        )
+        yield (
+            self.use_winner_preserving and self.winner_preserving_mu == 1,
+            "mu = 1 makes every positive scale 0: training on winners only",
+        )
+        yield (
+            self.input_perturbation > 0 and self.method != "sft",
+            "the held-out errors are measured without the input perturbation",
+        )
+        yield (
+            self.use_ema and self.max_train_steps and 1 / (1 - self.ema_decay) > self.max_train_steps,
+            f"--ema_decay {self.ema_decay} remembers {1 / (1 - self.ema_decay):.0f} updates, more than the run has: unet_ema.pth will hardly move",
+        )
+
+
+def parse_config(arguments: list[str] | None = None) -> TrainConfig:
+    """TrainConfig from command line arguments (sys.argv by default); raises InputError for values that cannot be used."""
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(
+        TrainConfig,
+        description="Preference alignment of diffusion models with a winner-preserving safeguard.",
+        allow_abbrev=False,
+    )
+    (config,) = parser.parse_args_into_dataclasses(arguments)
+    return config
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The numbers a config implies for a number of processes and pairs."""
+
+    processes: int
+    pairs: int
+    accumulation: int
+    global_batch: int
+    steps: int
+    steps_per_epoch: float
+    learning_rate: float
+
+    @classmethod
+    def of(cls, config: TrainConfig, processes: int, pairs: int) -> Plan:
+        """Raises InputError where the global batch cannot be split over the devices."""
+        per_micro_step = config.train_batch_size * processes
+        accumulation = config.gradient_accumulation_steps
+        if config.global_batch_size is not None:
+            accumulation, rest = divmod(config.global_batch_size, per_micro_step)
+            if rest or not accumulation:
+                raise InputError(
+                    f"--global_batch_size {config.global_batch_size} is not a multiple of {config.train_batch_size} pairs x {processes} processes: "
+                    f"use a multiple of {per_micro_step} or change --train_batch_size"
+                )
+        batch = per_micro_step * accumulation
+        steps = config.max_train_steps or math.ceil(config.num_train_epochs * pairs / batch)
+        rate = config.learning_rate * (batch if config.scale_lr else 1)
+        return cls(processes, pairs, accumulation, batch, steps, pairs / batch, rate)
+
+    def lines(self, config: TrainConfig) -> list[str]:
+        """What will be done, for the console."""
+        scaled = f" = {config.learning_rate:g} x {self.global_batch}" if config.scale_lr else ""
+        return [
+            f"pairs          {self.pairs:,}",
+            f"global batch   {config.train_batch_size} pairs x {self.processes} processes x {self.accumulation} accumulation = {self.global_batch} pairs",
+            f"updates        {self.steps:,} ({self.steps_per_epoch:,.1f} per epoch, {self.steps / self.steps_per_epoch:.2f} epochs)",
+            f"learning rate  {self.learning_rate:g}{scaled}, {config.lr_scheduler}, {config.lr_warmup_steps} warm-up updates",
+        ]

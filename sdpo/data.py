@@ -1,0 +1,466 @@
+"""Preference pairs: reading them, setting some aside, and turning them into batches that depend on (seed, step, position) alone."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as TF
+
+from sdpo.config import InputError, Plan, TrainConfig
+from sdpo.rng import draw, normal
+
+IMAGES = ("jpg_0", "jpg_1")
+FILE_COLUMNS = ("caption", "winner", "loser")  # of a JSONL or CSV file beside plain images
+
+
+# Reading
+
+
+def read_table(config: TrainConfig, split: str, folder: str | None = None) -> datasets.Dataset:
+    """One split of the configured data (or of another local folder) as a table, images undecoded; other splits are not read."""
+    source = folder or config.dataset_name or config.train_data_dir
+    path = Path(source)
+    if not path.exists() and (folder or not config.dataset_name):
+        raise InputError(f"data folder {source} does not exist")
+    pair_file = find_pair_file(path)
+    if pair_file:
+        return read_pair_file(pair_file)
+    try:
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            return undecoded(read_saved(path, split))
+        builder = datasets.load_dataset_builder(
+            source, None if folder else config.dataset_config_name, cache_dir=config.cache_dir
+        )
+        files = builder.config.data_files
+        if not files:  # a data set with a loading scheme of its own
+            return undecoded(
+                datasets.load_dataset(source, config.dataset_config_name, split=split, cache_dir=config.cache_dir)
+            )
+        if split not in files:
+            raise InputError(f"{source} has no split {split!r}; it has {', '.join(files)}: choose one with --split")
+        return undecoded(
+            datasets.load_dataset(
+                builder.name, data_files={split: list(files[split])}, split=split, cache_dir=config.cache_dir
+            )
+        )
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"cannot read pairs from {source!r}: {reason} Give a local folder, or a hub data set where the hub can be reached."
+        ) from error
+
+
+def find_pair_file(path: Path) -> Path | None:
+    """The JSONL or CSV file of caption, winner, loser that `path` is or holds, if any."""
+    if path.is_file() and path.suffix in (".jsonl", ".csv"):
+        return path
+    found = sorted([*path.glob("*.jsonl"), *path.glob("*.csv")]) if path.is_dir() else []
+    if len(found) > 1:
+        raise InputError(
+            f"{path} holds several pair files ({', '.join(f.name for f in found)}): name one of them as --train_data_dir"
+        )
+    return found[0] if found else None
+
+
+def read_pair_file(file: Path) -> datasets.Dataset:
+    """Rows of a JSONL or CSV file in Pick-a-Pic columns; image paths are relative to the file. Raises InputError naming the row."""
+    rows = []
+    with file.open(newline="", encoding="utf-8") as lines:
+        try:
+            records = (
+                list(csv.DictReader(lines))
+                if file.suffix == ".csv"
+                else [json.loads(line) for line in lines if line.strip()]
+            )
+        except (ValueError, csv.Error) as error:
+            raise InputError(f"{file} is not valid {file.suffix[1:].upper()}: {error}") from error
+    for number, record in enumerate(records, 1):
+        missing = [
+            name
+            for name in FILE_COLUMNS
+            if not isinstance(record, dict) or record.get(name) in (None, "") and name != "caption"
+        ]
+        if missing or "caption" not in record:
+            raise InputError(
+                f"{file} row {number}: {', '.join(missing or ['caption'])} missing; every row needs {', '.join(FILE_COLUMNS)}"
+            )
+        paths = [str(file.parent / record[name]) for name in ("winner", "loser")]
+        for path in paths:
+            if not Path(path).is_file():
+                raise InputError(f"{file} row {number}: image {path} does not exist; paths are relative to {file.name}")
+        rows.append({"caption": record["caption"], "jpg_0": paths[0], "jpg_1": paths[1], "label_0": 1.0})
+    if not rows:
+        raise InputError(f"{file} has no rows")
+    return datasets.Dataset.from_list(rows)
+
+
+def read_saved(path: Path, split: str) -> datasets.Dataset:
+    """A folder written by save_to_disk; of a DatasetDict only the split's own folder is opened."""
+    if not (path / "dataset_dict.json").is_file():
+        return datasets.load_from_disk(str(path))
+    splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
+    if split not in splits:
+        raise InputError(f"{path} has no split {split!r}; it has {', '.join(splits)}: choose one with --split")
+    return datasets.load_from_disk(str(path / split))
+
+
+def undecoded(table: datasets.Dataset) -> datasets.Dataset:
+    """Image columns as bytes or paths, so that filters and workers decide what is decoded."""
+    for name, feature in table.features.items():
+        if isinstance(feature, datasets.Image):
+            table = table.cast_column(name, datasets.Image(decode=False))
+    return table
+
+
+# Selecting
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Rows of a table that are used, and which image of each won."""
+
+    table: datasets.Dataset
+    rows: np.ndarray  # (n,) int, row numbers in the table
+    columns: tuple[str, ...]  # image columns: (jpg_0, jpg_1), or one column of single images for sft
+    caption_column: str
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def caption(self, index: int) -> str | list[str]:
+        """Caption, or list of captions, of pair `index`."""
+        return self.table[int(self.rows[index])][self.caption_column]
+
+    def captions(self) -> list[str | list[str]]:
+        """All captions, read column-wise."""
+        return column(self.table, self.caption_column, self.rows)
+
+    def load(self, index: int, members: int) -> tuple[list[Image.Image], str | list[str]]:
+        """The first `members` of (winner, loser) as RGB images, and the caption; raises OSError or ValueError for an unreadable image."""
+        row = self.table[int(self.rows[index])]
+        columns = self.columns if len(self.columns) == 1 or row["label_0"] == 1 else self.columns[::-1]
+        return [decode(row[name]) for name in columns[:members]], row[self.caption_column]
+
+    def select(self, keep: np.ndarray) -> Pairs:
+        """The pairs at these indices or in this mask."""
+        return Pairs(self.table, self.rows[keep], self.columns, self.caption_column, self.source)
+
+
+def column(table: datasets.Dataset, name: str, rows: np.ndarray | None = None) -> list:
+    """Values of one column without touching the others."""
+    table = table.select_columns([name])
+    return (table if rows is None else table.select(rows))[:][name]
+
+
+def decode(value: bytes | str | dict | Image.Image) -> Image.Image:
+    """An RGB image from encoded bytes, a path, a datasets image record or a PIL image."""
+    if isinstance(value, dict):
+        value = value["bytes"] if value.get("bytes") is not None else value["path"]
+    if isinstance(value, Image.Image):
+        return value.convert("RGB")
+    with Image.open(io.BytesIO(value) if isinstance(value, bytes) else value) as image:
+        return image.convert("RGB")
+
+
+def load_pairs(config: TrainConfig, split: str, folder: str | None = None) -> tuple[Pairs, list[str]]:
+    """The usable pairs of a split and sentences on what was dropped; raises InputError naming columns or rows that do not fit."""
+    table = read_table(config, split, folder)
+    source = f"{folder or config.dataset_name or config.train_data_dir} ({split})"
+    single = (
+        config.method == "sft" and IMAGES[0] not in table.column_names and config.image_column in table.column_names
+    )
+    columns = (config.image_column,) if single else IMAGES
+    needed = (
+        [config.caption_column, *columns]
+        + ([] if single else ["label_0"])
+        + (["model_0", "model_1"] if config.dreamlike_pairs_only else [])
+    )
+    missing = [name for name in needed if name not in table.column_names]
+    if missing:
+        raise InputError(
+            f"{source}: column {', '.join(missing)} missing (it has {', '.join(table.column_names)}); rename columns to Pick-a-Pic's "
+            "caption, jpg_0, jpg_1, label_0, or give --caption_column"
+        )
+    notes = [f"{source}: {len(table):,} rows"]
+    keep = np.ones(len(table), bool)
+    if not single:
+        keep = decided(column(table, "label_0"), source)
+        notes.append(f"dropped {len(keep) - keep.sum():,} ties")
+    if config.dreamlike_pairs_only:
+        dreamlike = np.array(
+            [
+                "dream" in a and "dream" in b
+                for a, b in zip(column(table, "model_0"), column(table, "model_1"), strict=True)
+            ],
+            bool,
+        )
+        notes.append(f"dropped {(keep & ~dreamlike).sum():,} pairs that are not dreamlike")
+        keep &= dreamlike
+    if not keep.any():
+        raise InputError(f"{source}: no pair is left after the filters ({'; '.join(notes)})")
+    return Pairs(table, np.flatnonzero(keep), columns, config.caption_column, source), notes
+
+
+def decided(labels: list, source: str) -> np.ndarray:
+    """Mask of the rows with a winner; raises InputError naming the first row whose label is not 0, 0.5 or 1."""
+    values = np.array([np.nan if label is None else label for label in labels], float)
+    wrong = np.flatnonzero(~np.isin(values, (0, 0.5, 1)))
+    if len(wrong):
+        raise InputError(
+            f"{source} row {wrong[0]}: label_0 is {labels[wrong[0]]}, but must be 1 (jpg_0 won), 0 (jpg_1 won) or 0.5 (tie); "
+            f"{len(wrong)} such row(s) in all: correct or remove them"
+        )
+    return values != 0.5
+
+
+def split_by_prompt(pairs: Pairs, held_out: int, seed: int) -> tuple[Pairs, Pairs]:
+    """(training pairs, `held_out` pairs) such that no caption is on both sides; raises InputError if too few pairs are left to train on."""
+    captions = [[c] if isinstance(c, str) else list(c) for c in pairs.captions()]
+    taken: set[str] = set()
+    by_caption: dict[str, list[int]] = {}
+    for index, options in enumerate(captions):
+        for caption in options:
+            by_caption.setdefault(caption, []).append(index)
+    touched: set[int] = set()
+    chosen: list[int] = []
+    for index in draw(seed, "held-out").permutation(len(pairs)):
+        if len(chosen) >= held_out:
+            break
+        for caption in captions[index]:
+            if caption not in taken:
+                taken.add(caption)
+                chosen += [i for i in by_caption[caption] if i not in touched]
+                touched.update(by_caption[caption])
+    rest = np.setdiff1d(np.arange(len(pairs)), list(touched))
+    if len(chosen) < held_out or not len(rest):
+        raise InputError(
+            f"--validation_pairs {held_out} leaves nothing to train on: {pairs.source} has {len(pairs)} pairs over {len(by_caption)} captions, "
+            "and a caption is never on both sides; use fewer or --validation_data_dir"
+        )
+    return pairs.select(rest), pairs.select(np.array(sorted(chosen[:held_out])))
+
+
+def prepare_pairs(config: TrainConfig, seed: int) -> tuple[Pairs, Pairs | None, list[str]]:
+    """(training pairs, held-out pairs or None, sentences for the console) as the config asks."""
+    pairs, notes = load_pairs(config, config.split)
+    held_out = None
+    if config.validation_split or config.validation_data_dir:
+        held_out, more = load_pairs(config, config.validation_split or config.split, config.validation_data_dir)
+        notes += more
+        if config.validation_pairs and config.validation_pairs < len(held_out):
+            held_out = held_out.select(
+                np.sort(draw(seed, "held-out").permutation(len(held_out))[: config.validation_pairs])
+            )
+        notes.append(f"held out {len(held_out):,} pairs")
+    elif config.validation_pairs:
+        everything = len(pairs)
+        pairs, held_out = split_by_prompt(pairs, config.validation_pairs, seed)
+        unused = everything - len(pairs) - len(held_out)
+        notes.append(
+            f"held out {len(held_out):,} pairs by prompt"
+            + (f" ({unused:,} more share their captions and are left out)" if unused else "")
+        )
+    if config.max_train_samples is not None and config.max_train_samples < len(pairs):
+        pairs = pairs.select(
+            np.sort(draw(seed, "max-train-samples").permutation(len(pairs))[: config.max_train_samples])
+        )
+    return pairs, held_out, notes
+
+
+# Batches
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, pairs: int) -> np.ndarray:
+    """Order in which one epoch visits the pairs, (pairs,)."""
+    return draw(seed, "order", epoch).permutation(pairs)
+
+
+@dataclass(frozen=True)
+class Transform:
+    """Resize the shorter side, crop to a square, flip; which crop and flip is drawn from a generator."""
+
+    resolution: int
+    random_crop: bool = False
+    flip: bool = False
+    shared_flip: bool = False
+
+    def __call__(
+        self, images: list[Image.Image], crop_rng: np.random.Generator, flip_rng: np.random.Generator
+    ) -> Tensor:
+        """(len(images), 3, resolution, resolution) uint8."""
+        flips = flip_rng.random(len(images)) < 0.5
+        if self.shared_flip:
+            flips[:] = flips[0]
+        return torch.stack(
+            [self.one(image, crop_rng, bool(mirrored)) for image, mirrored in zip(images, flips, strict=True)]
+        )
+
+    def one(self, image: Image.Image, crop_rng: np.random.Generator, mirrored: bool) -> Tensor:
+        """(3, resolution, resolution) uint8."""
+        image = TF.resize(image, self.resolution, InterpolationMode.BILINEAR)
+        if self.random_crop:
+            left, top = (int(crop_rng.integers(length - self.resolution + 1)) for length in image.size)
+            image = TF.crop(image, top, left, self.resolution, self.resolution)
+        else:
+            image = TF.center_crop(image, self.resolution)
+        return TF.pil_to_tensor(TF.hflip(image) if self.flip and mirrored else image)
+
+
+@dataclass(frozen=True)
+class PairDataset(Dataset):
+    """Samples by (step, position in the global batch), everything random in them drawn for that place."""
+
+    pairs: Pairs
+    transform: Transform
+    latent_shape: tuple[int, int, int]
+    seed: int
+    stream: str  # "train", or "held-out" for a fixed order without caption dropout
+    global_batch: int
+    members: int = 2  # 1: winners only
+    empty_captions: float = 0.0
+    noise_offset: float = 0.0
+    input_perturbation: float = 0.0
+    max_unreadable: int = 100
+
+    def __getitem__(self, place: tuple[int, int]) -> dict:
+        """Pixels (members, 3, H, W) uint8, caption, noise and input noise (C, h, w), posterior noise (members, C, h, w) and the
+        uniform draw for the timestep."""
+        step, position = place
+        index = self._index(step * self.global_batch + position)
+        unreadable: list[str] = []
+        while True:
+            try:
+                images, caption = self.pairs.load(index, self.members)
+                break
+            except (OSError, ValueError, TypeError, KeyError, Image.DecompressionBombError) as error:
+                unreadable.append(f"{self.pairs.source} row {self.pairs.rows[index]}: {error}")
+                if len(unreadable) > self.max_unreadable:
+                    raise InputError(
+                        f"{len(unreadable)} unreadable images in a row, the last: {unreadable[-1]}; check the data"
+                    ) from error
+                index = int(
+                    draw(self.seed, f"{self.stream}-replacement", step, position, len(unreadable)).integers(
+                        len(self.pairs)
+                    )
+                )
+        crop, flip = (draw(self.seed, f"{self.stream}-{name}", step, position) for name in ("crop", "flip"))
+        noise = self._normal("noise", place, self.latent_shape)
+        if self.noise_offset:
+            noise = noise + self._normal("offset", place, (self.latent_shape[0], 1, 1)) * self.noise_offset
+        return {
+            "pixels": self.transform(images, crop, flip),
+            "caption": self._caption(caption, step, position),
+            "noise": noise,
+            "input_noise": noise + self._normal("perturbation", place, self.latent_shape) * self.input_perturbation
+            if self.input_perturbation
+            else noise,
+            "posterior": self._normal("posterior", place, (self.members, *self.latent_shape)),
+            "uniform": draw(self.seed, f"{self.stream}-timestep", step, position).random(),
+            "unreadable": unreadable,
+        }
+
+    def _normal(self, name: str, place: tuple[int, int], shape: tuple[int, ...]) -> Tensor:
+        return torch.from_numpy(normal(self.seed, f"{self.stream}-{name}", place, shape))
+
+    def _index(self, sample: int) -> int:
+        epoch, offset = divmod(sample, len(self.pairs))
+        return int(epoch_order(self.seed, epoch, len(self.pairs))[offset]) if self.stream == "train" else offset
+
+    def _caption(self, caption: str | list[str], step: int, position: int) -> str:
+        rng = draw(self.seed, f"{self.stream}-caption", step, position)
+        if rng.random() < self.empty_captions:
+            return ""
+        if isinstance(caption, str):
+            return caption
+        return str(caption[rng.integers(len(caption))] if self.stream == "train" else caption[0])
+
+
+@dataclass(frozen=True)
+class RankSampler(Sampler):
+    """Places of this rank's micro-batches: a global batch is dealt out micro-step by micro-step, rank by rank."""
+
+    first_step: int
+    plan: Plan
+    batch: int
+    rank: int
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in range(self.first_step, self.plan.steps):
+            for micro in range(self.plan.accumulation):
+                start = (micro * self.plan.processes + self.rank) * self.batch
+                yield [(step, start + i) for i in range(self.batch)]
+
+    def __len__(self) -> int:
+        return (self.plan.steps - self.first_step) * self.plan.accumulation
+
+
+@dataclass
+class Batch:
+    """B pairs as tensors; image tensors hold all winners, then all losers."""
+
+    pixels: Tensor  # (2B, 3, H, W) uint8
+    captions: list[str]  # B
+    noise: Tensor  # (B, C, h, w), shared by the pair
+    input_noise: Tensor  # (B, C, h, w), what noises the model's input: noise, plus the perturbation if any
+    posterior: Tensor  # (2B, C, h, w), for sampling the latents
+    uniform: Tensor  # (B,) in [0, 1), for drawing the timestep that the pair shares
+    unreadable: list[str]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on a device."""
+        return Batch(
+            **{
+                name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+                for name, value in vars(self).items()
+            }
+        )
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory (called by the data loader)."""
+        return Batch(
+            **{name: value.pin_memory() if isinstance(value, Tensor) else value for name, value in vars(self).items()}
+        )
+
+
+def collate(samples: list[dict]) -> Batch:
+    """Stack samples, winners first."""
+    by_member = {name: torch.stack([s[name] for s in samples], 1).flatten(0, 1) for name in ("pixels", "posterior")}
+    shared = {name: torch.stack([s[name] for s in samples]) for name in ("noise", "input_noise")}
+    return Batch(
+        **by_member,
+        **shared,
+        captions=[s["caption"] for s in samples],
+        uniform=torch.tensor([s["uniform"] for s in samples], dtype=torch.float64),
+        unreadable=[text for s in samples for text in s["unreadable"]],
+    )
+
+
+def train_loader(config: TrainConfig, dataset: PairDataset, plan: Plan, rank: int, first_step: int) -> DataLoader:
+    """Micro-batches of this rank from `first_step` to the end of the run."""
+    workers = config.dataloader_num_workers
+    sampler = RankSampler(first_step, plan, config.train_batch_size, rank)
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=workers > 0,
+    )

@@ -1,0 +1,256 @@
+"""The base models: the only module that knows what distinguishes one family from another.
+
+A family encodes images and captions, adds noise, predicts and saves. A new one is a class here plus a row in FAMILIES. Targets are returned
+for every sample, so that parametrisations in which winner and loser differ (v-prediction, flow matching) need nothing elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from sdpo.config import InputError, TrainConfig
+
+Conditioning = dict[str, Tensor]  # every tensor has one row per sample
+
+
+def load_part(cls, source: str, subfolder: str | None, **options):
+    """`cls.from_pretrained`, with what went wrong in one sentence."""
+    try:
+        return cls.from_pretrained(source, **({"subfolder": subfolder} if subfolder else {}), **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"cannot load {subfolder or cls.__name__} of {source!r}: {reason} "
+            "Give a local diffusers folder, or download the model where the hub can be reached."
+        ) from error
+
+
+def load_state(path: str | Path) -> dict[str, Tensor]:
+    """State dict from a .pth/.pt/.bin file (weights only) or a .safetensors file; raises InputError if it holds anything else."""
+    try:
+        state = (
+            load_file(path)
+            if str(path).endswith(".safetensors")
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
+    except Exception as error:  # torch, zipfile, pickle and safetensors each have errors of their own
+        raise InputError(f"{path} cannot be read as a state dict: {str(error).splitlines()[0]}") from error
+    if not (isinstance(state, dict) and state and all(isinstance(value, Tensor) for value in state.values())):
+        raise InputError(
+            f"{path} is not a state dict: expected parameter names with their tensors, as written by torch.save(unet.state_dict())"
+        )
+    return state
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Put the state dict of a file into a model; raises InputError if names or shapes differ."""
+    state, own = load_state(path), model.state_dict()
+    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
+    if missing or extra or shapes:
+        example = (missing or extra or shapes)[0]
+        raise InputError(
+            f"{path} belongs to another architecture: {len(missing)} parameters missing, {len(extra)} unknown, {len(shapes)} of another shape "
+            f"(e.g. {example}); give the base model it was trained from"
+        )
+    model.load_state_dict(state)
+
+
+def hold_matmul_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Keep the weights that autocast would cast anyway (linear and convolution) in `dtype`, all others in fp32.
+
+    Normalisation runs in fp32 under autocast and its weights must not be rounded: with them in fp32, the frozen model computes bit for bit what
+    an fp32 copy computes under autocast.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            module.to(dtype)
+    return model
+
+
+class StableDiffusion:
+    """Stable Diffusion 1.x: latents of a VAE, one CLIP text encoder, epsilon- or v-prediction UNet."""
+
+    pipeline_class: type[DiffusionPipeline] = StableDiffusionPipeline
+    resolution = 512  # pixels
+    dspo_form = "score"
+    adafactor = False
+    gradient_checkpointing = False
+    text_parts: ClassVar[dict[str, type]] = {"tokenizer": CLIPTokenizer, "text_encoder": CLIPTextModel}
+
+    def __init__(self, config: TrainConfig):
+        self.source, self.vae_source, self.unet_source = (
+            config.pretrained_model_name_or_path,
+            config.pretrained_vae_model_name_or_path,
+            config.unet_init,
+        )
+        self.options = {"revision": config.revision, "cache_dir": config.cache_dir}
+        self._check_pipeline_class()
+        self.scheduler = load_part(DDPMScheduler, self.source, "scheduler", **self.options)
+        kind = self.scheduler.config.prediction_type
+        if kind not in ("epsilon", "v_prediction"):
+            raise InputError(f"{self.source}: prediction_type {kind!r} is not supported; epsilon and v_prediction are")
+        self.tokenizers, self.text_encoders = [], []
+        for name, cls in self.text_parts.items():
+            part = load_part(cls, self.source, name, **self.options)
+            (self.tokenizers if isinstance(part, CLIPTokenizer) else self.text_encoders).append(part)
+        self.vae = self._load_vae()
+        for model in (self.vae, *self.text_encoders):
+            model.requires_grad_(False).eval()
+
+    def _check_pipeline_class(self) -> None:
+        index = Path(self.source, "model_index.json")
+        found = json.loads(index.read_text())["_class_name"] if index.is_file() else self.pipeline_class.__name__
+        if found != self.pipeline_class.__name__:
+            raise InputError(
+                f"{self.source} holds a {found}, not a {self.pipeline_class.__name__}: SDXL models need --sdxl, SD1.x models run without it"
+            )
+
+    def _load_vae(self) -> AutoencoderKL:
+        if self.vae_source is None:
+            return load_part(AutoencoderKL, self.source, "vae", **self.options)
+        return load_part(AutoencoderKL, self.vae_source, None, cache_dir=self.options["cache_dir"])
+
+    def load_unet(self) -> UNet2DConditionModel:
+        """A UNet in fp32: the base model's, or that of --unet_init."""
+        init = self.unet_source
+        if init.endswith((".pth", ".pt", ".bin", ".safetensors")):
+            unet = load_part(UNet2DConditionModel, self.source, "unet", **self.options)
+            load_weights(unet, init)
+            return unet.float()
+        return load_part(UNet2DConditionModel, init or self.source, "unet", **self.options).float()
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> StableDiffusion:
+        """Move the frozen encoders; their weights are held in `dtype`, but in fp32 where the VAE overflows in fp16."""
+        fragile = dtype == torch.float16 and self.vae.config.force_upcast
+        self.vae.to(device, torch.float32 if fragile else dtype)
+        for encoder in self.text_encoders:
+            encoder.to(device, dtype)
+        self.scheduler.alphas_cumprod = self.scheduler.alphas_cumprod.to(device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the frozen encoders are."""
+        return self.vae.device
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """(C, H, W) of the latents of a square image; raises InputError if the VAE cannot halve it often enough."""
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        if resolution % factor:
+            raise InputError(f"--resolution must be a multiple of {factor} for {self.source}, got {resolution}")
+        return self.vae.config.latent_channels, resolution // factor, resolution // factor
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor, noise: Tensor) -> Tensor:
+        """Latents (N, C, h, w) fp32 sampled from the posterior with standard normal `noise`; pixels (N, 3, H, W) in [-1, 1]."""
+        posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
+        return (posterior.mean.float() + posterior.std.float() * noise) * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Pixels (N, 3, H, W) fp32 in [-1, 1]."""
+        return self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample.float()
+
+    def tokenize(self, captions: list[str]) -> list[Tensor]:
+        """Token ids (N, L) for each tokenizer."""
+        return [
+            tokenizer(
+                captions,
+                padding="max_length",
+                truncation=True,
+                max_length=tokenizer.model_max_length,
+                return_tensors="pt",
+            ).input_ids.to(self.device)
+            for tokenizer in self.tokenizers
+        ]
+
+    @torch.no_grad()
+    def encode_captions(self, captions: list[str], resolution: int) -> Conditioning:
+        """Conditioning of N captions for images of `resolution` pixels."""
+        (tokens,) = self.tokenize(captions)
+        return {"encoder_hidden_states": self.text_encoders[0](tokens)[0].float()}
+
+    def timesteps(self, uniform: Tensor) -> Tensor:
+        """Timesteps (N,) for uniform draws in [0, 1)."""
+        return (uniform * self.scheduler.config.num_train_timesteps).long()
+
+    def add_noise(
+        self, latents: Tensor, noise: Tensor, timesteps: Tensor, perturbed: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(noised latents, target of the prediction), each (N, C, h, w); `perturbed` replaces the noise on the model's input only."""
+        noisy = self.scheduler.add_noise(latents, noise if perturbed is None else perturbed, timesteps)
+        if self.scheduler.config.prediction_type == "v_prediction":
+            return noisy, self.scheduler.get_velocity(latents, noise, timesteps)
+        return noisy, noise
+
+    def predict(self, unet: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """The model's prediction (N, C, h, w) in fp32."""
+        return unet(noisy, timesteps, **conditioning).sample.float()
+
+    def save_pipeline(self, unet: UNet2DConditionModel, folder: str | Path) -> None:
+        """Write a complete diffusers pipeline with this UNet; the other parts are read again from their source in full precision."""
+        parts = {"unet": unet, "vae": self._load_vae()}
+        if "safety_checker" in self.pipeline_class._optional_components:
+            parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        load_part(self.pipeline_class, self.source, None, **parts, **self.options).save_pretrained(folder)
+
+
+class StableDiffusionXL(StableDiffusion):
+    """Stable Diffusion XL: two text encoders, their penultimate states side by side, a pooled embedding and time ids."""
+
+    pipeline_class = StableDiffusionXLPipeline
+    resolution = 1024
+    dspo_form = "switched"
+    adafactor = True
+    gradient_checkpointing = True
+    text_parts: ClassVar[dict[str, type]] = {
+        "tokenizer": CLIPTokenizer,
+        "text_encoder": CLIPTextModel,
+        "tokenizer_2": CLIPTokenizer,
+        "text_encoder_2": CLIPTextModelWithProjection,
+    }
+
+    @torch.no_grad()
+    def encode_captions(self, captions: list[str], resolution: int) -> Conditioning:
+        """Adds the pooled embedding of the second encoder and the time ids (resolution, resolution, 0, 0, resolution, resolution)."""
+        outputs = [
+            encoder(ids, output_hidden_states=True)
+            for encoder, ids in zip(self.text_encoders, self.tokenize(captions), strict=True)
+        ]
+        time_ids = torch.tensor(
+            [resolution, resolution, 0, 0, resolution, resolution], device=self.device, dtype=torch.float32
+        )
+        return {
+            "encoder_hidden_states": torch.cat([output.hidden_states[-2] for output in outputs], -1).float(),
+            "text_embeds": outputs[-1].text_embeds.float(),
+            "time_ids": time_ids.repeat(len(captions), 1),
+        }
+
+    def predict(self, unet: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """The model's prediction (N, C, h, w) in fp32."""
+        added = {name: conditioning[name] for name in ("text_embeds", "time_ids")}
+        return unet(noisy, timesteps, conditioning["encoder_hidden_states"], added_cond_kwargs=added).sample.float()
+
+
+FAMILIES = {"sd15": StableDiffusion, "sdxl": StableDiffusionXL}
+
+
+def load_family(config: TrainConfig) -> StableDiffusion:
+    """The family that the config names, with its frozen parts on the CPU in fp32."""
+    return FAMILIES["sdxl" if config.sdxl else "sd15"](config)

@@ -1,0 +1,62 @@
+"""Errors on held-out pairs with noise and timesteps that stay fixed for the whole run: whether the winner is in fact preserved."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from sdpo.data import PairDataset, collate
+from sdpo.families import StableDiffusion
+from sdpo.inputs import Inputs, make_inputs
+from sdpo.losses import sample_mean
+
+
+class HeldOutPairs:
+    """Encoded held-out pairs of this rank, with the reference's errors, kept on the CPU; each measurement is one forward pass over them."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        family: StableDiffusion,
+        dataset: PairDataset,
+        batch_size: int,
+        reference: nn.Module,
+    ):
+        self.accelerator, self.family, self.pairs = accelerator, family, len(dataset.pairs)
+        starts = range(0, self.pairs, batch_size)
+        self.shares: list[
+            tuple[slice, Inputs, Tensor]
+        ] = []  # places of the pairs, their inputs, errors (2B,) of the reference
+        for start in starts[accelerator.process_index :: accelerator.num_processes]:
+            places = slice(start, min(start + batch_size, self.pairs))
+            batch = collate([dataset[0, index] for index in range(self.pairs)[places]])
+            inputs = make_inputs(family, batch.to(accelerator.device))
+            self.shares.append((places, inputs.to("cpu"), self._errors(reference, inputs)))
+
+    @torch.no_grad()
+    def _errors(self, unet: nn.Module, inputs: Inputs) -> Tensor:
+        with self.accelerator.autocast():
+            prediction = self.family.predict(unet, inputs.noisy, inputs.timesteps, inputs.conditioning)
+        return sample_mean((prediction - inputs.target).square())  # (2B,)
+
+    def measure(self, unet: nn.Module, beta: float, name: str) -> dict[str, float]:
+        """Changes of winner and loser error against the reference, margin and its accuracy (0 counts one half), means with standard errors."""
+        values = torch.zeros(self.pairs, 2, device=self.accelerator.device)  # change of (winner, loser) error
+        for places, inputs, reference in self.shares:
+            change = self._errors(unet, inputs.to(self.accelerator.device)) - reference
+            values[places] = torch.stack(change.chunk(2), 1)
+        change = self.accelerator.reduce(values, "sum").cpu().double()  # every pair was measured by one rank
+        margin = -beta / 2 * (change[:, 0] - change[:, 1])
+        accuracy = (margin > 0).double() + (margin == 0).double() / 2
+        figures = {
+            "winner_error_change": change[:, 0],
+            "loser_error_change": change[:, 1],
+            "margin": margin,
+            "margin_accuracy": accuracy,
+        }
+        result = {}
+        for key, value in figures.items():
+            result[f"{name}/{key}"] = value.mean().item()
+            result[f"{name}/{key}_se"] = (value.std() / len(value) ** 0.5).item() if len(value) > 1 else float("nan")
+        return result

@@ -1,0 +1,40 @@
+"""From a batch of pairs to what the denoiser sees: the one path that training and held-out measurement share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sdpo.data import Batch
+from sdpo.families import Conditioning, StableDiffusion
+
+
+@dataclass
+class Inputs:
+    """Inputs of the denoiser for the members of B pairs, winners first, and the targets of its prediction."""
+
+    noisy: Tensor  # (2B, C, h, w), or (B, C, h, w) where there are only winners
+    timesteps: Tensor  # (2B,)
+    conditioning: Conditioning  # each (2B, ...)
+    target: Tensor  # (2B, C, h, w)
+
+    def to(self, device: torch.device | str) -> Inputs:
+        """The same inputs on another device."""
+        conditioning = {name: value.to(device) for name, value in self.conditioning.items()}
+        return Inputs(self.noisy.to(device), self.timesteps.to(device), conditioning, self.target.to(device))
+
+
+def make_inputs(family: StableDiffusion, batch: Batch) -> Inputs:
+    """Encode a batch that is on the family's device; both members of a pair get the same noise, timestep and caption."""
+    members, resolution = len(batch.pixels) // len(batch.captions), batch.pixels.shape[-1]
+    latents = family.encode_images(batch.pixels.float() / 127.5 - 1, batch.posterior)
+    timesteps = family.timesteps(batch.uniform).repeat(members)
+    noise, input_noise = (x.repeat(members, 1, 1, 1) for x in (batch.noise, batch.input_noise))
+    noisy, target = family.add_noise(latents, noise, timesteps, input_noise)
+    conditioning = {
+        name: value.repeat(members, *[1] * (value.dim() - 1))
+        for name, value in family.encode_captions(batch.captions, resolution).items()
+    }
+    return Inputs(noisy, timesteps, conditioning, target)

@@ -1,0 +1,134 @@
+"""The preference losses and the winner-preserving safeguard (Diffusion-SDPO, arXiv 2511.03317), on plain tensors.
+
+One pair is one caption with a winner `w` and a loser `l` that share noise and timestep. Tensors of predictions and targets hold 2B samples,
+winners first. Errors are formed in fp32 whatever the precision of the inputs. Nothing here knows a model, a device or a config.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PairTerms:
+    """What the losses are functions of: one value or one residual per pair."""
+
+    residual_w: Tensor  # (B, C, H, W)  e_w = prediction - target of the winner
+    residual_l: Tensor  # (B, C, H, W)  e_l
+    drift_w: Tensor  # (B, C, H, W)  prediction of the policy - prediction of the reference, winner
+    error_w: Tensor  # (B,)  m_w = mean of e_w^2
+    error_l: Tensor  # (B,)  m_l; its gradient is scaled by loser_scale
+    reference_error_w: Tensor  # (B,)  r_w
+    reference_error_l: Tensor  # (B,)  r_l
+    loser_scale: Tensor  # () or (B,)  lambda
+    margin: Tensor  # (B,)  u, the implicit reward margin
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.saved_tensors[0], None
+
+
+def scale_gradient(x: Tensor, scale: Tensor) -> Tensor:
+    """Identity whose backward pass multiplies the gradient by `scale`, a constant that broadcasts against x."""
+    return _ScaleGradient.apply(x, scale.detach().to(x.dtype))
+
+
+def sample_mean(x: Tensor) -> Tensor:
+    """Mean over all but the batch dimension: (B, ...) -> (B,)."""
+    return x.flatten(1).mean(1)
+
+
+def winner_preserving_scale(
+    residual_w: Tensor, residual_l: Tensor, mu: float, per_pair: bool = False, eps: float = 1e-9
+) -> Tensor:
+    """Largest loser scale in [0, 1] that keeps the share `mu` of the winner's descent, to first order in output space.
+
+    residual_w, residual_l: (B, ...) prediction minus target. Returns lambda without gradient: () for the micro-batch as a whole (the official
+    rule) or (B,) with per_pair, which does not depend on how the batch is split. `eps` is added to the inner product of the gradients
+    g = 2 e / N (N elements share one lambda), hence eps N^2 / 4 to that of the residuals. Raises ValueError for mu outside [0, 1].
+    Source: arXiv 2511.03317, winner-preserving condition.
+    """
+    if not 0 <= mu <= 1:
+        raise ValueError(f"mu must lie in [0, 1], got {mu}")
+    residual_w, residual_l = residual_w.detach().float(), residual_l.detach().float()
+    rows = len(residual_w) if per_pair else 1
+    flat_w, flat_l = residual_w.reshape(rows, -1), residual_l.reshape(rows, -1)  # (rows, N)
+    ww, wl = (flat_w * flat_w).sum(1), (flat_w * flat_l).sum(1)  # N^2/4 times ||g_w||^2 and <g_w, g_l>
+    limit = (1 - mu) * ww / (wl + eps * flat_w.shape[1] ** 2 / 4)  # -||g_w||^2 + lambda <g_w, g_l> <= -mu ||g_w||^2
+    scale = torch.where(wl > 0, limit.clamp(0, 1), torch.ones_like(limit))
+    return scale if per_pair else scale.squeeze(0)
+
+
+def pair_terms(
+    prediction: Tensor,
+    reference: Tensor,
+    target: Tensor,
+    beta: float,
+    *,
+    mu: float | None = None,
+    per_pair: bool = False,
+    constant: float = 1.0,
+) -> PairTerms:
+    """Residuals, errors, loser scale and margin of B pairs.
+
+    prediction, reference, target: (2B, C, H, W), winners first; the targets of the two members need not be equal. The loser's gradient is
+    scaled by the winner-preserving rule where `mu` is given, else by `constant` (1 is the plain method, 0 trains on winners only).
+    """
+    prediction, reference, target = prediction.float(), reference.detach().float(), target.detach().float()
+    residual_w, residual_l = (prediction - target).chunk(2)
+    error_w, error_l = sample_mean(residual_w.square()), sample_mean(residual_l.square())
+    reference_error_w, reference_error_l = sample_mean((reference - target).square()).chunk(2)
+    scale = (
+        error_l.new_tensor(constant) if mu is None else winner_preserving_scale(residual_w, residual_l, mu, per_pair)
+    )
+    error_l = scale_gradient(error_l, scale)
+    margin = -beta / 2 * ((error_w - error_l) - (reference_error_w - reference_error_l))
+    drift_w = (prediction - reference).chunk(2)[0]
+    return PairTerms(
+        residual_w, residual_l, drift_w, error_w, error_l, reference_error_w, reference_error_l, scale, margin
+    )
+
+
+def diffusion_dpo(terms: PairTerms, beta: float, alpha: float) -> Tensor:
+    """Diffusion-DPO, (B,): -log sigmoid(u) (arXiv 2311.12908)."""
+    return -F.logsigmoid(terms.margin)
+
+
+def dspo_score(terms: PairTerms, beta: float, alpha: float) -> Tensor:
+    """DSPO by score matching, (B,): |e_w - beta (1 - sigmoid(u)) drift_w|^2, nothing detached but the reference."""
+    weight = (beta * (1 - torch.sigmoid(terms.margin))).view(-1, 1, 1, 1)
+    return sample_mean((terms.residual_w - weight * terms.drift_w).square())
+
+
+def dspo_switched(terms: PairTerms, beta: float, alpha: float) -> Tensor:
+    """DSPO in its second official form, (B,): (1 - sigmoid(u))^2, times the winner's mean drift^2 once the micro-batch's reaches 0.1."""
+    doubt = 1 - torch.sigmoid(terms.margin)
+    far = sample_mean(terms.drift_w.square()).mean() >= 0.1
+    return torch.where(far, sample_mean((doubt.view(-1, 1, 1, 1) * terms.drift_w).square()), doubt.square())
+
+
+def dmpo(terms: PairTerms, beta: float, alpha: float) -> Tensor:
+    """DMPO, (B,): KL(Bernoulli(sigmoid(u)) || Bernoulli(1 - alpha)), 1 - alpha kept off 0 and 1 by 1e-6."""
+    u = terms.margin
+    p, log_p, log_not_p = torch.sigmoid(u), -F.softplus(-u), -F.softplus(u)
+    q = u.new_tensor(1 - alpha).clamp(1e-6, 1 - 1e-6)
+    return p * (log_p - q.log()) + (1 - p) * (log_not_p - torch.log1p(-q))
+
+
+def sft(prediction: Tensor, target: Tensor) -> Tensor:
+    """Supervised fine-tuning on winners, (B,): the mean squared residual; no reference and no loser."""
+    return sample_mean((prediction.float() - target.detach().float()).square())
+
+
+PAIR_LOSSES = {"diffusion-dpo": diffusion_dpo, "dspo-score": dspo_score, "dspo-switched": dspo_switched, "dmpo": dmpo}

@@ -1,0 +1,63 @@
+"""Write preference pairs of tiny pictures in Pick-a-Pic columns: `python -m sdpo.tiny.make_pairs --out DIR`."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from sdpo.tiny import pictures
+
+TIES = 0.06  # share of undecided pairs, as Pick-a-Pic has
+FAULTY_WINNERS = 0.1  # share of pairs whose winner has a fault too, as human labels are noisy
+
+
+def make_pair(spec: pictures.Spec, rng: np.random.Generator) -> dict:
+    """One row: two pictures of a caption in the same place, the one without fault mostly preferred."""
+    centre = pictures.draw_centre(spec, rng)
+    winner = (
+        pictures.render_fault(spec, centre, rng) if rng.random() < FAULTY_WINNERS else pictures.render(spec, centre)
+    )
+    loser = pictures.render_fault(spec, centre, rng)
+    swapped = bool(rng.random() < 0.5)
+    label = 0.5 if rng.random() < TIES else 1.0 - swapped
+    first, second = (loser, winner) if swapped else (winner, loser)
+    return {"caption": spec.caption, "jpg_0": encode(first), "jpg_1": encode(second), "label_0": label}
+
+
+def encode(picture: np.ndarray) -> bytes:
+    """PNG bytes."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_split(specs: list[pictures.Spec], count: int, seed: int, path: Path) -> None:
+    """Write `count` pairs over these captions as a parquet file."""
+    rng = np.random.default_rng(seed)
+    rows = [make_pair(specs[i], rng) for i in rng.integers(len(specs), size=count)]
+    partial = path.with_suffix(".partial")
+    pq.write_table(pa.Table.from_pylist(rows), partial)
+    os.replace(partial, path)
+
+
+def main() -> None:
+    """Training pairs over the captions the base knows, validation pairs over the held-out ones."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--train", type=int, default=4000)
+    parser.add_argument("--validation", type=int, default=600)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_split(pictures.TRAINED, args.train, 0, args.out / "train.parquet")
+    write_split(pictures.HELD_OUT, args.validation, 1, args.out / "validation.parquet")
+
+
+if __name__ == "__main__":
+    main()
