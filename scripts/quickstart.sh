@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Without GPU, hub or data set: install into .venv, then train plain Diffusion-DPO, the safeguard and two controls on the embedded tiny model
+# and compare them. Results: output/quickstart/. The training takes the same path as the launchers for SD1.5 and SDXL.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/setup.sh
+out=output/quickstart
+mkdir -p "$out"
+began=$SECONDS
+
+run() { # NAME FLAGS...: one training run, its console output in a file
+  local name=$1
+  shift
+  echo "training $name"
+  bash scripts/train/tiny_diffusion_dpo.sh --output_dir "$out/$name" --resume_from_checkpoint none "$@" >"$out/$name.log" 2>&1 ||
+    { echo "training $name failed:"; tail -n 20 "$out/$name.log"; exit 1; }
+}
+export OMP_NUM_THREADS=1 # on so small a model one thread per run and two runs side by side are faster than one run with two threads
+source scripts/train/launch.sh && tiny_pairs
+run plain --use_winner_preserving false --winner_preserving_mu 0 &
+run safeguard &
+wait -n && wait -n
+run constant --use_winner_preserving false --winner_preserving_mu 0 --constant_loser_scale 0.15 &
+run winner_only --use_winner_preserving false --winner_preserving_mu 0 --constant_loser_scale 0 &
+wait -n && wait -n
+
+unset OMP_NUM_THREADS
+echo "sampling held-out captions"
+"$PYTHON" -m sdpo.tiny.compare --out "$out" "plain DPO=$out/plain" "safeguard mu 0.9=$out/safeguard" \
+  "constant 0.15=$out/constant" "winner only=$out/winner_only"
+echo "took $((SECONDS - began)) s after the installation"
