@@ -1,6 +1,7 @@
-"""Align a diffusion model with preference pairs: Diffusion-DPO, DSPO, DMPO or SFT, with or without the winner-preserving safeguard.
+"""Align a diffusion model with preference pairs: Diffusion-DPO, DSPO, DMPO or SFT, with or without the safeguard.
 
-Run with `accelerate launch train.py ...` or one of scripts/train/*.sh; `python train.py --help` lists the flags.
+Run with `accelerate launch train.py ...` or one of scripts/train/*.sh; `python train.py --help` lists the flags. The path of one batch:
+docs/design.md.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import logging
 import secrets
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -25,7 +27,6 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
-from transformers import Adafactor
 
 from sdpo import checkpoint as checkpoints
 from sdpo.config import InputError, Plan, TrainConfig, parse_config
@@ -42,26 +43,44 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 log = logging.getLogger("train")
 
 
+@dataclass
+class Run:
+    """Everything one training run is made of."""
+
+    config: TrainConfig
+    accelerator: Accelerator
+    family: StableDiffusion
+    plan: Plan
+    seed: int
+    unet: nn.Module  # the policy: fp32 weights, prepared by accelerate
+    reference: nn.Module | None  # frozen; None where nothing is compared with it
+    ema: AveragedModel | None
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    step: int = 0  # updates made
+
+
+# Setting up
+
+
 def start_accelerator(config: TrainConfig) -> Accelerator:
-    """Accelerate, console logging on rank 0 and the output folder; raises InputError if the device lacks the precision asked for."""
+    """Accelerate, console logging on rank 0 and the output folder; InputError if the device lacks the precision."""
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise InputError("--mixed_precision fp16 (the default) needs a GPU: use --mixed_precision no or bf16 here")
+    logs = str(Path(config.output_dir, config.logging_dir))
     accelerator = Accelerator(
-        gradient_accumulation_steps=1,  # set once the number of processes is known
         mixed_precision=config.mixed_precision,
         log_with=None if config.report_to == "none" else config.report_to,
-        project_config=ProjectConfiguration(
-            project_dir=config.output_dir, logging_dir=str(Path(config.output_dir, config.logging_dir))
-        ),
+        project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=logs),
         step_scheduler_with_optimizer=False,  # the schedule advances once per update, on any number of ranks
     )
-    logging.basicConfig(
-        format="%(message)s", level=logging.INFO if accelerator.is_main_process else logging.ERROR, force=True
-    )
+    level = logging.INFO if accelerator.is_main_process else logging.ERROR
+    logging.basicConfig(format="%(message)s", level=level, force=True)
     for name in ("httpx", "accelerate"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for library in (datasets, diffusers, transformers):
         library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     return accelerator
@@ -69,13 +88,9 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
 
 def choose_seed(config: TrainConfig, resume: Path | None) -> int:
     """The seed given, else that of the checkpoint, else a fresh one shared by all ranks."""
-    seed = (
-        config.seed
-        if config.seed is not None
-        else checkpoints.read_state(resume)["seed"]
-        if resume
-        else secrets.randbits(32)
-    )
+    seed = config.seed
+    if seed is None:
+        seed = checkpoints.read_state(resume)["seed"] if resume else secrets.randbits(32)
     return broadcast_object_list([seed])[0]
 
 
@@ -87,7 +102,7 @@ def build_models(
     family.to(accelerator.device, dtype)
     unet = family.load_unet().to(accelerator.device).train()
     reference = ema = None
-    if config.method != "sft" or config.validation_pairs or config.validation_split or config.validation_data_dir:
+    if config.method != "sft" or config.holds_out:
         reference = hold_matmul_weights(copy.deepcopy(unet).requires_grad_(False), dtype)
     if config.use_ema:
         ema = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)).requires_grad_(False)
@@ -97,171 +112,55 @@ def build_models(
     return unet, reference, ema
 
 
-def build_optimizer(
-    config: TrainConfig, family: StableDiffusion, unet: nn.Module, plan: Plan
-) -> tuple[torch.optim.Optimizer, object]:
-    """(AdamW, or Adafactor where asked for or official for the family; learning rate schedule)."""
+def build_optimizer(config: TrainConfig, family: StableDiffusion, unet: nn.Module, learning_rate: float):
+    """AdamW, or Adafactor where it is asked for or official for the family."""
+    settings = {"lr": learning_rate, "weight_decay": config.adam_weight_decay}
     if config.use_adafactor or family.adafactor:
-        settings = {"clip_threshold": 1.0, "scale_parameter": False, "relative_step": False}
-        optimizer = Adafactor(
-            unet.parameters(), lr=plan.learning_rate, weight_decay=config.adam_weight_decay, **settings
-        )
-    else:
-        optimizer = torch.optim.AdamW(
-            unet.parameters(),
-            lr=plan.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            weight_decay=config.adam_weight_decay,
-            eps=config.adam_epsilon,
-        )
-    return optimizer, get_scheduler(
-        config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=plan.steps
-    )
+        settings |= {"clip_threshold": 1.0, "scale_parameter": False, "relative_step": False}
+        return transformers.Adafactor(unet.parameters(), **settings)
+    betas = (config.adam_beta1, config.adam_beta2)
+    return torch.optim.AdamW(unet.parameters(), betas=betas, eps=config.adam_epsilon, **settings)
 
 
-def make_dataset(
-    config: TrainConfig, family: StableDiffusion, pairs: Pairs, plan: Plan, seed: int, stream: str
-) -> PairDataset:
-    """Training samples, or held-out samples without flips, random crops, dropped captions and added noise."""
-    resolution = config.resolution or family.resolution
-    latent_shape = family.latent_shape(resolution)
-    if stream == "held-out":
-        return PairDataset(
-            pairs,
-            Transform(resolution),
-            latent_shape,
-            seed,
-            stream,
-            plan.global_batch,
-            max_unreadable=config.max_unreadable_images,
-        )
-    return PairDataset(
-        pairs,
-        Transform(resolution, config.random_crop, not config.no_hflip, config.shared_flip),
-        latent_shape,
-        seed,
-        stream,
-        plan.global_batch,
-        members=1 if config.method == "sft" else 2,
-        empty_captions=config.proportion_empty_prompts,
-        noise_offset=config.noise_offset,
-        input_perturbation=config.input_perturbation,
-        max_unreadable=config.max_unreadable_images,
-    )
+def build_dataset(run: Run, pairs: Pairs, stream: str) -> PairDataset:
+    """Samples of the stream "train", or of "held-out": without flips, random crops, dropped captions or added noise."""
+    config, resolution = run.config, run.config.resolution or run.family.resolution
+    transform, options = Transform(resolution), {}
+    if stream == "train":
+        transform = Transform(resolution, config.random_crop, not config.no_hflip, config.shared_flip)
+        options = {
+            "members": 1 if config.method == "sft" else 2,
+            "empty_captions": config.proportion_empty_prompts,
+            "noise_offset": config.noise_offset,
+            "input_perturbation": config.input_perturbation,
+        }
+    options["max_unreadable"] = config.max_unreadable_images
+    shape = run.family.latent_shape(resolution)
+    return PairDataset(pairs, transform, shape, run.seed, stream, run.plan.global_batch, **options)
 
 
-def compute_loss(
-    config: TrainConfig,
-    family: StableDiffusion,
-    accelerator: Accelerator,
-    unet: nn.Module,
-    reference: nn.Module | None,
-    batch: Batch,
-):
-    """(mean loss of a micro-batch, its metrics): predictions of policy and reference on the same inputs under the same autocast."""
-    inputs = make_inputs(family, batch)
-    with accelerator.autocast():
-        prediction = family.predict(unet, inputs.noisy, inputs.timesteps, inputs.conditioning)
-        if config.method == "sft":
-            loss = sft(prediction, inputs.target).mean()
-            return loss, {"train_loss": loss}
-        with torch.no_grad():
-            reference_prediction = family.predict(reference, inputs.noisy, inputs.timesteps, inputs.conditioning)
-    form = family.dspo_form if config.dspo_form == "auto" else config.dspo_form
-    method = f"dspo-{form}" if config.method == "dspo" else config.method
-    safeguard = {
-        "mu": config.winner_preserving_mu if config.use_winner_preserving else None,
-        "per_pair": config.winner_preserving_per == "pair",
-    }
-    terms = pair_terms(
-        prediction,
-        reference_prediction,
-        inputs.target,
-        config.beta_dpo,
-        constant=config.constant_loser_scale,
-        **safeguard,
-    )
-    loss = PAIR_LOSSES[method](terms, config.beta_dpo, config.dmpo_alpha).mean()
-    return loss, {"train_loss": loss, **pair_metrics(terms, config.beta_dpo)}
-
-
-def validate(
-    config: TrainConfig,
-    family: StableDiffusion,
-    accelerator: Accelerator,
-    held_out: HeldOutPairs | None,
-    models: dict,
-    step: int,
-    seed: int,
-):
-    """Held-out errors of every model and, if asked for, an image per validation prompt in {output_dir}/validation/."""
-    figures: dict[str, float] = {}
-    for name, model in models.items():
-        figures |= held_out.measure(model, config.beta_dpo, name) if held_out else {}
-    if config.validation_prompts and accelerator.is_main_process:
-        prompts = Path(config.validation_prompts).read_text(encoding="utf-8").split("\n")
-        prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
-        shape = family.latent_shape(config.resolution or family.resolution)
-        folder = Path(config.output_dir, "validation", f"step-{step:06d}")
-        folder.mkdir(parents=True, exist_ok=True)
-        for index, prompt in enumerate(prompts):
-            noise = torch.from_numpy(normal(seed, "validation-image", (index,), (1, *shape)))
-            with accelerator.autocast():
-                (image,) = sample(
-                    family, accelerator.unwrap_model(models["heldout"]), [prompt], noise, steps=25, guidance_scale=7.5
-                )
-            Image.fromarray(image).save(folder / f"{index:03d}.png")
-            for tracker in accelerator.trackers:
-                if tracker.name in ("tensorboard", "wandb"):
-                    tracker.log_images(
-                        {f"validation/{index:03d}": [image] if tracker.name == "wandb" else image[None]}, step=step
-                    )
-    return figures
-
-
-def announce(
-    config: TrainConfig, plan: Plan, unet: nn.Module, family: StableDiffusion, notes: list[str], seed: int
-) -> None:
-    """Say what is about to happen and what is known to be unwise about it."""
-    parameters = sum(p.numel() for p in unet.parameters())
+def announce(run: Run, notes: list[str]) -> None:
+    """Say what is about to happen, what it needs, and what is known to be unwise about it."""
+    config, family = run.config, run.family
+    parameters = sum(p.numel() for p in run.unet.parameters())
     adafactor = config.use_adafactor or family.adafactor
-    per_parameter = {"policy": 4, "gradients": 4, "optimizer": 0 if adafactor else 8, "average": 4 * config.use_ema}
-    per_parameter["reference"] = 0 if config.method == "sft" else 4 if config.mixed_precision == "no" else 2
-    frozen = sum(
-        p.numel() * p.element_size() for model in (family.vae, *family.text_encoders) for p in model.parameters()
-    )
-    memory = {name: parameters * size / 2**30 for name, size in per_parameter.items() if size} | {
-        "encoders": frozen / 2**30
-    }
-    parts = ", ".join(f"{name} {size:.3g}" for name, size in memory.items())
-    for line in (*notes, *plan.lines(config)):
+    sizes = {"policy": 4, "gradients": 4, "optimizer": 0 if adafactor else 8, "average": 4 if run.ema else 0}  # bytes
+    sizes["reference"] = 0 if run.reference is None else DTYPES[config.mixed_precision].itemsize
+    memory = {name: parameters * size / 2**30 for name, size in sizes.items() if size}
+    encoders = (family.vae, *family.text_encoders)
+    memory["encoders"] = sum(p.numel() * p.element_size() for model in encoders for p in model.parameters()) / 2**30
+    for line in (*notes, *run.plan.lines(config)):
         log.info(line)
-    log.info(
-        f"method         {config.method}, beta {config.beta_dpo:g}, seed {seed}, {config.mixed_precision} precision"
-    )
-    log.info(
-        f"parameters     {parameters:,}; about {sum(memory.values()):.3g} GiB per device before activations ({parts})"
-    )
+    log.info(f"method         {config.method}, beta {config.beta_dpo:g}, seed {run.seed}, precision {config.mixed_precision}")
+    log.info(f"parameters     {parameters:,}")
+    parts = ", ".join(f"{name} {size:.3g}" for name, size in memory.items())
+    log.info(f"memory         {sum(memory.values()):.3g} GiB per device before activations: {parts}")
     for caution in (*config.obsolete(), *config.cautions()):
         log.warning(f"CAUTION: {caution}")
 
 
-def count_unreadable(config: TrainConfig, batch: Batch, so_far: int) -> int:
-    """Report pairs that were replaced because an image could not be read; raises InputError past the limit."""
-    for text in batch.unreadable:
-        log.error(f"unreadable, replaced by another pair: {text}")
-    so_far += len(batch.unreadable)
-    if so_far > config.max_unreadable_images:
-        raise InputError(
-            f"{so_far} unreadable pairs, more than --max_unreadable_images {config.max_unreadable_images}; the last: {batch.unreadable[-1]}"
-        )
-    return so_far
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Train as the command line says."""
-    # Config, devices, data
-    config = parse_config(arguments)
+def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
+    """The run, resumed if there is a checkpoint, its training samples and its held-out pairs."""
     accelerator = start_accelerator(config)
     resume = checkpoints.find_checkpoint(config)
     seed = choose_seed(config, resume)
@@ -271,125 +170,179 @@ def main(arguments: list[str] | None = None) -> None:
     plan = Plan.of(config, accelerator.num_processes, len(pairs))
     accelerator.gradient_accumulation_steps = plan.accumulation
 
-    # Models and optimizer
-    dataset = make_dataset(config, family, pairs, plan, seed, "train")
     unet, reference, ema = build_models(config, family, accelerator)
-    optimizer, schedule = build_optimizer(config, family, unet, plan)
-    announce(config, plan, unet, family, notes, seed)
-    unet, optimizer, schedule = accelerator.prepare(unet, optimizer, schedule)
-    checkpoints.register_hooks(accelerator, unet)
+    optimizer = build_optimizer(config, family, unet, plan.learning_rate)
+    lengths = {"num_warmup_steps": config.lr_warmup_steps, "num_training_steps": plan.steps}
+    schedule = get_scheduler(config.lr_scheduler, optimizer, **lengths)
+    run = Run(config, accelerator, family, plan, seed, unet, reference, ema, optimizer, schedule)
+    dataset = build_dataset(run, pairs, "train")
+    announce(run, notes)
+    run.unet, run.optimizer, run.schedule = accelerator.prepare(unet, optimizer, schedule)
 
-    # Resume
-    step = 0
+    checkpoints.register_hooks(accelerator, run.unet)
     if resume:
         for change in checkpoints.changed_settings(config, resume):
             log.warning(f"CAUTION: resuming with another setting: {change}")
-        step = checkpoints.load_checkpoint(accelerator, ema, resume)
-        log.info(f"resumed from {resume} after {step} updates")
+        run.step = checkpoints.load_checkpoint(accelerator, ema, resume)
+        log.info(f"resumed        {resume}, after {run.step} updates")
+    return run, dataset, hold_out(run, held_out_pairs)
 
-    # Held-out pairs and logs
-    held_out = None
-    if held_out_pairs:
-        began = time.monotonic()
-        held_out_set = make_dataset(config, family, held_out_pairs, plan, seed, "held-out")
-        held_out = HeldOutPairs(accelerator, family, held_out_set, config.train_batch_size, reference)
-        passes = len(held_out.shares) * (2 if ema else 1)
-        log.info(
-            f"held out       {held_out.pairs} pairs, encoded in {time.monotonic() - began:.1f} s; {passes} forward passes every {config.validation_steps} updates"
-        )
-    save_run(config, plan, accelerator, seed)
-    metrics = MetricsLog(accelerator, config.output_dir, step)
-    models = {"heldout": unet} | ({"heldout_ema": ema.module} if ema else {})
-    if step == 0:
-        metrics.write(0, validate(config, family, accelerator, held_out, models, 0, seed))
 
-    # Updates
-    meter, unreadable = Meter(accelerator), 0
-    progress = tqdm(
-        total=plan.steps, initial=step, desc=config.method, unit="update", disable=not accelerator.is_local_main_process
+def hold_out(run: Run, pairs: Pairs | None) -> HeldOutPairs | None:
+    """Encode the held-out pairs and say what measuring on them costs."""
+    if pairs is None:
+        return None
+    began = time.monotonic()
+    samples = build_dataset(run, pairs, "held-out")
+    held_out = HeldOutPairs(run.accelerator, run.family, samples, run.config.train_batch_size, run.reference)
+    passes = len(held_out.shares) * (2 if run.ema else 1)
+    log.info(
+        f"held out       {held_out.pairs} pairs, encoded in {time.monotonic() - began:.1f} s; "
+        f"{passes} forward passes per device every {run.config.validation_steps} updates"
     )
-    micro_batches = iter(train_loader(config, dataset, plan, accelerator.process_index, step))
-    began, first = time.monotonic(), step
-    while step < plan.steps:
-        for _ in range(plan.accumulation):
-            batch = next(micro_batches)
-            unreadable = count_unreadable(config, batch, unreadable)
-            with accelerator.accumulate(unet):
-                loss, values = compute_loss(config, family, accelerator, unet, reference, batch.to(accelerator.device))
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    values["grad_norm"] = clip_gradients(config, accelerator, unet)
-                optimizer.step()
-                optimizer.zero_grad()
-            meter.add(values)
-        learning_rate = schedule.get_last_lr()[0]
-        schedule.step()
-        if ema:
-            ema.update_parameters(accelerator.unwrap_model(unet))
-        step += 1
+    return held_out
+
+
+def start_logs(run: Run) -> MetricsLog:
+    """Trackers, config.json with settings and derived numbers, metrics.jsonl up to the step the run starts from."""
+    settings = {**dataclasses.asdict(run.config), "seed": run.seed}
+    if run.accelerator.is_main_process:
+        text = json.dumps({"config": settings, "plan": dataclasses.asdict(run.plan)}, indent=2) + "\n"
+        path = Path(run.config.output_dir, "config.json")
+        checkpoints.write_file(path, lambda partial: partial.write_text(text))
+    shown = {name: value for name, value in settings.items() if value is not None}
+    run.accelerator.init_trackers(run.config.tracker_project_name, shown)
+    return MetricsLog(run.accelerator, run.config.output_dir, run.step)
+
+
+# Training
+
+
+def compute_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """(mean loss of a micro-batch, its metrics): policy and reference see the same inputs under the same autocast."""
+    config, family = run.config, run.family
+    inputs = make_inputs(family, batch)
+    with run.accelerator.autocast():
+        prediction = family.predict(run.unet, inputs.noisy, inputs.timesteps, inputs.conditioning)
+    if config.method == "sft":
+        loss = sft(prediction, inputs.target).mean()
+        return loss, {"train_loss": loss}
+    with run.accelerator.autocast(), torch.no_grad():
+        reference = family.predict(run.reference, inputs.noisy, inputs.timesteps, inputs.conditioning)
+    mu = config.winner_preserving_mu if config.use_winner_preserving else None
+    per_pair, constant = config.winner_preserving_per == "pair", config.constant_loser_scale
+    terms = pair_terms(prediction, reference, inputs.target, config.beta_dpo, mu=mu, per_pair=per_pair, constant=constant)
+    form = family.dspo_form if config.dspo_form == "auto" else config.dspo_form
+    method = f"dspo-{form}" if config.method == "dspo" else config.method
+    loss = PAIR_LOSSES[method](terms, config.beta_dpo, config.dmpo_alpha).mean()
+    return loss, {"train_loss": loss, **pair_metrics(terms, config.beta_dpo)}
+
+
+def update(run: Run, micro_batches, meter: Meter) -> None:
+    """One optimizer step over the accumulated micro-batches, the schedule's and the average's."""
+    for _ in range(run.plan.accumulation):
+        batch = next(micro_batches)
+        meter.count_unreadable(batch.unreadable, run.config.max_unreadable_images)
+        with run.accelerator.accumulate(run.unet):
+            loss, values = compute_loss(run, batch.to(run.accelerator.device))
+            run.accelerator.backward(loss)
+            if run.accelerator.sync_gradients:
+                limit = run.config.max_grad_norm or float("inf")
+                values["grad_norm"] = run.accelerator.clip_grad_norm_(run.unet.parameters(), limit)
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+        meter.add(values)
+    run.schedule.step()
+    if run.ema:
+        run.ema.update_parameters(run.accelerator.unwrap_model(run.unet))
+    run.step += 1
+
+
+def train(run: Run, dataset: PairDataset, held_out: HeldOutPairs | None) -> None:
+    """Update until the run's last step; log, measure held-out pairs and write checkpoints on the way."""
+    config, plan, metrics, meter = run.config, run.plan, start_logs(run), Meter(run.accelerator)
+    if run.step == 0:
+        metrics.write(0, validate(run, held_out))
+    micro_batches = iter(train_loader(config, dataset, plan, run.accelerator.process_index, run.step))
+    hidden = not run.accelerator.is_local_main_process
+    progress = tqdm(total=plan.steps, initial=run.step, desc=config.method, unit="update", disable=hidden)
+    first, began = run.step, time.monotonic()
+    while run.step < plan.steps:
+        learning_rate = run.schedule.get_last_lr()[0]
+        update(run, micro_batches, meter)
         progress.update()
 
-        if step % config.logging_steps == 0 or step == plan.steps:
-            figures = meter.reduce() | {
-                "lr": learning_rate,
-                "pairs_per_second": (step - first) * plan.global_batch / (time.monotonic() - began),
-            }
+        last = run.step == plan.steps
+        if run.step % config.logging_steps == 0 or last:
+            speed = (run.step - first) * plan.global_batch / (time.monotonic() - began)
+            figures = meter.reduce() | {"lr": learning_rate, "pairs_per_second": speed}
             show_progress(progress, figures)
-            metrics.write(step, figures)
-        if step % config.validation_steps == 0 or step == plan.steps:
-            metrics.write(step, validate(config, family, accelerator, held_out, models, step, seed))
-        if config.checkpointing_steps and step % config.checkpointing_steps == 0:
-            checkpoints.save_checkpoint(accelerator, config, ema, step, seed)
+            metrics.write(run.step, figures)
+        if run.step % config.validation_steps == 0 or last:
+            metrics.write(run.step, validate(run, held_out))
+        if config.checkpointing_steps and run.step % config.checkpointing_steps == 0:
+            checkpoints.save_checkpoint(run.accelerator, config, run.ema, run.step, run.seed)
     progress.close()
-
-    save_model(config, family, accelerator, unet, ema)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-
-
-def clip_gradients(config: TrainConfig, accelerator: Accelerator, unet: nn.Module) -> Tensor:
-    """Norm of the gradient before clipping."""
-    return accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm or float("inf"))
 
 
 def show_progress(progress: tqdm, figures: dict[str, float]) -> None:
     """Loss, margin accuracy, mean loser scale and throughput behind the progress bar."""
-    short = {
+    names = {
         "loss": "train_loss",
         "accuracy": "rewards/accuracies",
         "lambda": "avg_lose_l_scale",
         "pairs/s": "pairs_per_second",
     }
-    progress.set_postfix(
-        {label: f"{figures[name]:.3g}" for label, name in short.items() if name in figures}, refresh=False
-    )
+    shown = {label: f"{figures[name]:.3g}" for label, name in names.items() if name in figures}
+    progress.set_postfix(shown, refresh=False)
 
 
-def save_run(config: TrainConfig, plan: Plan, accelerator: Accelerator, seed: int) -> None:
-    """Start the trackers and write config and derived numbers to {output_dir}/config.json."""
-    settings = {**dataclasses.asdict(config), "seed": seed}
-    if accelerator.is_main_process:
-        text = json.dumps({"config": settings, "plan": dataclasses.asdict(plan)}, indent=2) + "\n"
-        checkpoints.write_file(Path(config.output_dir, "config.json"), lambda partial: partial.write_text(text))
-    accelerator.init_trackers(
-        config.tracker_project_name, {name: value for name, value in settings.items() if value is not None}
-    )
+def validate(run: Run, held_out: HeldOutPairs | None) -> dict[str, float]:
+    """Held-out errors of the raw and of the averaged weights; sampled images if there are validation prompts."""
+    figures: dict[str, float] = {}
+    if held_out:
+        figures |= held_out.measure(run.unet, run.config.beta_dpo, "heldout")
+        if run.ema:
+            figures |= held_out.measure(run.ema.module, run.config.beta_dpo, "heldout_ema")
+    if run.config.validation_prompts and run.accelerator.is_main_process:
+        sample_prompts(run, Path(run.config.validation_prompts).read_text(encoding="utf-8").splitlines())
+    return figures
 
 
-def save_model(
-    config: TrainConfig, family: StableDiffusion, accelerator: Accelerator, unet: nn.Module, ema: AveragedModel | None
-) -> None:
+def sample_prompts(run: Run, prompts: list[str]) -> None:
+    """Write an image per prompt to {output_dir}/validation/step-N/ and show it in the trackers; rank 0 only."""
+    folder = Path(run.config.output_dir, "validation", f"step-{run.step:06d}")
+    folder.mkdir(parents=True, exist_ok=True)
+    shape = run.family.latent_shape(run.config.resolution or run.family.resolution)
+    unet = run.accelerator.unwrap_model(run.unet)
+    for index, prompt in enumerate(prompts):
+        noise = torch.from_numpy(normal(run.seed, "validation-image", (index,), (1, *shape)))
+        with run.accelerator.autocast():
+            image = sample(run.family, unet, [prompt], noise, steps=25, guidance_scale=7.5)  # (1, H, W, 3)
+        Image.fromarray(image[0]).save(folder / f"{index:03d}.png")
+        for tracker in run.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.log_images({f"validation/{index:03d}": image}, step=run.step, dataformats="NHWC")
+
+
+def save_model(run: Run) -> None:
     """Write unet.pth, unet_ema.pth and a complete diffusers pipeline into the output folder."""
-    state = accelerator.get_state_dict(unet)
-    if accelerator.is_main_process:
-        output = Path(config.output_dir)
+    output, state = Path(run.config.output_dir), run.accelerator.get_state_dict(run.unet)
+    if run.accelerator.is_main_process:
         checkpoints.save_state_dict(state, output / "unet.pth")
-        if ema:
-            checkpoints.save_state_dict(ema.module, output / "unet_ema.pth")
-        family.save_pipeline(accelerator.unwrap_model(unet), output)
-        log.info(
-            f"saved          {output}/unet.pth" + (", unet_ema.pth" if ema else "") + " and the pipeline beside it"
-        )
+        if run.ema:
+            checkpoints.save_state_dict(run.ema.module.state_dict(), output / "unet_ema.pth")
+        run.family.save_pipeline(run.accelerator.unwrap_model(run.unet), output)
+        log.info(f"saved          {output}/unet.pth{', unet_ema.pth' if run.ema else ''} and the pipeline beside it")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train as the command line says."""
+    run, dataset, held_out = set_up(parse_config(arguments))
+    train(run, dataset, held_out)
+    save_model(run)
+    run.accelerator.wait_for_everyone()
+    run.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Checkpoints that are either whole or absent, and resuming from them.
 
-checkpoint-{step}/ holds unet.pth (plain fp32 state dict), unet_ema.pth, state.json (step, seed, config) and accelerate's optimizer, schedule and
-scaler. Nothing about data or random numbers is needed: both are functions of the step.
+checkpoint-{step}/ holds unet.pth (plain fp32 state dict), unet_ema.pth, state.json (step, seed, config) and
+accelerate's optimizer, schedule and scaler. Nothing about data or random numbers is needed: both are functions of the
+step.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from sdpo.config import InputError, TrainConfig
@@ -28,9 +29,8 @@ def write_file(path: Path, write) -> None:
     os.replace(partial, path)
 
 
-def save_state_dict(model: nn.Module | dict, path: Path) -> None:
-    """Write a model's parameters as a plain fp32 state dict on the CPU."""
-    state = model if isinstance(model, dict) else model.state_dict()
+def save_state_dict(state: dict[str, Tensor], path: Path) -> None:
+    """Write parameters as a plain fp32 state dict on the CPU."""
     state = {name: value.detach().float().cpu() for name, value in state.items()}
     write_file(path, lambda partial: torch.save(state, partial))
 
@@ -64,7 +64,7 @@ def save_checkpoint(
     accelerator.save_state(str(partial))
     if accelerator.is_main_process:
         if ema is not None:
-            save_state_dict(ema.module, partial / "unet_ema.pth")
+            save_state_dict(ema.module.state_dict(), partial / "unet_ema.pth")
         state = {"step": step, "seed": seed, "config": dataclasses.asdict(config)}
         (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
     accelerator.wait_for_everyone()

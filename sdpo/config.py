@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 
@@ -174,6 +175,8 @@ class TrainConfig:
             self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1,
             "--checkpoints_total_limit must be at least 1",
         )
+        prompts = self.validation_prompts
+        yield prompts and not Path(prompts).is_file(), f"--validation_prompts {prompts} is not a file; give one prompt per line"
         controlled = self.use_winner_preserving or self.constant_loser_scale != 1
         yield (
             self.method == "sft" and controlled,
@@ -188,6 +191,11 @@ class TrainConfig:
     def method(self) -> str:
         """The training method after --sft."""
         return "sft" if self.sft else self.train_method
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether there are held-out pairs."""
+        return bool(self.validation_pairs or self.validation_split or self.validation_data_dir)
 
     def obsolete(self) -> list[str]:
         """A sentence for every flag that was given and has no effect."""

@@ -50,7 +50,7 @@ def read_table(config: TrainConfig, split: str, folder: str | None = None) -> da
                 datasets.load_dataset(source, config.dataset_config_name, split=split, cache_dir=config.cache_dir)
             )
         if split not in files:
-            raise InputError(f"{source} has no split {split!r}; it has {', '.join(files)}: choose one with --split")
+            raise InputError(f"{source} has no split {split!r}; it has {', '.join(map(str, files))}: choose one of them")
         return undecoded(
             datasets.load_dataset(
                 builder.name, data_files={split: list(files[split])}, split=split, cache_dir=config.cache_dir
@@ -93,7 +93,7 @@ def read_pair_file(file: Path) -> datasets.Dataset:
         missing = [
             name
             for name in FILE_COLUMNS
-            if not isinstance(record, dict) or record.get(name) in (None, "") and name != "caption"
+            if not isinstance(record, dict) or (record.get(name) in (None, "") and name != "caption")
         ]
         if missing or "caption" not in record:
             raise InputError(
@@ -115,7 +115,7 @@ def read_saved(path: Path, split: str) -> datasets.Dataset:
         return datasets.load_from_disk(str(path))
     splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
     if split not in splits:
-        raise InputError(f"{path} has no split {split!r}; it has {', '.join(splits)}: choose one with --split")
+        raise InputError(f"{path} has no split {split!r}; it has {', '.join(splits)}: choose one of them")
     return datasets.load_from_disk(str(path / split))
 
 
@@ -340,8 +340,9 @@ class PairDataset(Dataset):
     max_unreadable: int = 100
 
     def __getitem__(self, place: tuple[int, int]) -> dict:
-        """Pixels (members, 3, H, W) uint8, caption, noise and input noise (C, h, w), posterior noise (members, C, h, w) and the
-        uniform draw for the timestep."""
+        """Pixels (members, 3, H, W) uint8, caption, noise and input noise (C, h, w), posterior noise (members, C, h, w)
+        and the uniform draw for the timestep.
+        """
         step, position = place
         index = self._index(step * self.global_batch + position)
         unreadable: list[str] = []

@@ -1,7 +1,8 @@
 """The base models: the only module that knows what distinguishes one family from another.
 
-A family encodes images and captions, adds noise, predicts and saves. A new one is a class here plus a row in FAMILIES. Targets are returned
-for every sample, so that parametrisations in which winner and loser differ (v-prediction, flow matching) need nothing elsewhere.
+A family encodes images and captions, adds noise, predicts and saves. A new one is a class here plus a row in FAMILIES.
+Targets are returned for every sample, so that parametrisations in which winner and loser differ (v-prediction, flow
+matching) need nothing elsewhere.
 """
 
 from __future__ import annotations
@@ -74,8 +75,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 def hold_matmul_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Keep the weights that autocast would cast anyway (linear and convolution) in `dtype`, all others in fp32.
 
-    Normalisation runs in fp32 under autocast and its weights must not be rounded: with them in fp32, the frozen model computes bit for bit what
-    an fp32 copy computes under autocast.
+    Normalisation runs in fp32 under autocast and its weights must not be rounded: with them in fp32, the frozen model
+    computes bit for bit what an fp32 copy computes under autocast.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):

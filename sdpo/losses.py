@@ -1,7 +1,8 @@
 """The preference losses and the winner-preserving safeguard (Diffusion-SDPO, arXiv 2511.03317), on plain tensors.
 
-One pair is one caption with a winner `w` and a loser `l` that share noise and timestep. Tensors of predictions and targets hold 2B samples,
-winners first. Errors are formed in fp32 whatever the precision of the inputs. Nothing here knows a model, a device or a config.
+One pair is one caption with a winner `w` and a loser `l` that share noise and timestep. Tensors of predictions and
+targets hold 2B samples, winners first. Errors are formed in fp32 whatever the precision of the inputs. Nothing here
+knows a model, a device or a config.
 """
 
 from __future__ import annotations
@@ -54,10 +55,10 @@ def winner_preserving_scale(
 ) -> Tensor:
     """Largest loser scale in [0, 1] that keeps the share `mu` of the winner's descent, to first order in output space.
 
-    residual_w, residual_l: (B, ...) prediction minus target. Returns lambda without gradient: () for the micro-batch as a whole (the official
-    rule) or (B,) with per_pair, which does not depend on how the batch is split. `eps` is added to the inner product of the gradients
-    g = 2 e / N (N elements share one lambda), hence eps N^2 / 4 to that of the residuals. Raises ValueError for mu outside [0, 1].
-    Source: arXiv 2511.03317, winner-preserving condition.
+    residual_w, residual_l: (B, ...) prediction minus target. Returns lambda without gradient: () for the micro-batch as
+    a whole (the official rule) or (B,) with per_pair, which does not depend on how the batch is split. `eps` is added
+    to the inner product of the gradients g = 2 e / N (N elements share one lambda), hence eps N^2 / 4 to that of the
+    residuals. Raises ValueError for mu outside [0, 1]. Source: arXiv 2511.03317, winner-preserving condition.
     """
     if not 0 <= mu <= 1:
         raise ValueError(f"mu must lie in [0, 1], got {mu}")
@@ -82,8 +83,9 @@ def pair_terms(
 ) -> PairTerms:
     """Residuals, errors, loser scale and margin of B pairs.
 
-    prediction, reference, target: (2B, C, H, W), winners first; the targets of the two members need not be equal. The loser's gradient is
-    scaled by the winner-preserving rule where `mu` is given, else by `constant` (1 is the plain method, 0 trains on winners only).
+    prediction, reference, target: (2B, C, H, W), winners first; the targets of the two members need not be equal. The
+    loser's gradient is scaled by the winner-preserving rule where `mu` is given, else by `constant` (1 is the plain
+    method, 0 trains on winners only).
     """
     prediction, reference, target = prediction.float(), reference.detach().float(), target.detach().float()
     residual_w, residual_l = (prediction - target).chunk(2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 
@@ -10,7 +11,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from sdpo.config import InputError
 from sdpo.losses import PairTerms
+
+log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -53,7 +57,17 @@ class Meter:
     """Averages of scalars over micro-steps and ranks; names that end in /min keep the minimum. One transfer per reduction."""
 
     def __init__(self, accelerator: Accelerator):
-        self.accelerator, self.sums, self.counts = accelerator, {}, {}
+        self.accelerator, self.sums, self.counts, self.unreadable = accelerator, {}, {}, 0
+
+    def count_unreadable(self, reports: list[str], limit: int) -> None:
+        """Report pairs that were replaced because an image could not be read; raises InputError past the limit."""
+        for report in reports:
+            log.error(f"unreadable, replaced by another pair: {report}")
+        self.unreadable += len(reports)
+        if self.unreadable > limit:
+            raise InputError(
+                f"{self.unreadable} unreadable pairs, more than --max_unreadable_images {limit}; the last: {reports[-1]}"
+            )
 
     def add(self, values: dict[str, Tensor]) -> None:
         """Take in scalars without leaving the device."""

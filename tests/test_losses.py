@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,9 +23,10 @@ def golden():
 
 
 def pairs(seed, size=3, shape=(4, 8, 8), dtype=torch.float32):
-    """Prediction, reference and target (2 * size, *shape) with targets that differ between winner and loser."""
+    """Prediction, reference and target (2 * size, *shape): targets differ between winner and loser, residuals correlate."""
     draw = torch.Generator().manual_seed(seed)
     target, noise, drift = (torch.randn(2 * size, *shape, generator=draw) for _ in range(3))
+    noise = noise + torch.randn(size, *shape, generator=draw).repeat(2, 1, 1, 1)
     return [x.to(dtype) for x in (target + 0.3 * noise + 0.1 * drift, target + 0.3 * noise, target)]
 
 
@@ -57,3 +60,205 @@ def test_official_cases(case, golden):
     ):
         scale = tensor[expected].abs().max().item()
         torch.testing.assert_close(got, tensor[expected], rtol=1e-5, atol=1e-6 * scale)
+
+
+# The closed-form scale against autograd, and the rule it promises
+
+
+def scale_by_autograd(prediction, target, mu):
+    """Lambda from gradients that autograd takes of the two members' mean errors."""
+    prediction = prediction.clone().requires_grad_()
+    error_w, error_l = ((prediction - target) ** 2).chunk(2)
+    grad_w = torch.autograd.grad(error_w.mean(), prediction, retain_graph=True)[0].chunk(2)[0].flatten()
+    grad_l = torch.autograd.grad(error_l.mean(), prediction)[0].chunk(2)[1].flatten()
+    inner = grad_w @ grad_l
+    return min(1.0, ((1 - mu) * grad_w @ grad_w / (inner + 1e-9)).item()) if inner > 0 else 1.0
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.2, 0.6, 0.9, 1.0])
+@pytest.mark.parametrize("seed", range(5))
+def test_scale_equals_autograd(seed, mu):
+    prediction, _, target = pairs(seed, size=4)
+    residual_w, residual_l = (prediction - target).chunk(2)
+    residual_l = residual_l + 0.5 * residual_w  # so that the inner product is positive
+    prediction = target + torch.cat([residual_w, residual_l])
+    expected = scale_by_autograd(prediction, target, mu)
+    assert winner_preserving_scale(residual_w, residual_l, mu).item() == pytest.approx(expected, rel=1e-5)
+    each = winner_preserving_scale(residual_w, residual_l, mu, per_pair=True)
+    rows = [torch.stack(pair) for pair in zip(*prediction.chunk(2), strict=True)]
+    goals = [torch.stack(pair) for pair in zip(*target.chunk(2), strict=True)]
+    assert each.tolist() == pytest.approx([scale_by_autograd(p, t, mu) for p, t in zip(rows, goals, strict=True)], rel=1e-5)
+
+
+@pytest.mark.parametrize("per_pair", [False, True])
+@pytest.mark.parametrize("seed", range(20))
+def test_winner_descends_to_first_order(seed, per_pair):
+    """-||g_w||^2 + lambda <g_w, g_l> <= -mu ||g_w||^2 for random residuals and mu."""
+    draw = torch.Generator().manual_seed(seed)
+    mu = torch.rand((), generator=draw).item()
+    residual_w, residual_l = torch.randn(2, 3, 4, 8, 8, generator=draw, dtype=torch.float64) * torch.rand(2, 1, 1, 1, 1, generator=draw)
+    residual_l = residual_l + 3 * torch.rand((), generator=draw) * residual_w
+    scale = winner_preserving_scale(residual_w, residual_l, mu, per_pair).double()
+    sums = (1,) if per_pair else (0, 1)
+    ww, wl = (x.flatten(1).sum(sums) for x in (residual_w**2, residual_w * residual_l))
+    assert ((-ww + scale * wl) <= -mu * ww * (1 - 1e-5) + 1e-9).all()
+    assert ((0 <= scale) & (scale <= 1)).all()
+
+
+@pytest.mark.parametrize(
+    "relation, mu, expected",
+    [
+        (lambda w: w, 0.75, 0.25),
+        (lambda w: 2 * w, 0.0, 0.5),
+        (lambda w: -w, 0.9, 1.0),
+        (lambda w: torch.cat([w[:, 1:2], -w[:, :1]], 1), 0.9, 1.0),
+        (torch.zeros_like, 0.9, 1.0),
+        (lambda w: 0.1 * w, 0.5, 1.0),
+    ],
+    ids=["identical", "twice", "anti-parallel", "orthogonal", "zero loser", "small loser"],
+)
+@pytest.mark.parametrize("per_pair", [False, True])
+def test_scale_of_special_residuals(relation, mu, expected, per_pair):
+    residual_w = torch.randint(-3, 4, (2, 2, 16, 16), generator=torch.Generator().manual_seed(0)).float()  # exact sums
+    scale = winner_preserving_scale(residual_w, relation(residual_w), mu, per_pair)
+    assert scale.shape == ((2,) if per_pair else ())
+    torch.testing.assert_close(scale, torch.full_like(scale, expected), rtol=1e-5, atol=0)
+
+
+def test_zero_winner_has_no_descent_to_keep():
+    loser = torch.randn(2, 4, 8, 8)
+    assert winner_preserving_scale(torch.zeros_like(loser), loser, 0.5) == 1  # the inner product is 0, not positive
+
+
+def test_mu_outside_the_unit_interval_is_refused():
+    for mu in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match=r"mu must lie in \[0, 1\]"):
+            winner_preserving_scale(torch.ones(1, 4), torch.ones(1, 4), mu)
+
+
+def test_scale_per_pair_does_not_depend_on_the_split():
+    prediction, _, target = pairs(0, size=6)
+    residual_w, residual_l = (prediction - target).chunk(2)
+    residual_l = residual_l + residual_w
+    whole = winner_preserving_scale(residual_w, residual_l, 0.9, per_pair=True)
+    parts = [winner_preserving_scale(w[None], l[None], 0.9, per_pair=True) for w, l in zip(residual_w, residual_l, strict=True)]
+    torch.testing.assert_close(whole, torch.cat(parts))
+
+
+# What the hook changes, and what it must not
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("safeguard", [{"mu": 0.9}, {"mu": 0.9, "per_pair": True}, {"constant": 0.3}, {"constant": 0.0}])
+def test_hook_leaves_loss_and_winner_untouched(method, safeguard):
+    prediction, reference, target = pairs(1)
+    loss, grad = backward(method, prediction, reference, target)
+    hooked_loss, hooked_grad = backward(method, prediction, reference, target, **safeguard)
+    assert torch.equal(loss, hooked_loss)
+    assert torch.equal(grad.chunk(2)[0], hooked_grad.chunk(2)[0])
+    assert not torch.equal(grad.chunk(2)[1], hooked_grad.chunk(2)[1])
+    scale = pair_terms(prediction, reference, target, 20.0, **safeguard).loser_scale.view(-1, 1, 1, 1)
+    torch.testing.assert_close(hooked_grad.chunk(2)[1], scale * grad.chunk(2)[1])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_scale_one_is_the_plain_method(method):
+    """Bit for bit, against the losses written out without any hook."""
+    prediction, reference, target = pairs(2)
+    beta, alpha = 20.0, 0.01
+    leaf = prediction.clone().requires_grad_()
+    error, reference_error = ((x - target).square().flatten(1).mean(1).chunk(2) for x in (leaf, reference))
+    margin = -beta / 2 * ((error[0] - error[1]) - (reference_error[0] - reference_error[1]))
+    drift, residual = ((leaf - x).chunk(2)[0] for x in (reference, target))
+    doubt = (1 - margin.sigmoid()).view(-1, 1, 1, 1)
+    q = torch.tensor(1 - alpha)
+    log = torch.nn.functional.logsigmoid
+    expected = {
+        "diffusion-dpo": lambda: -log(margin),
+        "dmpo": lambda: margin.sigmoid() * (log(margin) - q.log()) + (1 - margin.sigmoid()) * (log(-margin) - (1 - q).log()),
+        "dspo-score": lambda: (residual - beta * doubt * drift).square().flatten(1).mean(1),
+        "dspo-switched": lambda: doubt.flatten().square(),  # drift^2 is about 0.01 here, below the switch at 0.1
+    }[method]().mean()
+    expected.backward()
+    loss, grad = backward(method, prediction, reference, target, constant=1.0)
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(grad, leaf.grad, rtol=1e-5, atol=1e-8)
+    anti = torch.cat([target.chunk(2)[0] + 0.1, target.chunk(2)[1] - 0.1])  # lambda = 1 by the rule
+    plain, ruled = (backward(method, anti, reference, target, **options) for options in ({}, {"mu": 0.9}))
+    assert torch.equal(plain[0], ruled[0])
+    assert torch.equal(plain[1], ruled[1])
+
+
+def test_switched_form_switches_at_a_mean_squared_drift_of_a_tenth():
+    target = torch.zeros(4, 1, 2, 2)
+    reference = torch.full_like(target, 0.5)
+    for drift, factor in ((0.1**0.5 * 0.999, 1.0), (0.1**0.5 * 1.001, 0.1 * 1.001**2)):
+        terms = pair_terms(reference + drift, reference, target, 1.0)
+        expected = (1 - terms.margin.sigmoid()).square() * factor
+        torch.testing.assert_close(PAIR_LOSSES["dspo-switched"](terms, 1.0, 0.0), expected)
+
+
+def test_dmpo_turns_at_the_logit_of_its_target():
+    """dL/du = p (1 - p) (u - logit q): negative below logit 0.99 = 4.595, positive above."""
+    margins = torch.tensor([0.0, 4.5, 4.7, 9.0], requires_grad=True)
+    from dataclasses import replace
+
+    terms = replace(pair_terms(*pairs(0), 1.0), margin=margins)
+    PAIR_LOSSES["dmpo"](terms, 1.0, 0.01).sum().backward()
+    p = margins.detach().sigmoid()
+    torch.testing.assert_close(margins.grad, p * (1 - p) * (margins.detach() - 4.59512), rtol=1e-4, atol=1e-7)
+
+
+def test_targets_may_differ_between_winner_and_loser():
+    prediction, reference, target = pairs(3, size=1)
+    terms = pair_terms(prediction, reference, target, 2.0)
+    for member, error in ((0, terms.error_w), (1, terms.error_l)):
+        assert error.item() == pytest.approx((prediction[member] - target[member]).square().mean().item())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_low_precision_inputs_are_computed_in_fp32(method):
+    low = pairs(4, dtype=torch.bfloat16)
+    exact = backward(method, *[x.float() for x in low], mu=0.5)
+    loss, grad = backward(method, *low, mu=0.5)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, exact[0])
+    assert torch.equal(grad, exact[1].bfloat16())
+
+
+def test_equal_models_have_margin_zero_in_low_precision():
+    prediction, _, target = pairs(5, dtype=torch.bfloat16)
+    assert (pair_terms(prediction, prediction, target, 5000.0).margin == 0).all()
+
+
+def test_sft_is_the_mean_squared_error():
+    prediction, _, target = pairs(6)
+    torch.testing.assert_close(sft(prediction, target).mean(), torch.nn.functional.mse_loss(prediction, target))
+
+
+def test_gradient_hook_is_identity_forward():
+    x = torch.randn(5, requires_grad=True)
+    y = scale_gradient(x, torch.tensor(0.25))
+    assert torch.equal(x, y)
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.full((5,), 0.25))
+
+
+def test_losses_import_without_diffusers():
+    code = "import sys, sdpo.losses; print([m for m in ('diffusers', 'transformers', 'accelerate') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=DATA.parents[1], check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_the_example_of_the_readme_runs():
+    """The library example, executed as it stands, equals Diffusion-DPO with the safeguard."""
+    readme = (DATA.parents[1] / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert len(example.strip().splitlines()) <= 10
+    prediction, reference, target = pairs(7)
+    leaf = prediction.clone().requires_grad_()
+    scope = {"prediction": leaf, "reference": reference, "target": target, "beta": 20.0}
+    exec(example, scope)
+    loss, grad = backward("diffusion-dpo", prediction, reference, target, mu=0.9)
+    torch.testing.assert_close(scope["loss"].detach(), loss)
+    torch.testing.assert_close(leaf.grad, grad)

@@ -1,7 +1,7 @@
 """Compare runs on the tiny base model: sample, score, and write table, chart and pictures.
 
-`python -m sdpo.tiny.compare --out DIR NAME=RUN ...` takes output folders of train.py and leaves table.md, table.json, errors.png and
-samples.png in DIR.
+`python -m sdpo.tiny.compare --out DIR NAME=RUN ...` takes output folders of train.py and leaves table.md, table.json,
+errors.png and samples.png in DIR.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from PIL import Image
 
 from sdpo.config import TrainConfig
 from sdpo.families import StableDiffusion, load_family, load_weights
@@ -27,7 +26,10 @@ from sdpo.tiny import pictures
 
 BASE = Path(__file__).parent / "base"
 STEPS, GUIDANCE, PER_CAPTION = 20, 3.0, 8
-WEIGHTS = {"raw": ("unet.pth", "heldout"), "averaged": ("unet_ema.pth", "heldout_ema")}  # file, prefix of its held-out metrics
+WEIGHTS = {
+    "raw": ("unet.pth", "heldout"),
+    "averaged": ("unet_ema.pth", "heldout_ema"),
+}  # file, prefix of its held-out metrics
 READING = """\
 What you are looking at: every method started from the same tiny base model and saw the same pairs in the same order. Errors are denoising
 errors on held-out pairs, minus those of the base; below zero is better than the base. Plain Diffusion-DPO pushes BOTH errors up: the
@@ -140,7 +142,9 @@ def main() -> None:
     print(write_table(rows, args.out / "table.md"))
     draw_errors(runs, args.out / "errors.png")
     draw_samples(grids, args.out / "samples.png")
-    print(f"\n{READING}\n\nTable, chart and samples: {args.out}/table.md, {args.out}/errors.png, {args.out}/samples.png")
+    print(
+        f"\n{READING}\n\nTable, chart and samples: {args.out}/table.md, {args.out}/errors.png, {args.out}/samples.png"
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Captioned 32 x 32 pictures, preference pairs made from them, and a score read from their pixels.
 
-A picture is one shape on a plain background: "a small red circle on a blue background". Because the caption fixes everything but the position,
-a sample can be checked without any learned scorer.
+A picture is one shape on a plain background: "a small red circle on a blue background". Because the caption fixes
+everything but the position, a sample can be checked without any learned scorer.
 """
 
 from __future__ import annotations
@@ -93,8 +93,9 @@ def render_fault(spec: Spec, centre: tuple[float, float], rng: np.random.Generat
 def check(picture: np.ndarray, spec: Spec) -> dict[str, bool]:
     """Which of the five CHECKS a (32, 32, 3) uint8 picture passes for its caption.
 
-    The background is the median colour of the frame, the colour the median of what differs from it, the shape all pixels nearer to the colour;
-    size is its larger extent, shape its share of the bounding box. Clean: nearly all pixels have one of the two colours, and the frame is even.
+    The background is the median colour of the frame, the colour the median of what differs from it, the shape all
+    pixels nearer to the colour; size is its larger extent, shape its share of the bounding box. Clean: nearly all
+    pixels have one of the two colours, and the frame is even.
     """
     pixels = picture.astype(float)
     frame = np.concatenate(

@@ -1,8 +1,9 @@
 """Train the tiny base model that is committed under sdpo/tiny/base: `python -m sdpo.tiny.train_base --out DIR`.
 
-A Stable Diffusion 1.5 pipeline in miniature: AutoencoderKL with 4 x 8 x 8 latents, a 2-layer CLIP text encoder with its own vocabulary and a
-UNet2DConditionModel, trained from scratch on the pictures of sdpo.tiny.pictures (the held-out captions excepted). A share of the training
-pictures breaks its caption, so that the base knows good and bad pictures, as real base models do.
+A Stable Diffusion 1.5 pipeline in miniature: AutoencoderKL with 4 x 8 x 8 latents, a 2-layer CLIP text encoder with its
+own vocabulary and a UNet2DConditionModel, trained from scratch on the pictures of sdpo.tiny.pictures (the held-out
+captions excepted). A share of the training pictures breaks its caption, so that the base knows good and bad pictures,
+as real base models do.
 """
 
 from __future__ import annotations

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Install into .venv and run every check: linter, then tests (no GPU, no network beyond pip).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/setup.sh
+"$PYTHON" -m pip install --quiet "pytest>=8" "ruff>=0.9"
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+"$PYTHON" -m pytest -q "$@"

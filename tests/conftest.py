@@ -1,0 +1,86 @@
+"""Random pipelines of both families in the hub's own format, and pairs, made offline once per test session."""
+
+import os
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from sdpo.tiny import make_pairs, pictures
+from sdpo.tiny.train_base import TOKENS, build_tokenizer
+
+torch.set_num_threads(1)
+
+
+def text_config(tokenizer, width):
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        projection_dim=width, max_position_embeddings=TOKENS, bos_token_id=start, eos_token_id=end, pad_token_id=end,
+    )  # fmt: skip
+
+
+def build_pipeline(family, prediction_type="epsilon"):
+    """A pipeline with some 100,000 random weights; norms too, which a fresh model leaves at 1 and 0."""
+    torch.manual_seed(0)
+    tokenizer, xl = build_tokenizer(), family == "sdxl"
+    added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 24 + 16}
+    parts = {
+        "tokenizer": tokenizer,
+        "text_encoder": CLIPTextModel(text_config(tokenizer, 16)),
+        "vae": AutoencoderKL(
+            block_out_channels=(8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 3, norm_num_groups=2,
+            up_block_types=("UpDecoderBlock2D",) * 3, latent_channels=4, sample_size=32,
+        ),
+        "unet": UNet2DConditionModel(
+            sample_size=8, block_out_channels=(8, 16), layers_per_block=1, attention_head_dim=2, norm_num_groups=2,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=32 if xl else 16, **(added if xl else {}),
+        ),
+        "scheduler": DDPMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1,
+            prediction_type=prediction_type,
+        ),
+    }  # fmt: skip
+    if xl:
+        second = build_tokenizer()
+        second.pad_token = "!"
+        parts |= {"tokenizer_2": second, "text_encoder_2": CLIPTextModelWithProjection(text_config(second, 16))}
+    else:
+        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    for model in (value for value in parts.values() if isinstance(value, torch.nn.Module)):
+        for parameter in model.parameters():
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    return (StableDiffusionXLPipeline if xl else StableDiffusionPipeline)(**parts)
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory):
+    """Folder of a saved pipeline by (family, prediction type)."""
+    root, folders = tmp_path_factory.mktemp("bases"), {}
+    for key in (("sd15", "epsilon"), ("sd15", "v_prediction"), ("sdxl", "epsilon")):
+        folders[key] = root / "-".join(key)
+        build_pipeline(*key).save_pretrained(folders[key])
+    return folders
+
+
+@pytest.fixture(scope="session")
+def pairs_folder(tmp_path_factory):
+    """Pick-a-Pic style parquet files: 120 training and 24 validation pairs of tiny pictures."""
+    folder = tmp_path_factory.mktemp("pairs")
+    make_pairs.write_split(pictures.TRAINED, 120, 0, folder / "train.parquet")
+    make_pairs.write_split(pictures.HELD_OUT, 24, 1, folder / "validation.parquet")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate_state():
+    """Accelerate keeps its state in the process; every test starts without one."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()

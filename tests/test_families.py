@@ -1,0 +1,130 @@
+"""Base models: encoding, parametrisation, saving, and equal arithmetic of policy and reference."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from sdpo.config import InputError, TrainConfig
+from sdpo.families import hold_matmul_weights, load_family, load_state, load_weights
+from sdpo.losses import pair_terms
+
+KEYS = [("sd15", "epsilon"), ("sd15", "v_prediction"), ("sdxl", "epsilon")]
+
+
+def config_for(bases, key, **changes):
+    return TrainConfig(pretrained_model_name_or_path=str(bases[key]), sdxl=key[0] == "sdxl", train_data_dir="-", **changes)
+
+
+def random_inputs(family, samples=4):
+    draw = torch.Generator().manual_seed(0)
+    shape = (samples, *family.latent_shape(32))
+    noisy, target = torch.randn(shape, generator=draw), torch.randn(shape, generator=draw)
+    timesteps = torch.randint(0, 1000, (samples,), generator=draw)
+    return noisy, timesteps, family.encode_captions(["a red circle", "a blue square"] * (samples // 2), 32), target
+
+
+@pytest.mark.parametrize("key", KEYS, ids="-".join)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_margin_of_equal_models_is_exactly_zero(bases, key, dtype):
+    family = load_family(config_for(bases, key)).to(torch.device("cpu"), dtype)
+    policy = family.load_unet()
+    reference = hold_matmul_weights(copy.deepcopy(policy).requires_grad_(False), dtype)
+    noisy, timesteps, conditioning, target = random_inputs(family)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        prediction = family.predict(policy, noisy, timesteps, conditioning)
+        with torch.no_grad():
+            frozen = family.predict(reference, noisy, timesteps, conditioning)
+    terms = pair_terms(prediction, frozen, target, beta=5000.0)
+    assert terms.margin.abs().max() == 0
+    if dtype == torch.bfloat16:  # most weights are in fact held in low precision, and casting all of them breaks the equality
+        low = sum(p.numel() for p in reference.parameters() if p.dtype == torch.bfloat16)
+        assert low > 0.95 * sum(p.numel() for p in reference.parameters())
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            cast = family.predict(copy.deepcopy(policy).to(dtype), noisy, timesteps, conditioning)
+        assert not torch.equal(cast, frozen)
+
+
+@pytest.mark.parametrize("key", KEYS, ids="-".join)
+def test_captions_are_encoded_as_the_pipeline_does(bases, key):
+    family = load_family(config_for(bases, key))
+    pipeline = DiffusionPipeline.from_pretrained(bases[key])
+    captions = ["a small red circle on a blue background", ""]
+    conditioning = family.encode_captions(captions, 32)
+    if key[0] == "sdxl":
+        embeddings, _, pooled, _ = pipeline.encode_prompt(captions, do_classifier_free_guidance=False)
+        torch.testing.assert_close(conditioning["text_embeds"], pooled)
+        assert conditioning["time_ids"].tolist() == [[32, 32, 0, 0, 32, 32]] * 2
+    else:
+        embeddings, _ = pipeline.encode_prompt(captions, "cpu", 1, False)
+    torch.testing.assert_close(conditioning["encoder_hidden_states"], embeddings)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_noise_and_target_follow_the_closed_form(bases, kind):
+    family = load_family(config_for(bases, ("sd15", kind)))
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    signal = torch.tensor(np.cumprod(1 - betas), dtype=torch.float32)
+    draw = torch.Generator().manual_seed(1)
+    latents, noise, other = (torch.randn(3, 4, 8, 8, generator=draw) for _ in range(3))
+    timesteps = torch.tensor([0, 500, 999])
+    a, b = (x.view(3, 1, 1, 1) for x in (signal[timesteps].sqrt(), (1 - signal[timesteps]).sqrt()))
+    noisy, target = family.add_noise(latents, noise, timesteps, perturbed=other)
+    torch.testing.assert_close(noisy, a * latents + b * other, atol=1e-5, rtol=1e-4)
+    expected = noise if kind == "epsilon" else a * noise - b * latents
+    torch.testing.assert_close(target, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_latents_are_the_posterior_sample_times_the_scaling_factor(bases):
+    family = load_family(config_for(bases, ("sd15", "epsilon")))
+    pixels, noise = torch.rand(2, 3, 32, 32) * 2 - 1, torch.randn(2, 4, 8, 8)
+    posterior = family.vae.encode(pixels).latent_dist
+    expected = (posterior.mean + torch.exp(0.5 * posterior.logvar) * noise) * family.vae.config.scaling_factor
+    torch.testing.assert_close(family.encode_images(pixels, noise), expected)
+
+
+def test_timesteps_cover_the_schedule(bases):
+    family = load_family(config_for(bases, ("sd15", "epsilon")))
+    assert family.timesteps(torch.tensor([0.0, 0.5, 1 - 1e-12], dtype=torch.float64)).tolist() == [0, 500, 999]
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors", "folder"])
+def test_unet_init_replaces_the_weights(bases, tmp_path, suffix):
+    family = load_family(config_for(bases, ("sd15", "epsilon")))
+    unet = family.load_unet()
+    changed = {name: value + 1 for name, value in unet.state_dict().items()}
+    if suffix == "pth":
+        torch.save(changed, tmp_path / "unet.pth")
+    elif suffix == "safetensors":
+        from safetensors.torch import save_file
+
+        save_file(changed, tmp_path / "unet.safetensors")
+    else:
+        unet.load_state_dict(changed)
+        unet.save_pretrained(tmp_path / "unet")
+    init = tmp_path if suffix == "folder" else tmp_path / f"unet.{suffix}"
+    again = load_family(config_for(bases, ("sd15", "epsilon"), unet_init=str(init))).load_unet()
+    assert all(torch.equal(value, changed[name]) for name, value in again.state_dict().items())
+
+
+def test_unusable_models_are_refused(bases, tmp_path):
+    with pytest.raises(InputError, match="need --sdxl"):
+        load_family(config_for({("sd15", "epsilon"): bases["sdxl", "epsilon"]}, ("sd15", "epsilon")))
+    with pytest.raises(InputError, match=r"cannot load scheduler of .*nowhere"):
+        load_family(config_for({("sd15", "epsilon"): tmp_path / "nowhere"}, ("sd15", "epsilon")))
+    family = load_family(config_for(bases, ("sd15", "epsilon")))
+    with pytest.raises(InputError, match="multiple of 4"):
+        family.latent_shape(30)
+    other = load_family(config_for(bases, ("sdxl", "epsilon"))).load_unet()
+    torch.save(other.state_dict(), tmp_path / "other.pth")
+    with pytest.raises(InputError, match=r"other\.pth belongs to another architecture"):
+        load_weights(family.load_unet(), tmp_path / "other.pth")
+    for name, content in {"list": [1, 2], "empty": {}, "nested": {"state_dict": {"a": torch.ones(1)}}}.items():
+        torch.save(content, tmp_path / f"{name}.pth")
+        with pytest.raises(InputError, match=rf"{name}\.pth is not a state dict"):
+            load_state(tmp_path / f"{name}.pth")
+    (tmp_path / "broken.pth").write_bytes(b"not a checkpoint")
+    with pytest.raises(InputError, match=r"broken\.pth cannot be read"):
+        load_state(tmp_path / "broken.pth")

@@ -1,0 +1,209 @@
+"""train.py end to end on random pipelines: every method, resuming, splitting over ranks and micro-steps, what it leaves behind."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+import train
+from sdpo.config import InputError
+from sdpo.metrics import read_metrics
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def arguments(bases, pairs_folder, tmp_path):
+    """Flags of a short run: 3 updates of 4 pairs."""
+
+    def build(*flags, family="sd15", prediction="epsilon", out="run"):
+        common = {
+            "pretrained_model_name_or_path": bases[family, prediction], "train_data_dir": pairs_folder, "resolution": 32,
+            "train_batch_size": 2, "global_batch_size": 4, "max_train_steps": 3, "lr_warmup_steps": 1, "learning_rate": 1e-3,
+            "beta_dpo": 100, "mixed_precision": "no", "seed": 7, "report_to": "none", "output_dir": tmp_path / out,
+        }  # fmt: skip
+        given = [f"--{name}={value}" for name, value in common.items()] + ["--sdxl"] * (family == "sdxl")
+        return [*given, *map(str, flags)]
+
+    return build
+
+
+def weights(folder, file="unet.pth"):
+    return torch.load(folder / file, weights_only=True)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+SAFEGUARDS = {"plain": [], "safeguard": ["--use_winner_preserving", "--winner_preserving_mu=0.5"]}
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("method", ["diffusion-dpo", "dspo", "dmpo", "sft"])
+@pytest.mark.parametrize("safeguard", SAFEGUARDS)
+def test_every_method_trains(arguments, tmp_path, family, precision, method, safeguard):
+    flags = [f"--train_method={method}", f"--mixed_precision={precision}", "--dmpo_alpha=0.01", *SAFEGUARDS[safeguard]]
+    if method == "sft" and safeguard == "safeguard":
+        with pytest.raises(InputError, match="sft has no loser"):
+            train.main(arguments(*flags, family=family))
+        return
+    train.main(arguments(*flags, family=family))
+    losses = read_metrics(tmp_path / "run", "train_loss")
+    assert [step for step, _ in losses] == [1, 2, 3]
+    if method != "sft":  # policy and reference start equal, in either precision
+        assert dict(read_metrics(tmp_path / "run", "rewards/margins"))[1] == 0
+        scales = [value for _, value in read_metrics(tmp_path / "run", "avg_lose_l_scale")]
+        assert all(scale == 1 for scale in scales) == (safeguard == "plain")
+    trained = weights(tmp_path / "run")
+    assert all(value.dtype == torch.float32 and value.isfinite().all() for value in trained.values())
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "run")
+    assert same(pipeline.unet.state_dict(), trained)
+    assert (tmp_path / "run" / "unet" / "diffusion_pytorch_model.safetensors").is_file()
+
+
+def test_v_prediction_trains(arguments, tmp_path):
+    train.main(arguments("--mixed_precision=bf16", prediction="v_prediction"))
+    assert dict(read_metrics(tmp_path / "run", "rewards/margins"))[1] == 0
+    assert DiffusionPipeline.from_pretrained(tmp_path / "run").scheduler.config.prediction_type == "v_prediction"
+
+
+def test_sft_is_descent_on_the_winners_error(arguments, tmp_path):
+    """One update of sft and of a pair loss with loser scale 0 at u = 0 point the same way: the latter's gradient is beta/4 of the former's."""
+    for out, flags in {"sft": ["--train_method=sft"], "pair": ["--constant_loser_scale=0"]}.items():
+        train.main(arguments("--max_train_steps=2", "--max_grad_norm=0", *flags, out=out))
+    norms = [dict(read_metrics(tmp_path / out, "grad_norm"))[1] for out in ("pair", "sft")]
+    assert norms[0] / norms[1] == pytest.approx(100 / 4, rel=1e-4)
+
+
+def test_resumed_run_is_the_same_run(arguments, tmp_path):
+    flags = ["--use_ema", "--ema_decay=0.5", "--checkpointing_steps=2", "--validation_pairs=6", "--validation_steps=2", "--lr_scheduler=cosine"]
+    flags += ["--max_train_steps=5", "--random_crop"]
+    train.main(arguments(*flags, out="whole"))
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    for path in ("checkpoint-4", "unet", "unet.pth", "unet_ema.pth"):
+        target = tmp_path / "cut" / path
+        shutil.rmtree(target) if target.is_dir() else target.unlink()
+    (tmp_path / "cut" / "checkpoint-9.partial").mkdir()  # what a crash while writing leaves
+    with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "train_l')
+    train.main([*arguments(*flags, out="cut"), "--seed=7"])
+    for file in ("unet.pth", "unet_ema.pth"):
+        assert same(weights(tmp_path / "whole", file), weights(tmp_path / "cut", file))
+    rows = [[json.loads(line) for line in (tmp_path / out / "metrics.jsonl").read_text().splitlines()] for out in ("whole", "cut")]
+    for row in rows[0] + rows[1]:
+        row.pop("pairs_per_second", None)
+    assert rows[0] == rows[1]
+
+
+def test_without_a_seed_the_checkpoints_is_used(arguments, tmp_path):
+    flags = [flag for flag in arguments("--checkpointing_steps=1") if not flag.startswith("--seed")]
+    train.main([*flags, "--max_train_steps=1"])
+    seed = json.loads((tmp_path / "run" / "config.json").read_text())["config"]["seed"]
+    train.main(flags)
+    assert json.loads((tmp_path / "run" / "checkpoint-3" / "state.json").read_text())["seed"] == seed
+
+
+def test_checkpoints_are_limited_and_plain(arguments, tmp_path):
+    train.main(arguments("--checkpointing_steps=1", "--checkpoints_total_limit=2"))
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint*")) == ["checkpoint-2", "checkpoint-3"]
+    assert same(weights(tmp_path / "run" / "checkpoint-3"), weights(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("per, equal", [("pair", True), ("batch", False)])
+def test_accumulation_equals_a_larger_batch(arguments, tmp_path, per, equal):
+    """A scale per pair does not depend on how the global batch is split; the official one per micro-batch does."""
+    flags = ["--use_winner_preserving", "--winner_preserving_mu=0.5", f"--winner_preserving_per={per}", "--max_train_steps=4"]
+    for batch in (1, 4):
+        train.main([*arguments(*flags, out=f"b{batch}"), f"--train_batch_size={batch}"])
+    norms = [[value for _, value in read_metrics(tmp_path / f"b{batch}", "grad_norm")] for batch in (1, 4)]
+    assert (norms[0] == pytest.approx(norms[1], rel=2e-3)) == equal
+
+
+def test_averaged_weights_are_the_recursion(arguments, tmp_path):
+    train.main(arguments("--use_ema", "--ema_decay=0.9", "--checkpointing_steps=1"))
+    from sdpo.config import TrainConfig
+    from sdpo.families import load_family
+
+    base = json.loads((tmp_path / "run" / "config.json").read_text())["config"]["pretrained_model_name_or_path"]
+    start = load_family(TrainConfig(pretrained_model_name_or_path=base, train_data_dir="-")).load_unet().state_dict()
+    expected = dict(start)
+    for step in (1, 2, 3):
+        state = weights(tmp_path / "run" / f"checkpoint-{step}")
+        expected = {name: 0.9 * expected[name] + 0.1 * state[name] for name in expected}
+    averaged = weights(tmp_path / "run", "unet_ema.pth")
+    for name, value in expected.items():
+        torch.testing.assert_close(averaged[name], value, rtol=1e-5, atol=1e-7)
+
+
+def test_held_out_errors_are_those_of_the_saved_weights(arguments, tmp_path, pairs_folder):
+    """The last held-out figures, computed again from unet.pth without train.py's loop; batch size does not matter."""
+    flags = ["--validation_split=validation", "--validation_pairs=10", "--validation_steps=2"]
+    train.main([*arguments(*flags), "--train_batch_size=4"])
+    first = read_metrics(tmp_path / "run", "heldout/winner_error_change")
+    assert [step for step, _ in first] == [0, 2, 3]
+    assert first[0][1] == 0
+    again = arguments(*flags, f"--unet_init={tmp_path / 'run' / 'unet.pth'}", "--max_train_steps=1", out="again")
+    train.main([*again, "--learning_rate=0", "--train_batch_size=1", "--adam_weight_decay=0"])
+    assert read_metrics(tmp_path / "again", "heldout/winner_error_change")[-1][1] == 0
+    assert first[-1][1] != 0
+
+
+def test_validation_prompts_are_sampled(arguments, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
+    train.main(arguments(f"--validation_prompts={tmp_path / 'prompts.txt'}", "--max_train_steps=1", "--report_to=tensorboard"))
+    for step in ("step-000000", "step-000001"):
+        assert len(list((tmp_path / "run" / "validation" / step).glob("*.png"))) == 2
+    assert list((tmp_path / "run" / "logs").rglob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--resume_from_checkpoint=/nowhere"], "/nowhere: not a checkpoint"),
+        (["--resolution=36"], "multiple of 8"),
+        (["--global_batch_size=5"], "--global_batch_size 5 is not a multiple"),
+        (["--mixed_precision=fp16"], "needs a GPU"),
+        (["--train_data_dir=/nowhere"], "/nowhere does not exist"),
+        (["--validation_split=nope"], "no split 'nope'"),
+        (["--unet_init=/nowhere.pth"], "/nowhere.pth cannot be read"),
+        (["--validation_prompts=/nowhere.txt"], "--validation_prompts /nowhere.txt"),
+    ],
+)
+def test_bad_input_is_refused_before_training(arguments, tmp_path, flags, message):
+    if torch.cuda.is_available() and "fp16" in flags[0]:
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(InputError, match=message):
+        train.main(arguments(*flags))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_errors_are_one_sentence_on_the_command_line(arguments):
+    command = [sys.executable, str(ROOT / "train.py"), *arguments("--winner_preserving_mu=1.5")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1] == "error: --winner_preserving_mu must lie in [0, 1], got 1.5"
+    assert "Traceback" not in result.stderr
+
+
+def test_two_ranks_checkpoint_finish_and_equal_one(arguments, tmp_path):
+    flags = ["--use_winner_preserving", "--winner_preserving_mu=0.5", "--checkpointing_steps=2", "--use_ema", "--validation_pairs=6"]
+    flags += ["--validation_steps=2", "--train_method=dmpo", "--dmpo_alpha=0.01", "--max_train_steps=4"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py")]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, *command, *arguments(*flags, out="two")], capture_output=True, text=True, env=environment, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert json.loads((tmp_path / "two" / "config.json").read_text())["plan"]["processes"] == 2
+    assert [path.name for path in sorted((tmp_path / "two").glob("checkpoint-*"))] == ["checkpoint-2", "checkpoint-4"]
+    train.main(arguments(*flags, out="one"))  # the same micro-batches of 2 pairs, one after the other
+    for name in ("train_loss", "grad_norm", "heldout/winner_error_change", "heldout_ema/margin"):
+        one, two = (dict(read_metrics(tmp_path / out, name)) for out in ("one", "two"))
+        assert one.keys() == two.keys()
+        assert list(one.values()) == pytest.approx(list(two.values()), rel=1e-3, abs=1e-6)
