@@ -1,7 +1,7 @@
 """Align a diffusion model with preference pairs: Diffusion-DPO, DSPO, DMPO or SFT, with or without the safeguard.
 
-Run with `accelerate launch train.py ...` or one of scripts/train/*.sh; `python train.py --help` lists the flags. The path of one batch:
-docs/design.md.
+Run with `accelerate launch train.py ...` or one of scripts/train/*.sh; `python train.py --help` lists the flags.
+The path of one batch: docs/design.md.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def build_models(
     """(policy in fp32, frozen reference or None, averaged policy or None), on the device."""
     dtype = DTYPES[accelerator.mixed_precision]
     family.to(accelerator.device, dtype)
-    unet = family.load_unet().to(accelerator.device).train()
+    unet = family.load_unet(config.unet_init).to(accelerator.device).train()
     reference = ema = None
     if config.method != "sft" or config.holds_out:
         reference = hold_matmul_weights(copy.deepcopy(unet).requires_grad_(False), dtype)
@@ -151,7 +151,9 @@ def announce(run: Run, notes: list[str]) -> None:
     memory["encoders"] = sum(p.numel() * p.element_size() for model in encoders for p in model.parameters()) / 2**30
     for line in (*notes, *run.plan.lines(config)):
         log.info(line)
-    log.info(f"method         {config.method}, beta {config.beta_dpo:g}, seed {run.seed}, precision {config.mixed_precision}")
+    log.info(
+        f"method         {config.method}, beta {config.beta_dpo:g}, {config.mixed_precision} precision, seed {run.seed}"
+    )
     log.info(f"parameters     {parameters:,}")
     parts = ", ".join(f"{name} {size:.3g}" for name, size in memory.items())
     log.info(f"memory         {sum(memory.values()):.3g} GiB per device before activations: {parts}")
@@ -164,7 +166,12 @@ def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
     accelerator = start_accelerator(config)
     resume = checkpoints.find_checkpoint(config)
     seed = choose_seed(config, resume)
-    family = load_family(config)
+    options = {
+        "vae": config.pretrained_vae_model_name_or_path,
+        "revision": config.revision,
+        "cache_dir": config.cache_dir,
+    }
+    family = load_family(config.family, config.pretrained_model_name_or_path, **options)
     with accelerator.main_process_first():
         pairs, held_out_pairs, notes = prepare_pairs(config, seed)
     plan = Plan.of(config, accelerator.num_processes, len(pairs))
@@ -230,8 +237,8 @@ def compute_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     with run.accelerator.autocast(), torch.no_grad():
         reference = family.predict(run.reference, inputs.noisy, inputs.timesteps, inputs.conditioning)
     mu = config.winner_preserving_mu if config.use_winner_preserving else None
-    per_pair, constant = config.winner_preserving_per == "pair", config.constant_loser_scale
-    terms = pair_terms(prediction, reference, inputs.target, config.beta_dpo, mu=mu, per_pair=per_pair, constant=constant)
+    scaling = {"mu": mu, "per_pair": config.winner_preserving_per == "pair", "constant": config.constant_loser_scale}
+    terms = pair_terms(prediction, reference, inputs.target, config.beta_dpo, **scaling)
     form = family.dspo_form if config.dspo_form == "auto" else config.dspo_form
     method = f"dspo-{form}" if config.method == "dspo" else config.method
     loss = PAIR_LOSSES[method](terms, config.beta_dpo, config.dmpo_alpha).mean()

@@ -55,7 +55,7 @@ def register_hooks(accelerator: Accelerator, unet: nn.Module) -> None:
 def save_checkpoint(
     accelerator: Accelerator, config: TrainConfig, ema: AveragedModel | None, step: int, seed: int
 ) -> Path:
-    """Write checkpoint-{step}; every rank must call this. The folder appears under its name only when it is complete."""
+    """Write checkpoint-{step}; every rank calls this. The folder has its name only when it is complete."""
     folder = Path(config.output_dir, f"checkpoint-{step}")
     partial = folder.with_name(folder.name + ".partial")
     if accelerator.is_main_process:

@@ -1,4 +1,4 @@
-"""The training configuration: one frozen dataclass from which the command line is generated, its checks and the arithmetic it implies."""
+"""The training configuration: one frozen dataclass that generates the command line, its checks, its arithmetic."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ class TrainConfig:
         )
         yield (
             self.choice_model,
-            "--choice_model comes with the scorers, which are not part of this version; the data set's own labels are used without it",
+            "--choice_model comes with the scorers, not part of this version; drop it to use the data's own labels",
         )
         for name in ("train_batch_size", "gradient_accumulation_steps", "validation_steps", "logging_steps"):
             yield getattr(self, name) < 1, f"--{name} must be at least 1, got {getattr(self, name)}"
@@ -176,7 +176,8 @@ class TrainConfig:
             "--checkpoints_total_limit must be at least 1",
         )
         prompts = self.validation_prompts
-        yield prompts and not Path(prompts).is_file(), f"--validation_prompts {prompts} is not a file; give one prompt per line"
+        missing = prompts is not None and not Path(prompts).is_file()
+        yield missing, f"--validation_prompts {prompts} is not a file; give one prompt per line"
         controlled = self.use_winner_preserving or self.constant_loser_scale != 1
         yield (
             self.method == "sft" and controlled,
@@ -184,8 +185,13 @@ class TrainConfig:
         )
         yield (
             self.use_winner_preserving and self.constant_loser_scale != 1,
-            "--use_winner_preserving and --constant_loser_scale exclude each other: one sets the loser's scale by rule, the other by hand",
+            "--use_winner_preserving and --constant_loser_scale exclude each other: both set the loser's scale",
         )
+
+    @property
+    def family(self) -> str:
+        """Name of the base model's row in FAMILIES."""
+        return "sdxl" if self.sdxl else "sd15"
 
     @property
     def method(self) -> str:
@@ -218,17 +224,18 @@ class TrainConfig:
             turn = math.log1p(-self.dmpo_alpha) - math.log(self.dmpo_alpha) if self.dmpo_alpha < 1 else -math.inf
             yield (
                 True,
-                f"dmpo with alpha {self.dmpo_alpha:g} turns at margin {turn:.3f}: beyond it descent shrinks the margin and raises the "
-                "winner's error, and scaling the loser cannot prevent that",
+                f"dmpo with alpha {self.dmpo_alpha:g} turns at margin {turn:.3f}: beyond it descent shrinks the margin "
+                "and raises the winner's error, and scaling the loser cannot prevent that",
             )
         yield (
             self.method == "dspo" and self.dspo_form != "switched" and self.beta_dpo <= 0.1,
-            f"dspo by score matching at beta {self.beta_dpo:g}: the loser's gradient is of order beta^2, so training is close to sft and the safeguard close to inert",
+            f"dspo by score matching at beta {self.beta_dpo:g}: the loser's gradient is of order beta^2, "
+            "so training is close to sft and the safeguard close to inert",
         )
         yield (
             self.use_winner_preserving and self.winner_preserving_mu == 0,
-            "--winner_preserving_mu 0 only forbids a first-order rise of the winner's error on outputs; in experiments it was close to inert, "
-            "and held-out winner errors still rose; try 0.6 to 0.9",
+            "--winner_preserving_mu 0 only forbids a first-order rise of the winner's error on outputs; "
+            "in experiments it was close to inert, and held-out winner errors still rose; try 0.6 to 0.9",
         )
         yield (
             self.winner_preserving_mu > 0 and not self.use_winner_preserving,
@@ -244,12 +251,13 @@ class TrainConfig:
         )
         yield (
             self.use_ema and self.max_train_steps and 1 / (1 - self.ema_decay) > self.max_train_steps,
-            f"--ema_decay {self.ema_decay} remembers {1 / (1 - self.ema_decay):.0f} updates, more than the run has: unet_ema.pth will hardly move",
+            f"--ema_decay {self.ema_decay} remembers {1 / (1 - self.ema_decay):.0f} updates, more than the run has: "
+            "unet_ema.pth will hardly move",
         )
 
 
 def parse_config(arguments: list[str] | None = None) -> TrainConfig:
-    """TrainConfig from command line arguments (sys.argv by default); raises InputError for values that cannot be used."""
+    """TrainConfig from arguments (sys.argv by default); raises InputError for values that cannot be used."""
     from transformers import HfArgumentParser
 
     parser = HfArgumentParser(
@@ -282,8 +290,8 @@ class Plan:
             accumulation, rest = divmod(config.global_batch_size, per_micro_step)
             if rest or not accumulation:
                 raise InputError(
-                    f"--global_batch_size {config.global_batch_size} is not a multiple of {config.train_batch_size} pairs x {processes} processes: "
-                    f"use a multiple of {per_micro_step} or change --train_batch_size"
+                    f"--global_batch_size {config.global_batch_size} is not a multiple of {config.train_batch_size} "
+                    f"pairs x {processes} processes: use a multiple of {per_micro_step} or change --train_batch_size"
                 )
         batch = per_micro_step * accumulation
         steps = config.max_train_steps or math.ceil(config.num_train_epochs * pairs / batch)
@@ -292,10 +300,13 @@ class Plan:
 
     def lines(self, config: TrainConfig) -> list[str]:
         """What will be done, for the console."""
+        micro_step = f"{config.train_batch_size} pairs x {self.processes} processes"
+        epochs = self.steps / self.steps_per_epoch
         scaled = f" = {config.learning_rate:g} x {self.global_batch}" if config.scale_lr else ""
+        schedule = f"{config.lr_scheduler}, {config.lr_warmup_steps} warm-up updates"
         return [
             f"pairs          {self.pairs:,}",
-            f"global batch   {config.train_batch_size} pairs x {self.processes} processes x {self.accumulation} accumulation = {self.global_batch} pairs",
-            f"updates        {self.steps:,} ({self.steps_per_epoch:,.1f} per epoch, {self.steps / self.steps_per_epoch:.2f} epochs)",
-            f"learning rate  {self.learning_rate:g}{scaled}, {config.lr_scheduler}, {config.lr_warmup_steps} warm-up updates",
+            f"global batch   {micro_step} x {self.accumulation} accumulation = {self.global_batch} pairs",
+            f"updates        {self.steps:,} ({self.steps_per_epoch:,.1f} per epoch, {epochs:.2f} epochs)",
+            f"learning rate  {self.learning_rate:g}{scaled}, {schedule}",
         ]

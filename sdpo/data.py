@@ -1,4 +1,4 @@
-"""Preference pairs: reading them, setting some aside, and turning them into batches that depend on (seed, step, position) alone."""
+"""Preference pairs: read, select, set aside, and turn into batches that depend on (seed, step, position) alone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import csv
 import functools
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,7 @@ FILE_COLUMNS = ("caption", "winner", "loser")  # of a JSONL or CSV file beside p
 
 
 def read_table(config: TrainConfig, split: str, folder: str | None = None) -> datasets.Dataset:
-    """One split of the configured data (or of another local folder) as a table, images undecoded; other splits are not read."""
+    """One split of the configured data, or of another local folder, images undecoded; other splits are not read."""
     source = folder or config.dataset_name or config.train_data_dir
     path = Path(source)
     if not path.exists() and (folder or not config.dataset_name):
@@ -50,7 +50,7 @@ def read_table(config: TrainConfig, split: str, folder: str | None = None) -> da
                 datasets.load_dataset(source, config.dataset_config_name, split=split, cache_dir=config.cache_dir)
             )
         if split not in files:
-            raise InputError(f"{source} has no split {split!r}; it has {', '.join(map(str, files))}: choose one of them")
+            raise no_such_split(source, split, files)
         return undecoded(
             datasets.load_dataset(
                 builder.name, data_files={split: list(files[split])}, split=split, cache_dir=config.cache_dir
@@ -61,8 +61,14 @@ def read_table(config: TrainConfig, split: str, folder: str | None = None) -> da
             raise
         reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"cannot read pairs from {source!r}: {reason} Give a local folder, or a hub data set where the hub can be reached."
+            f"cannot read pairs from {source!r}: {reason} "
+            "Give a local folder, or a hub data set where the hub can be reached."
         ) from error
+
+
+def no_such_split(source: str | Path, split: str, splits: Iterable[str]) -> InputError:
+    """The error for a split that a data set does not have."""
+    return InputError(f"{source} has no split {split!r}; it has {', '.join(map(str, splits))}: choose one of them")
 
 
 def find_pair_file(path: Path) -> Path | None:
@@ -71,14 +77,13 @@ def find_pair_file(path: Path) -> Path | None:
         return path
     found = sorted([*path.glob("*.jsonl"), *path.glob("*.csv")]) if path.is_dir() else []
     if len(found) > 1:
-        raise InputError(
-            f"{path} holds several pair files ({', '.join(f.name for f in found)}): name one of them as --train_data_dir"
-        )
+        names = ", ".join(file.name for file in found)
+        raise InputError(f"{path} holds several pair files ({names}): name one of them as --train_data_dir")
     return found[0] if found else None
 
 
 def read_pair_file(file: Path) -> datasets.Dataset:
-    """Rows of a JSONL or CSV file in Pick-a-Pic columns; image paths are relative to the file. Raises InputError naming the row."""
+    """Rows of a JSONL or CSV file in Pick-a-Pic columns, image paths relative to it; InputError names a bad row."""
     rows = []
     with file.open(newline="", encoding="utf-8") as lines:
         try:
@@ -97,7 +102,8 @@ def read_pair_file(file: Path) -> datasets.Dataset:
         ]
         if missing or "caption" not in record:
             raise InputError(
-                f"{file} row {number}: {', '.join(missing or ['caption'])} missing; every row needs {', '.join(FILE_COLUMNS)}"
+                f"{file} row {number}: {', '.join(missing or ['caption'])} missing; "
+                f"every row needs {', '.join(FILE_COLUMNS)}"
             )
         paths = [str(file.parent / record[name]) for name in ("winner", "loser")]
         for path in paths:
@@ -115,7 +121,7 @@ def read_saved(path: Path, split: str) -> datasets.Dataset:
         return datasets.load_from_disk(str(path))
     splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
     if split not in splits:
-        raise InputError(f"{path} has no split {split!r}; it has {', '.join(splits)}: choose one of them")
+        raise no_such_split(path, split, splits)
     return datasets.load_from_disk(str(path / split))
 
 
@@ -152,7 +158,7 @@ class Pairs:
         return column(self.table, self.caption_column, self.rows)
 
     def load(self, index: int, members: int) -> tuple[list[Image.Image], str | list[str]]:
-        """The first `members` of (winner, loser) as RGB images, and the caption; raises OSError or ValueError for an unreadable image."""
+        """The first `members` of (winner, loser) as RGB images, and the caption; OSError or ValueError if broken."""
         row = self.table[int(self.rows[index])]
         columns = self.columns if len(self.columns) == 1 or row["label_0"] == 1 else self.columns[::-1]
         return [decode(row[name]) for name in columns[:members]], row[self.caption_column]
@@ -179,7 +185,7 @@ def decode(value: bytes | str | dict | Image.Image) -> Image.Image:
 
 
 def load_pairs(config: TrainConfig, split: str, folder: str | None = None) -> tuple[Pairs, list[str]]:
-    """The usable pairs of a split and sentences on what was dropped; raises InputError naming columns or rows that do not fit."""
+    """The usable pairs of a split and what was dropped; raises InputError naming columns or rows that do not fit."""
     table = read_table(config, split, folder)
     source = f"{folder or config.dataset_name or config.train_data_dir} ({split})"
     single = (
@@ -194,8 +200,8 @@ def load_pairs(config: TrainConfig, split: str, folder: str | None = None) -> tu
     missing = [name for name in needed if name not in table.column_names]
     if missing:
         raise InputError(
-            f"{source}: column {', '.join(missing)} missing (it has {', '.join(table.column_names)}); rename columns to Pick-a-Pic's "
-            "caption, jpg_0, jpg_1, label_0, or give --caption_column"
+            f"{source}: column {', '.join(missing)} missing (it has {', '.join(table.column_names)}); "
+            "rename columns to Pick-a-Pic's caption, jpg_0, jpg_1, label_0, or give --caption_column"
         )
     notes = [f"{source}: {len(table):,} rows"]
     keep = np.ones(len(table), bool)
@@ -223,14 +229,14 @@ def decided(labels: list, source: str) -> np.ndarray:
     wrong = np.flatnonzero(~np.isin(values, (0, 0.5, 1)))
     if len(wrong):
         raise InputError(
-            f"{source} row {wrong[0]}: label_0 is {labels[wrong[0]]}, but must be 1 (jpg_0 won), 0 (jpg_1 won) or 0.5 (tie); "
-            f"{len(wrong)} such row(s) in all: correct or remove them"
+            f"{source} row {wrong[0]}: label_0 is {labels[wrong[0]]}, but must be 1 (jpg_0 won), 0 (jpg_1 won) "
+            f"or 0.5 (tie); {len(wrong)} such row(s) in all: correct or remove them"
         )
     return values != 0.5
 
 
 def split_by_prompt(pairs: Pairs, held_out: int, seed: int) -> tuple[Pairs, Pairs]:
-    """(training pairs, `held_out` pairs) such that no caption is on both sides; raises InputError if too few pairs are left to train on."""
+    """(training pairs, `held_out` pairs), no caption on both sides; raises InputError if none are left to train on."""
     captions = [[c] if isinstance(c, str) else list(c) for c in pairs.captions()]
     taken: set[str] = set()
     by_caption: dict[str, list[int]] = {}
@@ -250,8 +256,8 @@ def split_by_prompt(pairs: Pairs, held_out: int, seed: int) -> tuple[Pairs, Pair
     rest = np.setdiff1d(np.arange(len(pairs)), list(touched))
     if len(chosen) < held_out or not len(rest):
         raise InputError(
-            f"--validation_pairs {held_out} leaves nothing to train on: {pairs.source} has {len(pairs)} pairs over {len(by_caption)} captions, "
-            "and a caption is never on both sides; use fewer or --validation_data_dir"
+            f"--validation_pairs {held_out} leaves nothing to train on: {pairs.source} has {len(pairs)} pairs "
+            f"over {len(by_caption)} captions, and a caption is never on both sides; use fewer or --validation_data_dir"
         )
     return pairs.select(rest), pairs.select(np.array(sorted(chosen[:held_out])))
 

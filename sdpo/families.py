@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from sdpo.config import InputError, TrainConfig
+from sdpo.config import InputError
 
 Conditioning = dict[str, Tensor]  # every tensor has one row per sample
 
@@ -42,7 +42,7 @@ def load_part(cls, source: str, subfolder: str | None, **options):
 
 
 def load_state(path: str | Path) -> dict[str, Tensor]:
-    """State dict from a .pth/.pt/.bin file (weights only) or a .safetensors file; raises InputError if it holds anything else."""
+    """State dict of a .pth/.pt/.bin (weights only) or .safetensors file; raises InputError for anything else."""
     try:
         state = (
             load_file(path)
@@ -53,7 +53,8 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
         raise InputError(f"{path} cannot be read as a state dict: {str(error).splitlines()[0]}") from error
     if not (isinstance(state, dict) and state and all(isinstance(value, Tensor) for value in state.values())):
         raise InputError(
-            f"{path} is not a state dict: expected parameter names with their tensors, as written by torch.save(unet.state_dict())"
+            f"{path} is not a state dict: expected parameter names with their tensors, "
+            "as written by torch.save(unet.state_dict())"
         )
     return state
 
@@ -66,8 +67,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     if missing or extra or shapes:
         example = (missing or extra or shapes)[0]
         raise InputError(
-            f"{path} belongs to another architecture: {len(missing)} parameters missing, {len(extra)} unknown, {len(shapes)} of another shape "
-            f"(e.g. {example}); give the base model it was trained from"
+            f"{path} belongs to another architecture: {len(missing)} parameters missing, {len(extra)} unknown, "
+            f"{len(shapes)} of another shape (e.g. {example}); give the base model it was trained from"
         )
     model.load_state_dict(state)
 
@@ -94,13 +95,11 @@ class StableDiffusion:
     gradient_checkpointing = False
     text_parts: ClassVar[dict[str, type]] = {"tokenizer": CLIPTokenizer, "text_encoder": CLIPTextModel}
 
-    def __init__(self, config: TrainConfig):
-        self.source, self.vae_source, self.unet_source = (
-            config.pretrained_model_name_or_path,
-            config.pretrained_vae_model_name_or_path,
-            config.unet_init,
-        )
-        self.options = {"revision": config.revision, "cache_dir": config.cache_dir}
+    def __init__(
+        self, source: str, *, vae: str | None = None, revision: str | None = None, cache_dir: str | None = None
+    ):
+        self.source, self.vae_source, self.cache_dir = source, vae, cache_dir
+        self.options = {"revision": revision, "cache_dir": cache_dir}
         self._check_pipeline_class()
         self.scheduler = load_part(DDPMScheduler, self.source, "scheduler", **self.options)
         kind = self.scheduler.config.prediction_type
@@ -119,17 +118,17 @@ class StableDiffusion:
         found = json.loads(index.read_text())["_class_name"] if index.is_file() else self.pipeline_class.__name__
         if found != self.pipeline_class.__name__:
             raise InputError(
-                f"{self.source} holds a {found}, not a {self.pipeline_class.__name__}: SDXL models need --sdxl, SD1.x models run without it"
+                f"{self.source} holds a {found}, not a {self.pipeline_class.__name__}: "
+                "SDXL models need --sdxl, SD1.x models run without it"
             )
 
     def _load_vae(self) -> AutoencoderKL:
         if self.vae_source is None:
             return load_part(AutoencoderKL, self.source, "vae", **self.options)
-        return load_part(AutoencoderKL, self.vae_source, None, cache_dir=self.options["cache_dir"])
+        return load_part(AutoencoderKL, self.vae_source, None, cache_dir=self.cache_dir)
 
-    def load_unet(self) -> UNet2DConditionModel:
-        """A UNet in fp32: the base model's, or that of --unet_init."""
-        init = self.unet_source
+    def load_unet(self, init: str = "") -> UNet2DConditionModel:
+        """A UNet in fp32: the base model's, or that of a diffusers folder, a hub id or a file with a state dict."""
         if init.endswith((".pth", ".pt", ".bin", ".safetensors")):
             unet = load_part(UNet2DConditionModel, self.source, "unet", **self.options)
             load_weights(unet, init)
@@ -159,7 +158,7 @@ class StableDiffusion:
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor, noise: Tensor) -> Tensor:
-        """Latents (N, C, h, w) fp32 sampled from the posterior with standard normal `noise`; pixels (N, 3, H, W) in [-1, 1]."""
+        """Latents (N, C, h, w) fp32 of pixels (N, 3, H, W) in [-1, 1]; `noise` samples the posterior."""
         posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
         return (posterior.mean.float() + posterior.std.float() * noise) * self.vae.config.scaling_factor
 
@@ -194,7 +193,7 @@ class StableDiffusion:
     def add_noise(
         self, latents: Tensor, noise: Tensor, timesteps: Tensor, perturbed: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(noised latents, target of the prediction), each (N, C, h, w); `perturbed` replaces the noise on the model's input only."""
+        """(noised latents, target), each (N, C, h, w); `perturbed` replaces the noise on the model's input only."""
         noisy = self.scheduler.add_noise(latents, noise if perturbed is None else perturbed, timesteps)
         if self.scheduler.config.prediction_type == "v_prediction":
             return noisy, self.scheduler.get_velocity(latents, noise, timesteps)
@@ -205,7 +204,7 @@ class StableDiffusion:
         return unet(noisy, timesteps, **conditioning).sample.float()
 
     def save_pipeline(self, unet: UNet2DConditionModel, folder: str | Path) -> None:
-        """Write a complete diffusers pipeline with this UNet; the other parts are read again from their source in full precision."""
+        """Write a diffusers pipeline with this UNet; its other parts are read again, in full precision."""
         parts = {"unet": unet, "vae": self._load_vae()}
         if "safety_checker" in self.pipeline_class._optional_components:
             parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -213,7 +212,7 @@ class StableDiffusion:
 
 
 class StableDiffusionXL(StableDiffusion):
-    """Stable Diffusion XL: two text encoders, their penultimate states side by side, a pooled embedding and time ids."""
+    """Stable Diffusion XL: penultimate states of two text encoders side by side, a pooled embedding and time ids."""
 
     pipeline_class = StableDiffusionXLPipeline
     resolution = 1024
@@ -229,7 +228,7 @@ class StableDiffusionXL(StableDiffusion):
 
     @torch.no_grad()
     def encode_captions(self, captions: list[str], resolution: int) -> Conditioning:
-        """Adds the pooled embedding of the second encoder and the time ids (resolution, resolution, 0, 0, resolution, resolution)."""
+        """Adds the second encoder's pooled embedding and the time ids (original size, crop corner, target size)."""
         outputs = [
             encoder(ids, output_hidden_states=True)
             for encoder, ids in zip(self.text_encoders, self.tokenize(captions), strict=True)
@@ -252,6 +251,6 @@ class StableDiffusionXL(StableDiffusion):
 FAMILIES = {"sd15": StableDiffusion, "sdxl": StableDiffusionXL}
 
 
-def load_family(config: TrainConfig) -> StableDiffusion:
-    """The family that the config names, with its frozen parts on the CPU in fp32."""
-    return FAMILIES["sdxl" if config.sdxl else "sd15"](config)
+def load_family(name: str, source: str, **options: str | None) -> StableDiffusion:
+    """The family with its frozen parts on the CPU in fp32; source is a hub id or a local diffusers folder."""
+    return FAMILIES[name](source, **options)

@@ -1,4 +1,4 @@
-"""Errors on held-out pairs with noise and timesteps that stay fixed for the whole run: whether the winner is in fact preserved."""
+"""Errors on held-out pairs, with noise and timesteps fixed for the whole run: is the winner in fact preserved?"""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sdpo.losses import sample_mean
 
 
 class HeldOutPairs:
-    """Encoded held-out pairs of this rank, with the reference's errors, kept on the CPU; each measurement is one forward pass over them."""
+    """This rank's held-out pairs, encoded, and the reference's errors, on the CPU; measuring is one forward pass."""
 
     def __init__(
         self,
@@ -41,7 +41,10 @@ class HeldOutPairs:
         return sample_mean((prediction - inputs.target).square())  # (2B,)
 
     def measure(self, unet: nn.Module, beta: float, name: str) -> dict[str, float]:
-        """Changes of winner and loser error against the reference, margin and its accuracy (0 counts one half), means with standard errors."""
+        """Means and standard errors: winner and loser error minus the reference's, margin, margin accuracy.
+
+        A margin of exactly 0 counts one half.
+        """
         values = torch.zeros(self.pairs, 2, device=self.accelerator.device)  # change of (winner, loser) error
         for places, inputs, reference in self.shares:
             change = self._errors(unet, inputs.to(self.accelerator.device)) - reference

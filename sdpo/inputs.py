@@ -27,7 +27,7 @@ class Inputs:
 
 
 def make_inputs(family: StableDiffusion, batch: Batch) -> Inputs:
-    """Encode a batch that is on the family's device; both members of a pair get the same noise, timestep and caption."""
+    """Encode a batch on the family's device; both members of a pair get the same noise, timestep and caption."""
     members, resolution = len(batch.pixels) // len(batch.captions), batch.pixels.shape[-1]
     latents = family.encode_images(batch.pixels.float() / 127.5 - 1, batch.posterior)
     timesteps = family.timesteps(batch.uniform).repeat(members)

@@ -114,7 +114,7 @@ def dspo_score(terms: PairTerms, beta: float, alpha: float) -> Tensor:
 
 
 def dspo_switched(terms: PairTerms, beta: float, alpha: float) -> Tensor:
-    """DSPO in its second official form, (B,): (1 - sigmoid(u))^2, times the winner's mean drift^2 once the micro-batch's reaches 0.1."""
+    """DSPO in its second official form, (B,): (1 - sigmoid(u))^2, times drift_w^2 once its batch mean is 0.1."""
     doubt = 1 - torch.sigmoid(terms.margin)
     far = sample_mean(terms.drift_w.square()).mean() >= 0.1
     return torch.where(far, sample_mean((doubt.view(-1, 1, 1, 1) * terms.drift_w).square()), doubt.square())

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 @torch.no_grad()
 def pair_metrics(terms: PairTerms, beta: float) -> dict[str, Tensor]:
-    """Scalars of one micro-batch, without synchronising: official names where the quantity is official, TRL's for rewards."""
+    """Scalars of one micro-batch, left on the device: official names where there are some, TRL's for rewards."""
     drop_w, drop_l = terms.reference_error_w - terms.error_w, terms.reference_error_l - terms.error_l  # (B,)
     ww, ll, wl = (
         sum_product(a, b)
@@ -54,7 +54,7 @@ def sum_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 class Meter:
-    """Averages of scalars over micro-steps and ranks; names that end in /min keep the minimum. One transfer per reduction."""
+    """Averages of scalars over micro-steps and ranks, minima for names in /min; one transfer per reduction."""
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator, self.sums, self.counts, self.unreadable = accelerator, {}, {}, 0
@@ -66,7 +66,8 @@ class Meter:
         self.unreadable += len(reports)
         if self.unreadable > limit:
             raise InputError(
-                f"{self.unreadable} unreadable pairs, more than --max_unreadable_images {limit}; the last: {reports[-1]}"
+                f"{self.unreadable} unreadable pairs, more than --max_unreadable_images {limit}; "
+                f"the last: {reports[-1]}"
             )
 
     def add(self, values: dict[str, Tensor]) -> None:
@@ -94,7 +95,7 @@ class Meter:
 
 
 class MetricsLog:
-    """Appends a JSON object per logged step to {folder}/metrics.jsonl and hands the same numbers to the trackers; rank 0 only."""
+    """Appends a JSON object per logged step to {folder}/metrics.jsonl and gives the same numbers to the trackers."""
 
     def __init__(self, accelerator: Accelerator, folder: str | Path, first_step: int):
         self.accelerator, self.path = accelerator, Path(folder, "metrics.jsonl")

@@ -8,7 +8,7 @@ import numpy as np
 
 
 def draw(seed: int, stream: str, *position: int) -> np.random.Generator:
-    """A generator of its own for one purpose at one place, e.g. draw(seed, "noise", step, position). Streams are independent."""
+    """An independent generator for one purpose at one place, e.g. draw(seed, "noise", step, position)."""
     return np.random.default_rng([seed, zlib.crc32(stream.encode()), *position])
 
 

@@ -25,7 +25,7 @@ def sample(
     guidance_scale: float,
     convention: str = "standard",
 ) -> np.ndarray:
-    """Images (N, H, W, 3) uint8 for N captions from standard normal `noise` (N, C, h, w); the unconditional branch is the empty caption."""
+    """Images (N, H, W, 3) uint8 for N captions from standard normal `noise` (N, C, h, w), guided away from ""."""
     scheduler = EulerDiscreteScheduler.from_config(family.scheduler.config)
     scheduler.set_timesteps(steps, device=family.device)
     resolution = noise.shape[-1] * 2 ** (len(family.vae.config.block_out_channels) - 1)

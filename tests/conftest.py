@@ -7,7 +7,13 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sdpo.tiny import make_pairs, pictures
@@ -28,7 +34,11 @@ def build_pipeline(family, prediction_type="epsilon"):
     """A pipeline with some 100,000 random weights; norms too, which a fresh model leaves at 1 and 0."""
     torch.manual_seed(0)
     tokenizer, xl = build_tokenizer(), family == "sdxl"
-    added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 24 + 16}
+    added = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 4,
+        "projection_class_embeddings_input_dim": 24 + 16,
+    }
     parts = {
         "tokenizer": tokenizer,
         "text_encoder": CLIPTextModel(text_config(tokenizer, 16)),

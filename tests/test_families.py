@@ -7,15 +7,11 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from sdpo.config import InputError, TrainConfig
+from sdpo.config import InputError
 from sdpo.families import hold_matmul_weights, load_family, load_state, load_weights
 from sdpo.losses import pair_terms
 
 KEYS = [("sd15", "epsilon"), ("sd15", "v_prediction"), ("sdxl", "epsilon")]
-
-
-def config_for(bases, key, **changes):
-    return TrainConfig(pretrained_model_name_or_path=str(bases[key]), sdxl=key[0] == "sdxl", train_data_dir="-", **changes)
 
 
 def random_inputs(family, samples=4):
@@ -29,7 +25,7 @@ def random_inputs(family, samples=4):
 @pytest.mark.parametrize("key", KEYS, ids="-".join)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_margin_of_equal_models_is_exactly_zero(bases, key, dtype):
-    family = load_family(config_for(bases, key)).to(torch.device("cpu"), dtype)
+    family = load_family(key[0], str(bases[key])).to(torch.device("cpu"), dtype)
     policy = family.load_unet()
     reference = hold_matmul_weights(copy.deepcopy(policy).requires_grad_(False), dtype)
     noisy, timesteps, conditioning, target = random_inputs(family)
@@ -39,7 +35,9 @@ def test_margin_of_equal_models_is_exactly_zero(bases, key, dtype):
             frozen = family.predict(reference, noisy, timesteps, conditioning)
     terms = pair_terms(prediction, frozen, target, beta=5000.0)
     assert terms.margin.abs().max() == 0
-    if dtype == torch.bfloat16:  # most weights are in fact held in low precision, and casting all of them breaks the equality
+    if (
+        dtype == torch.bfloat16
+    ):  # most weights are in fact held in low precision, and casting all of them breaks the equality
         low = sum(p.numel() for p in reference.parameters() if p.dtype == torch.bfloat16)
         assert low > 0.95 * sum(p.numel() for p in reference.parameters())
         with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
@@ -49,7 +47,7 @@ def test_margin_of_equal_models_is_exactly_zero(bases, key, dtype):
 
 @pytest.mark.parametrize("key", KEYS, ids="-".join)
 def test_captions_are_encoded_as_the_pipeline_does(bases, key):
-    family = load_family(config_for(bases, key))
+    family = load_family(key[0], str(bases[key]))
     pipeline = DiffusionPipeline.from_pretrained(bases[key])
     captions = ["a small red circle on a blue background", ""]
     conditioning = family.encode_captions(captions, 32)
@@ -64,7 +62,7 @@ def test_captions_are_encoded_as_the_pipeline_does(bases, key):
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_noise_and_target_follow_the_closed_form(bases, kind):
-    family = load_family(config_for(bases, ("sd15", kind)))
+    family = load_family("sd15", str(bases["sd15", kind]))
     betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     signal = torch.tensor(np.cumprod(1 - betas), dtype=torch.float32)
     draw = torch.Generator().manual_seed(1)
@@ -78,7 +76,7 @@ def test_noise_and_target_follow_the_closed_form(bases, kind):
 
 
 def test_latents_are_the_posterior_sample_times_the_scaling_factor(bases):
-    family = load_family(config_for(bases, ("sd15", "epsilon")))
+    family = load_family("sd15", str(bases["sd15", "epsilon"]))
     pixels, noise = torch.rand(2, 3, 32, 32) * 2 - 1, torch.randn(2, 4, 8, 8)
     posterior = family.vae.encode(pixels).latent_dist
     expected = (posterior.mean + torch.exp(0.5 * posterior.logvar) * noise) * family.vae.config.scaling_factor
@@ -86,13 +84,13 @@ def test_latents_are_the_posterior_sample_times_the_scaling_factor(bases):
 
 
 def test_timesteps_cover_the_schedule(bases):
-    family = load_family(config_for(bases, ("sd15", "epsilon")))
+    family = load_family("sd15", str(bases["sd15", "epsilon"]))
     assert family.timesteps(torch.tensor([0.0, 0.5, 1 - 1e-12], dtype=torch.float64)).tolist() == [0, 500, 999]
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors", "folder"])
 def test_unet_init_replaces_the_weights(bases, tmp_path, suffix):
-    family = load_family(config_for(bases, ("sd15", "epsilon")))
+    family = load_family("sd15", str(bases["sd15", "epsilon"]))
     unet = family.load_unet()
     changed = {name: value + 1 for name, value in unet.state_dict().items()}
     if suffix == "pth":
@@ -105,19 +103,19 @@ def test_unet_init_replaces_the_weights(bases, tmp_path, suffix):
         unet.load_state_dict(changed)
         unet.save_pretrained(tmp_path / "unet")
     init = tmp_path if suffix == "folder" else tmp_path / f"unet.{suffix}"
-    again = load_family(config_for(bases, ("sd15", "epsilon"), unet_init=str(init))).load_unet()
+    again = load_family("sd15", str(bases["sd15", "epsilon"])).load_unet(str(init))
     assert all(torch.equal(value, changed[name]) for name, value in again.state_dict().items())
 
 
 def test_unusable_models_are_refused(bases, tmp_path):
     with pytest.raises(InputError, match="need --sdxl"):
-        load_family(config_for({("sd15", "epsilon"): bases["sdxl", "epsilon"]}, ("sd15", "epsilon")))
+        load_family("sd15", str(bases["sdxl", "epsilon"]))
     with pytest.raises(InputError, match=r"cannot load scheduler of .*nowhere"):
-        load_family(config_for({("sd15", "epsilon"): tmp_path / "nowhere"}, ("sd15", "epsilon")))
-    family = load_family(config_for(bases, ("sd15", "epsilon")))
+        load_family("sd15", str(tmp_path / "nowhere"))
+    family = load_family("sd15", str(bases["sd15", "epsilon"]))
     with pytest.raises(InputError, match="multiple of 4"):
         family.latent_shape(30)
-    other = load_family(config_for(bases, ("sdxl", "epsilon"))).load_unet()
+    other = load_family("sdxl", str(bases["sdxl", "epsilon"])).load_unet()
     torch.save(other.state_dict(), tmp_path / "other.pth")
     with pytest.raises(InputError, match=r"other\.pth belongs to another architecture"):
         load_weights(family.load_unet(), tmp_path / "other.pth")

@@ -87,7 +87,9 @@ def test_scale_equals_autograd(seed, mu):
     each = winner_preserving_scale(residual_w, residual_l, mu, per_pair=True)
     rows = [torch.stack(pair) for pair in zip(*prediction.chunk(2), strict=True)]
     goals = [torch.stack(pair) for pair in zip(*target.chunk(2), strict=True)]
-    assert each.tolist() == pytest.approx([scale_by_autograd(p, t, mu) for p, t in zip(rows, goals, strict=True)], rel=1e-5)
+    assert each.tolist() == pytest.approx(
+        [scale_by_autograd(p, t, mu) for p, t in zip(rows, goals, strict=True)], rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("per_pair", [False, True])
@@ -96,13 +98,15 @@ def test_winner_descends_to_first_order(seed, per_pair):
     """-||g_w||^2 + lambda <g_w, g_l> <= -mu ||g_w||^2 for random residuals and mu."""
     draw = torch.Generator().manual_seed(seed)
     mu = torch.rand((), generator=draw).item()
-    residual_w, residual_l = torch.randn(2, 3, 4, 8, 8, generator=draw, dtype=torch.float64) * torch.rand(2, 1, 1, 1, 1, generator=draw)
+    residual_w, residual_l = torch.randn(2, 3, 4, 8, 8, generator=draw, dtype=torch.float64) * torch.rand(
+        2, 1, 1, 1, 1, generator=draw
+    )
     residual_l = residual_l + 3 * torch.rand((), generator=draw) * residual_w
     scale = winner_preserving_scale(residual_w, residual_l, mu, per_pair).double()
     sums = (1,) if per_pair else (0, 1)
     ww, wl = (x.flatten(1).sum(sums) for x in (residual_w**2, residual_w * residual_l))
     assert ((-ww + scale * wl) <= -mu * ww * (1 - 1e-5) + 1e-9).all()
-    assert ((0 <= scale) & (scale <= 1)).all()
+    assert ((scale >= 0) & (scale <= 1)).all()
 
 
 @pytest.mark.parametrize(
@@ -141,7 +145,10 @@ def test_scale_per_pair_does_not_depend_on_the_split():
     residual_w, residual_l = (prediction - target).chunk(2)
     residual_l = residual_l + residual_w
     whole = winner_preserving_scale(residual_w, residual_l, 0.9, per_pair=True)
-    parts = [winner_preserving_scale(w[None], l[None], 0.9, per_pair=True) for w, l in zip(residual_w, residual_l, strict=True)]
+    parts = [
+        winner_preserving_scale(winner[None], loser[None], 0.9, per_pair=True)
+        for winner, loser in zip(residual_w, residual_l, strict=True)
+    ]
     torch.testing.assert_close(whole, torch.cat(parts))
 
 
@@ -149,7 +156,9 @@ def test_scale_per_pair_does_not_depend_on_the_split():
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("safeguard", [{"mu": 0.9}, {"mu": 0.9, "per_pair": True}, {"constant": 0.3}, {"constant": 0.0}])
+@pytest.mark.parametrize(
+    "safeguard", [{"mu": 0.9}, {"mu": 0.9, "per_pair": True}, {"constant": 0.3}, {"constant": 0.0}]
+)
 def test_hook_leaves_loss_and_winner_untouched(method, safeguard):
     prediction, reference, target = pairs(1)
     loss, grad = backward(method, prediction, reference, target)
@@ -175,7 +184,9 @@ def test_scale_one_is_the_plain_method(method):
     log = torch.nn.functional.logsigmoid
     expected = {
         "diffusion-dpo": lambda: -log(margin),
-        "dmpo": lambda: margin.sigmoid() * (log(margin) - q.log()) + (1 - margin.sigmoid()) * (log(-margin) - (1 - q).log()),
+        "dmpo": lambda: (
+            margin.sigmoid() * (log(margin) - q.log()) + (1 - margin.sigmoid()) * (log(-margin) - (1 - q).log())
+        ),
         "dspo-score": lambda: (residual - beta * doubt * drift).square().flatten(1).mean(1),
         "dspo-switched": lambda: doubt.flatten().square(),  # drift^2 is about 0.01 here, below the switch at 0.1
     }[method]().mean()
@@ -245,8 +256,12 @@ def test_gradient_hook_is_identity_forward():
 
 
 def test_losses_import_without_diffusers():
-    code = "import sys, sdpo.losses; print([m for m in ('diffusers', 'transformers', 'accelerate') if m in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=DATA.parents[1], check=True)
+    code = (
+        "import sys, sdpo.losses; print([m for m in ('diffusers', 'transformers', 'accelerate') if m in sys.modules])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=DATA.parents[1], check=True
+    )
     assert result.stdout.strip() == "[]"
 
 
@@ -259,6 +274,7 @@ def test_the_example_of_the_readme_runs():
     leaf = prediction.clone().requires_grad_()
     scope = {"prediction": leaf, "reference": reference, "target": target, "beta": 20.0}
     exec(example, scope)
+    scope["loss"].backward()
     loss, grad = backward("diffusion-dpo", prediction, reference, target, mu=0.9)
     torch.testing.assert_close(scope["loss"].detach(), loss)
     torch.testing.assert_close(leaf.grad, grad)

@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 
 import train
 from sdpo.config import InputError
+from sdpo.families import load_family
 from sdpo.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -84,7 +85,14 @@ def test_sft_is_descent_on_the_winners_error(arguments, tmp_path):
 
 
 def test_resumed_run_is_the_same_run(arguments, tmp_path):
-    flags = ["--use_ema", "--ema_decay=0.5", "--checkpointing_steps=2", "--validation_pairs=6", "--validation_steps=2", "--lr_scheduler=cosine"]
+    flags = [
+        "--use_ema",
+        "--ema_decay=0.5",
+        "--checkpointing_steps=2",
+        "--validation_pairs=6",
+        "--validation_steps=2",
+        "--lr_scheduler=cosine",
+    ]
     flags += ["--max_train_steps=5", "--random_crop"]
     train.main(arguments(*flags, out="whole"))
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
@@ -97,7 +105,10 @@ def test_resumed_run_is_the_same_run(arguments, tmp_path):
     train.main([*arguments(*flags, out="cut"), "--seed=7"])
     for file in ("unet.pth", "unet_ema.pth"):
         assert same(weights(tmp_path / "whole", file), weights(tmp_path / "cut", file))
-    rows = [[json.loads(line) for line in (tmp_path / out / "metrics.jsonl").read_text().splitlines()] for out in ("whole", "cut")]
+    rows = [
+        [json.loads(line) for line in (tmp_path / out / "metrics.jsonl").read_text().splitlines()]
+        for out in ("whole", "cut")
+    ]
     for row in rows[0] + rows[1]:
         row.pop("pairs_per_second", None)
     assert rows[0] == rows[1]
@@ -120,7 +131,12 @@ def test_checkpoints_are_limited_and_plain(arguments, tmp_path):
 @pytest.mark.parametrize("per, equal", [("pair", True), ("batch", False)])
 def test_accumulation_equals_a_larger_batch(arguments, tmp_path, per, equal):
     """A scale per pair does not depend on how the global batch is split; the official one per micro-batch does."""
-    flags = ["--use_winner_preserving", "--winner_preserving_mu=0.5", f"--winner_preserving_per={per}", "--max_train_steps=4"]
+    flags = [
+        "--use_winner_preserving",
+        "--winner_preserving_mu=0.5",
+        f"--winner_preserving_per={per}",
+        "--max_train_steps=4",
+    ]
     for batch in (1, 4):
         train.main([*arguments(*flags, out=f"b{batch}"), f"--train_batch_size={batch}"])
     norms = [[value for _, value in read_metrics(tmp_path / f"b{batch}", "grad_norm")] for batch in (1, 4)]
@@ -129,11 +145,8 @@ def test_accumulation_equals_a_larger_batch(arguments, tmp_path, per, equal):
 
 def test_averaged_weights_are_the_recursion(arguments, tmp_path):
     train.main(arguments("--use_ema", "--ema_decay=0.9", "--checkpointing_steps=1"))
-    from sdpo.config import TrainConfig
-    from sdpo.families import load_family
-
     base = json.loads((tmp_path / "run" / "config.json").read_text())["config"]["pretrained_model_name_or_path"]
-    start = load_family(TrainConfig(pretrained_model_name_or_path=base, train_data_dir="-")).load_unet().state_dict()
+    start = load_family("sd15", base).load_unet().state_dict()
     expected = dict(start)
     for step in (1, 2, 3):
         state = weights(tmp_path / "run" / f"checkpoint-{step}")
@@ -158,7 +171,9 @@ def test_held_out_errors_are_those_of_the_saved_weights(arguments, tmp_path, pai
 
 def test_validation_prompts_are_sampled(arguments, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
-    train.main(arguments(f"--validation_prompts={tmp_path / 'prompts.txt'}", "--max_train_steps=1", "--report_to=tensorboard"))
+    train.main(
+        arguments(f"--validation_prompts={tmp_path / 'prompts.txt'}", "--max_train_steps=1", "--report_to=tensorboard")
+    )
     for step in ("step-000000", "step-000001"):
         assert len(list((tmp_path / "run" / "validation" / step).glob("*.png"))) == 2
     assert list((tmp_path / "run" / "logs").rglob("events.out.tfevents.*"))
@@ -194,11 +209,23 @@ def test_errors_are_one_sentence_on_the_command_line(arguments):
 
 
 def test_two_ranks_checkpoint_finish_and_equal_one(arguments, tmp_path):
-    flags = ["--use_winner_preserving", "--winner_preserving_mu=0.5", "--checkpointing_steps=2", "--use_ema", "--validation_pairs=6"]
+    flags = [
+        "--use_winner_preserving",
+        "--winner_preserving_mu=0.5",
+        "--checkpointing_steps=2",
+        "--use_ema",
+        "--validation_pairs=6",
+    ]
     flags += ["--validation_steps=2", "--train_method=dmpo", "--dmpo_alpha=0.01", "--max_train_steps=4"]
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py")]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([sys.executable, *command, *arguments(*flags, out="two")], capture_output=True, text=True, env=environment, timeout=300)
+    result = subprocess.run(
+        [sys.executable, *command, *arguments(*flags, out="two")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     assert json.loads((tmp_path / "two" / "config.json").read_text())["plan"]["processes"] == 2
     assert [path.name for path in sorted((tmp_path / "two").glob("checkpoint-*"))] == ["checkpoint-2", "checkpoint-4"]
