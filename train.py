@@ -81,7 +81,7 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     for library in (datasets, diffusers, transformers):
         library.utils.logging.disable_progress_bar()
         library.utils.logging.set_verbosity_error()
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     return accelerator
 
@@ -307,21 +307,21 @@ def show_progress(progress: tqdm, figures: dict[str, float]) -> None:
 def validate(run: Run, held_out: HeldOutPairs | None) -> dict[str, float]:
     """Held-out errors of the raw and of the averaged weights; sampled images if there are validation prompts."""
     figures: dict[str, float] = {}
+    unet = run.accelerator.unwrap_model(run.unet)  # ranks may have unequal shares: no collectives in the forward pass
     if held_out:
-        figures |= held_out.measure(run.unet, run.config.beta_dpo, "heldout")
+        figures |= held_out.measure(unet, run.config.beta_dpo, "heldout")
         if run.ema:
             figures |= held_out.measure(run.ema.module, run.config.beta_dpo, "heldout_ema")
     if run.config.validation_prompts and run.accelerator.is_main_process:
-        sample_prompts(run, Path(run.config.validation_prompts).read_text(encoding="utf-8").splitlines())
+        sample_prompts(run, unet, Path(run.config.validation_prompts).read_text(encoding="utf-8").splitlines())
     return figures
 
 
-def sample_prompts(run: Run, prompts: list[str]) -> None:
+def sample_prompts(run: Run, unet: nn.Module, prompts: list[str]) -> None:
     """Write an image per prompt to {output_dir}/validation/step-N/ and show it in the trackers; rank 0 only."""
     folder = Path(run.config.output_dir, "validation", f"step-{run.step:06d}")
     folder.mkdir(parents=True, exist_ok=True)
     shape = run.family.latent_shape(run.config.resolution or run.family.resolution)
-    unet = run.accelerator.unwrap_model(run.unet)
     for index, prompt in enumerate(prompts):
         noise = torch.from_numpy(normal(run.seed, "validation-image", (index,), (1, *shape)))
         with run.accelerator.autocast():

@@ -158,7 +158,7 @@ class Pairs:
         return column(self.table, self.caption_column, self.rows)
 
     def load(self, index: int, members: int) -> tuple[list[Image.Image], str | list[str]]:
-        """The first `members` of (winner, loser) as RGB images, and the caption; OSError or ValueError if broken."""
+        """The first `members` of (winner, loser) as RGB images, and the caption; raises if an image is broken."""
         row = self.table[int(self.rows[index])]
         columns = self.columns if len(self.columns) == 1 or row["label_0"] == 1 else self.columns[::-1]
         return [decode(row[name]) for name in columns[:members]], row[self.caption_column]
@@ -191,6 +191,8 @@ def load_pairs(config: TrainConfig, split: str, folder: str | None = None) -> tu
     single = (
         config.method == "sft" and IMAGES[0] not in table.column_names and config.image_column in table.column_names
     )
+    if single and config.holds_out:
+        raise InputError(f"{source} has single images; held-out errors need pairs: drop the --validation_ flags")
     columns = (config.image_column,) if single else IMAGES
     needed = (
         [config.caption_column, *columns]
@@ -356,7 +358,7 @@ class PairDataset(Dataset):
             try:
                 images, caption = self.pairs.load(index, self.members)
                 break
-            except (OSError, ValueError, TypeError, KeyError, Image.DecompressionBombError) as error:
+            except Exception as error:  # every decoder has errors of its own
                 unreadable.append(f"{self.pairs.source} row {self.pairs.rows[index]}: {error}")
                 if len(unreadable) > self.max_unreadable:
                     raise InputError(
@@ -454,7 +456,7 @@ def collate(samples: list[dict]) -> Batch:
         **by_member,
         **shared,
         captions=[s["caption"] for s in samples],
-        uniform=torch.tensor([s["uniform"] for s in samples], dtype=torch.float64),
+        uniform=torch.tensor([s["uniform"] for s in samples], dtype=torch.float32),
         unreadable=[text for s in samples for text in s["unreadable"]],
     )
 

@@ -188,7 +188,8 @@ class StableDiffusion:
 
     def timesteps(self, uniform: Tensor) -> Tensor:
         """Timesteps (N,) for uniform draws in [0, 1)."""
-        return (uniform * self.scheduler.config.num_train_timesteps).long()
+        steps = self.scheduler.config.num_train_timesteps
+        return (uniform * steps).long().clamp_max(steps - 1)  # in fp32 a draw may round up to 1
 
     def add_noise(
         self, latents: Tensor, noise: Tensor, timesteps: Tensor, perturbed: Tensor | None = None
