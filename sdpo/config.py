@@ -12,6 +12,9 @@ from typing import Any, Literal
 class InputError(ValueError):
     """Something the user gave cannot be used; the message names it and the fix. Shown without a traceback."""
 
+    def __init__(self, message: str):
+        super().__init__(message.split("InputError: ")[-1].strip())  # workers of a data loader wrap it in a traceback
+
 
 def flag(default: Any, text: str) -> Any:
     """A field with its help text."""
@@ -146,7 +149,13 @@ class TrainConfig:
             self.choice_model,
             "--choice_model comes with the scorers, not part of this version; drop it to use the data's own labels",
         )
-        for name in ("train_batch_size", "gradient_accumulation_steps", "validation_steps", "logging_steps"):
+        for name in (
+            "train_batch_size",
+            "num_train_epochs",
+            "gradient_accumulation_steps",
+            "validation_steps",
+            "logging_steps",
+        ):
             yield getattr(self, name) < 1, f"--{name} must be at least 1, got {getattr(self, name)}"
         for name in (
             "max_train_steps",
@@ -154,6 +163,7 @@ class TrainConfig:
             "dataloader_num_workers",
             "max_grad_norm",
             "validation_pairs",
+            "max_unreadable_images",
             "checkpointing_steps",
             "learning_rate",
         ):
@@ -228,7 +238,9 @@ class TrainConfig:
                 "and raises the winner's error, and scaling the loser cannot prevent that",
             )
         yield (
-            self.method == "dspo" and self.dspo_form != "switched" and self.beta_dpo <= 0.1,
+            self.method == "dspo"
+            and (self.dspo_form == "score" or (self.dspo_form == "auto" and not self.sdxl))
+            and self.beta_dpo <= 0.1,
             f"dspo by score matching at beta {self.beta_dpo:g}: the loser's gradient is of order beta^2, "
             "so training is close to sft and the safeguard close to inert",
         )
@@ -265,7 +277,9 @@ def parse_config(arguments: list[str] | None = None) -> TrainConfig:
         description="Preference alignment of diffusion models with a winner-preserving safeguard.",
         allow_abbrev=False,
     )
-    (config,) = parser.parse_args_into_dataclasses(arguments)
+    config, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    if unknown:
+        raise InputError(f"unknown flag {unknown[0]}: `python train.py --help` lists the flags")
     return config
 
 

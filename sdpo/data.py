@@ -23,7 +23,6 @@ from sdpo.config import InputError, Plan, TrainConfig
 from sdpo.rng import draw, normal
 
 IMAGES = ("jpg_0", "jpg_1")
-FILE_COLUMNS = ("caption", "winner", "loser")  # of a JSONL or CSV file beside plain images
 
 
 # Reading
@@ -37,28 +36,15 @@ def read_table(config: TrainConfig, split: str, folder: str | None = None) -> da
         raise InputError(f"data folder {source} does not exist")
     pair_file = find_pair_file(path)
     if pair_file:
-        return read_pair_file(pair_file)
+        refuse_split(pair_file, split)
+        return read_pair_file(pair_file, config.caption_column)
     try:
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             return undecoded(read_saved(path, split))
-        builder = datasets.load_dataset_builder(
-            source, None if folder else config.dataset_config_name, cache_dir=config.cache_dir
-        )
-        files = builder.config.data_files
-        if not files:  # a data set with a loading scheme of its own
-            return undecoded(
-                datasets.load_dataset(source, config.dataset_config_name, split=split, cache_dir=config.cache_dir)
-            )
-        if split not in files:
-            raise no_such_split(source, split, files)
-        return undecoded(
-            datasets.load_dataset(
-                builder.name, data_files={split: list(files[split])}, split=split, cache_dir=config.cache_dir
-            )
-        )
+        return undecoded(read_split(source, None if folder else config.dataset_config_name, split, config.cache_dir))
+    except InputError:
+        raise
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        if isinstance(error, InputError):
-            raise
         reason = str(error).strip().splitlines()[0]
         raise InputError(
             f"cannot read pairs from {source!r}: {reason} "
@@ -66,9 +52,29 @@ def read_table(config: TrainConfig, split: str, folder: str | None = None) -> da
         ) from error
 
 
+def read_split(source: str, name: str | None, split: str, cache_dir: str | None) -> datasets.Dataset:
+    """A split of a hub data set or of a folder of parquet, arrow or similar files; fetches only its own files."""
+    builder = datasets.load_dataset_builder(source, name, cache_dir=cache_dir)
+    files = builder.config.data_files
+    if not files:  # a data set with a loading scheme of its own
+        return datasets.load_dataset(source, name, split=split, cache_dir=cache_dir)
+    if split not in files:
+        raise no_such_split(source, split, files)
+    return datasets.load_dataset(builder.name, data_files={split: list(files[split])}, split=split, cache_dir=cache_dir)
+
+
 def no_such_split(source: str | Path, split: str, splits: Iterable[str]) -> InputError:
     """The error for a split that a data set does not have."""
     return InputError(f"{source} has no split {split!r}; it has {', '.join(map(str, splits))}: choose one of them")
+
+
+def refuse_split(source: Path, split: str) -> None:
+    """Raises InputError where a source without splits is asked for another one than the default."""
+    if split != "train":
+        raise InputError(
+            f"{source} has no splits, so split {split!r} cannot be read: "
+            "use --split train, and --validation_data_dir in place of --validation_split"
+        )
 
 
 def find_pair_file(path: Path) -> Path | None:
@@ -82,43 +88,54 @@ def find_pair_file(path: Path) -> Path | None:
     return found[0] if found else None
 
 
-def read_pair_file(file: Path) -> datasets.Dataset:
+def read_pair_file(file: Path, caption_column: str) -> datasets.Dataset:
     """Rows of a JSONL or CSV file in Pick-a-Pic columns, image paths relative to it; InputError names a bad row."""
-    rows = []
-    with file.open(newline="", encoding="utf-8") as lines:
-        try:
-            records = (
-                list(csv.DictReader(lines))
-                if file.suffix == ".csv"
-                else [json.loads(line) for line in lines if line.strip()]
-            )
-        except (ValueError, csv.Error) as error:
-            raise InputError(f"{file} is not valid {file.suffix[1:].upper()}: {error}") from error
-    for number, record in enumerate(records, 1):
-        missing = [
-            name
-            for name in FILE_COLUMNS
-            if not isinstance(record, dict) or (record.get(name) in (None, "") and name != "caption")
-        ]
-        if missing or "caption" not in record:
-            raise InputError(
-                f"{file} row {number}: {', '.join(missing or ['caption'])} missing; "
-                f"every row needs {', '.join(FILE_COLUMNS)}"
-            )
-        paths = [str(file.parent / record[name]) for name in ("winner", "loser")]
-        for path in paths:
-            if not Path(path).is_file():
-                raise InputError(f"{file} row {number}: image {path} does not exist; paths are relative to {file.name}")
-        rows.append({"caption": record["caption"], "jpg_0": paths[0], "jpg_1": paths[1], "label_0": 1.0})
-    if not rows:
+    columns = (caption_column, "winner", "loser")
+    captions, winners, losers = [], [], []
+    for number, record in read_records(file):
+        missing = [name for name in columns if record.get(name) is None or (record[name] == "" and name != columns[0])]
+        if missing:
+            raise InputError(f"{file} row {number}: {', '.join(missing)} missing; every row needs {', '.join(columns)}")
+        for name, paths in (("winner", winners), ("loser", losers)):
+            paths.append(str(file.parent / str(record[name])))
+            if not Path(paths[-1]).is_file():
+                raise InputError(
+                    f"{file} row {number}: image {paths[-1]} does not exist; paths are relative to {file.name}"
+                )
+        captions.append(record[caption_column])
+    if not captions:
         raise InputError(f"{file} has no rows")
-    return datasets.Dataset.from_list(rows)
+    check_captions(captions, caption_column, str(file), first=1)
+    if any(isinstance(caption, list) for caption in captions):
+        captions = [caption if isinstance(caption, list) else [caption] for caption in captions]
+    labels = [1.0] * len(captions)
+    return datasets.Dataset.from_dict({caption_column: captions, "jpg_0": winners, "jpg_1": losers, "label_0": labels})
+
+
+def read_records(file: Path) -> list[tuple[int, dict]]:
+    """(row number, object) of a JSONL file, rows being lines, or of a CSV file; InputError names a row that is none."""
+    text = file.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
+    if file.suffix == ".csv":
+        return list(enumerate(csv.DictReader(io.StringIO(text, newline="")), 1))
+    records = []
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            record = json.loads(line) if line.strip() else None
+        except ValueError as error:
+            raise InputError(f"{file} row {number} is not valid JSONL: {error}") from error
+        if not isinstance(record, dict | None):
+            raise InputError(f"{file} row {number} is not a JSON object")
+        records += [(number, record)] if record is not None else []
+    return records
 
 
 def read_saved(path: Path, split: str) -> datasets.Dataset:
     """A folder written by save_to_disk; of a DatasetDict only the split's own folder is opened."""
     if not (path / "dataset_dict.json").is_file():
-        return datasets.load_from_disk(str(path))
+        table = datasets.load_from_disk(str(path))
+        if str(table.split) != split:
+            refuse_split(path, split)
+        return table
     splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
     if split not in splits:
         raise no_such_split(path, split, splits)
@@ -142,6 +159,7 @@ class Pairs:
 
     table: datasets.Dataset
     rows: np.ndarray  # (n,) int, row numbers in the table
+    first_won: np.ndarray  # (n,) bool
     columns: tuple[str, ...]  # image columns: (jpg_0, jpg_1), or one column of single images for sft
     caption_column: str
     source: str
@@ -160,12 +178,12 @@ class Pairs:
     def load(self, index: int, members: int) -> tuple[list[Image.Image], str | list[str]]:
         """The first `members` of (winner, loser) as RGB images, and the caption; raises if an image is broken."""
         row = self.table[int(self.rows[index])]
-        columns = self.columns if len(self.columns) == 1 or row["label_0"] == 1 else self.columns[::-1]
+        columns = self.columns if self.first_won[index] else self.columns[::-1]
         return [decode(row[name]) for name in columns[:members]], row[self.caption_column]
 
     def select(self, keep: np.ndarray) -> Pairs:
         """The pairs at these indices or in this mask."""
-        return Pairs(self.table, self.rows[keep], self.columns, self.caption_column, self.source)
+        return Pairs(self.table, self.rows[keep], self.first_won[keep], self.columns, self.caption_column, self.source)
 
 
 def column(table: datasets.Dataset, name: str, rows: np.ndarray | None = None) -> list:
@@ -192,7 +210,10 @@ def load_pairs(config: TrainConfig, split: str, folder: str | None = None) -> tu
         config.method == "sft" and IMAGES[0] not in table.column_names and config.image_column in table.column_names
     )
     if single and config.holds_out:
-        raise InputError(f"{source} has single images; held-out errors need pairs: drop the --validation_ flags")
+        raise InputError(
+            f"{source} has single images; held-out errors need pairs: "
+            "drop --validation_pairs, --validation_split and --validation_data_dir"
+        )
     columns = (config.image_column,) if single else IMAGES
     needed = (
         [config.caption_column, *columns]
@@ -206,10 +227,11 @@ def load_pairs(config: TrainConfig, split: str, folder: str | None = None) -> tu
             "rename columns to Pick-a-Pic's caption, jpg_0, jpg_1, label_0, or give --caption_column"
         )
     notes = [f"{source}: {len(table):,} rows"]
-    keep = np.ones(len(table), bool)
+    labels = np.ones(len(table)) if single else read_labels(column(table, "label_0"), source)
+    keep = labels != 0.5
     if not single:
-        keep = decided(column(table, "label_0"), source)
         notes.append(f"dropped {len(keep) - keep.sum():,} ties")
+    check_captions(column(table, config.caption_column), config.caption_column, source)
     if config.dreamlike_pairs_only:
         dreamlike = np.array(
             [
@@ -222,40 +244,54 @@ def load_pairs(config: TrainConfig, split: str, folder: str | None = None) -> tu
         keep &= dreamlike
     if not keep.any():
         raise InputError(f"{source}: no pair is left after the filters ({'; '.join(notes)})")
-    return Pairs(table, np.flatnonzero(keep), columns, config.caption_column, source), notes
+    return Pairs(table, np.flatnonzero(keep), labels[keep] == 1, columns, config.caption_column, source), notes
 
 
-def decided(labels: list, source: str) -> np.ndarray:
-    """Mask of the rows with a winner; raises InputError naming the first row whose label is not 0, 0.5 or 1."""
-    values = np.array([np.nan if label is None else label for label in labels], float)
+def check_captions(captions: list, name: str, source: str, first: int = 0) -> None:
+    """Raises InputError naming the first row whose caption is neither a text nor a list of texts."""
+    for row, caption in enumerate(captions, first):
+        options = caption if isinstance(caption, list) and caption else [caption]
+        if not all(isinstance(option, str) for option in options):
+            raise InputError(f"{source} row {row}: {name} is {caption!r}, but must be a text or a list of texts")
+
+
+def read_labels(labels: list, source: str) -> np.ndarray:
+    """Labels as (n,) floats; raises InputError naming the first row whose label is not 0, 0.5 or 1."""
+    values = np.array([as_number(label) for label in labels])
     wrong = np.flatnonzero(~np.isin(values, (0, 0.5, 1)))
     if len(wrong):
         raise InputError(
             f"{source} row {wrong[0]}: label_0 is {labels[wrong[0]]}, but must be 1 (jpg_0 won), 0 (jpg_1 won) "
             f"or 0.5 (tie); {len(wrong)} such row(s) in all: correct or remove them"
         )
-    return values != 0.5
+    return values
+
+
+def as_number(label: object) -> float:
+    """A label as a float, nan if it is none."""
+    try:
+        return float(label)
+    except (TypeError, ValueError):
+        return float("nan")
 
 
 def split_by_prompt(pairs: Pairs, held_out: int, seed: int) -> tuple[Pairs, Pairs]:
     """(training pairs, `held_out` pairs), no caption on both sides; raises InputError if none are left to train on."""
-    captions = [[c] if isinstance(c, str) else list(c) for c in pairs.captions()]
-    taken: set[str] = set()
+    captions = [{c} if isinstance(c, str) else set(c) for c in pairs.captions()]
     by_caption: dict[str, list[int]] = {}
     for index, options in enumerate(captions):
         for caption in options:
             by_caption.setdefault(caption, []).append(index)
-    touched: set[int] = set()
-    chosen: list[int] = []
+    taken: set[str] = set()
+    chosen: list[int] = []  # pairs all of whose captions are taken
     for index in draw(seed, "held-out").permutation(len(pairs)):
         if len(chosen) >= held_out:
             break
-        for caption in captions[index]:
-            if caption not in taken:
-                taken.add(caption)
-                chosen += [i for i in by_caption[caption] if i not in touched]
-                touched.update(by_caption[caption])
-    rest = np.setdiff1d(np.arange(len(pairs)), list(touched))
+        added = captions[index] - taken
+        taken |= added
+        touched = {i for caption in added for i in by_caption[caption]}
+        chosen += sorted(i for i in touched if captions[i] <= taken)
+    rest = np.array([i for i, options in enumerate(captions) if not options & taken], int)
     if len(chosen) < held_out or not len(rest):
         raise InputError(
             f"--validation_pairs {held_out} leaves nothing to train on: {pairs.source} has {len(pairs)} pairs "

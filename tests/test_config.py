@@ -1,0 +1,399 @@
+"""The command line against the official one, what it refuses, warns about and computes, and the launchers."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sdpo.config import InputError, Plan, TrainConfig, parse_config
+
+LAUNCHERS = Path(__file__).parents[1] / "scripts" / "train"
+NEEDED = ("--pretrained_model_name_or_path=model", "--dataset_name=pairs")
+PAIRS = 851_293  # of Pick-a-Pic v2 without ties
+
+SD15 = ("stable-diffusion-v1-5/stable-diffusion-v1-5", None, 1e-8)
+SDXL = ("stabilityai/stable-diffusion-xl-base-1.0", "madebyollin/sdxl-vae-fp16-fix", 1e-9)
+RECIPES = {  # the paper's settings: (base, VAE, learning rate), method, beta, alpha, mu
+    "sd15_diffusion_dpo": (SD15, "diffusion-dpo", 5000, 0, 0.9),
+    "sd15_dspo": (SD15, "dspo", 0.001, 0, 0.2),
+    "sd15_dmpo": (SD15, "dmpo", 2000, 0.01, 0.9),
+    "sdxl_diffusion_dpo": (SDXL, "diffusion-dpo", 5000, 0, 0.6),
+    "sdxl_dspo": (SDXL, "dspo", 5000, 0, 0.6),
+    "sdxl_dmpo": (SDXL, "dmpo", 6000, 0.01, 0.6),
+}
+
+OFFICIAL = {  # flags of the official train.py with their defaults
+    "input_perturbation": 0.0,
+    "revision": None,
+    "dataset_name": None,
+    "dataset_config_name": None,
+    "train_data_dir": None,
+    "image_column": "image",
+    "caption_column": "caption",
+    "max_train_samples": None,
+    "output_dir": "sd-model-finetuned",
+    "cache_dir": None,
+    "seed": None,
+    "resolution": None,
+    "random_crop": False,
+    "no_hflip": False,
+    "train_batch_size": 1,
+    "num_train_epochs": 100,
+    "max_train_steps": 2000,
+    "gradient_accumulation_steps": 1,
+    "gradient_checkpointing": False,
+    "learning_rate": 1e-8,
+    "scale_lr": False,
+    "lr_scheduler": "constant_with_warmup",
+    "lr_warmup_steps": 500,
+    "use_adafactor": False,
+    "allow_tf32": False,
+    "dataloader_num_workers": 0,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_weight_decay": 1e-2,
+    "adam_epsilon": 1e-8,
+    "max_grad_norm": 1.0,
+    "hub_model_id": None,
+    "logging_dir": "logs",
+    "mixed_precision": "fp16",
+    "report_to": "tensorboard",
+    "local_rank": -1,
+    "checkpointing_steps": 500,
+    "resume_from_checkpoint": "latest",
+    "noise_offset": 0.0,
+    "tracker_project_name": "tuning",
+    "pretrained_vae_model_name_or_path": None,
+    "sdxl": False,
+    "sft": False,
+    "beta_dpo": 5000.0,
+    "hard_skip_resume": False,
+    "unet_init": "",
+    "proportion_empty_prompts": 0.2,
+    "split": "train",
+    "dreamlike_pairs_only": False,
+    "use_winner_preserving": False,
+    "winner_preserving_mu": 0.0,
+    "dmpo_alpha": 0.0,
+    "train_method": "diffusion-dpo",
+}
+GIVEN = {  # a value to give where the default's type does not say what is allowed
+    "max_train_samples": 16,
+    "seed": 16,
+    "resolution": 16,
+    "mixed_precision": "bf16",
+    "lr_scheduler": "cosine",
+    "train_method": "dspo",
+}
+
+
+def parse(*flags):
+    return parse_config([*NEEDED, *flags])
+
+
+def official_command(name):
+    """The official launch command of one recipe, as its users type it."""
+    (base, vae, rate), method, beta, alpha, mu = RECIPES[name]
+    command = f"--pretrained_model_name_or_path={base} "
+    command += f"--pretrained_vae_model_name_or_path={vae} " if vae else ""
+    command += (
+        "--dataset_name=yuvalkirstain/pickapic_v2 --train_batch_size=8 --dataloader_num_workers=16 "
+        "--gradient_accumulation_steps=32 --max_train_steps=2000 --lr_scheduler=constant_with_warmup "
+        f"--lr_warmup_steps=500 --learning_rate={rate:g} --scale_lr --checkpointing_steps 500 --mixed_precision bf16 "
+        f"--allow_tf32 --output_dir output/{name} --train_method {method} --beta_dpo {beta:g} "
+    )
+    command += "--sdxl " if vae else ""
+    command += f"--dmpo_alpha {alpha} " if alpha else ""
+    return f"{command}--use_winner_preserving --winner_preserving_mu {mu}".split()
+
+
+def launched(launcher, folder, *flags, gpus="1"):
+    """The words with which a launcher calls python last."""
+    python = folder / "python"
+    python.write_text(f"#!{sys.executable} -S\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
+    python.chmod(0o755)
+    environment = {"PATH": os.environ["PATH"], "PYTHON": str(python), "GPUS": gpus}
+    command = ["bash", "-c", '"$0" "$@"', "bash", str(launcher), *flags]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def assert_recipe(config, name):
+    (base, vae, rate), method, beta, alpha, mu = RECIPES[name]
+    assert (config.pretrained_model_name_or_path, config.pretrained_vae_model_name_or_path) == (base, vae)
+    assert config.sdxl == (vae is not None)
+    assert (config.method, config.beta_dpo, config.dmpo_alpha) == (method, beta, alpha)
+    assert config.use_winner_preserving and config.winner_preserving_mu == mu
+    assert (config.winner_preserving_per, config.constant_loser_scale) == ("batch", 1)
+    assert config.dataset_name == "yuvalkirstain/pickapic_v2"
+    assert (config.train_batch_size, config.learning_rate, config.scale_lr) == (8, rate, True)
+    assert (config.max_train_steps, config.lr_scheduler) == (2000, "constant_with_warmup")
+    assert (config.lr_warmup_steps, config.checkpointing_steps, config.max_grad_norm) == (500, 500, 1)
+    assert (config.mixed_precision, config.allow_tf32) == ("bf16", True)
+    assert (config.proportion_empty_prompts, config.random_crop, config.no_hflip) == (0.2, False, False)
+    assert config.dataloader_num_workers == 16
+    assert config.obsolete() == []
+    plan = Plan.of(config, 8, PAIRS)
+    assert (plan.accumulation, plan.global_batch, plan.steps) == (32, 2048, 2000)
+    assert plan.learning_rate == pytest.approx(2.048e-6 if vae else 2.048e-5)
+
+
+# Official commands and flags
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_official_commands(name):
+    assert_recipe(parse_config(official_command(name)), name)
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_official_defaults(name):
+    config = parse_config(["--pretrained_model_name_or_path=model", "--train_data_dir=pairs"])
+    if name == "train_data_dir":
+        config = parse()
+    value = getattr(config, name)
+    assert value == OFFICIAL[name] and type(value) is type(OFFICIAL[name])
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_official_flags_are_taken(name):
+    default = OFFICIAL[name]
+    if isinstance(default, bool):
+        assert getattr(parse(f"--{name}"), name) is True
+        return
+    given = GIVEN.get(name, {float: 0.25, int: 16}.get(type(default), "given"))
+    for flags in ((f"--{name}={given}",), (f"--{name}", str(given))):
+        assert getattr(parse(*flags), name) == given
+
+
+def test_choice_model_answers():
+    assert parse().choice_model == ""
+    with pytest.raises(InputError, match=r"--choice_model .*scorers"):
+        parse("--choice_model=aes")
+
+
+@pytest.mark.parametrize(
+    "flags", (("--hub_model_id=someone/model",), ("--local_rank", "0"), ("--hard_skip_resume",)), ids=lambda f: f[0]
+)
+def test_obsolete_flags_say_so(flags):
+    (sentence,) = parse(*flags).obsolete()
+    assert sentence.startswith(f"{flags[0].split('=')[0]} has no effect: ")
+    assert parse().obsolete() == []
+
+
+# Launchers
+
+
+@pytest.mark.parametrize("launcher", sorted(LAUNCHERS.glob("*_*.sh")), ids=lambda path: path.stem)
+def test_launchers(launcher, tmp_path):
+    script, *flags = launched(launcher, tmp_path)
+    assert Path(script).name == "train.py" and Path(script).is_file()
+    config = parse_config(flags)
+    if launcher.stem in RECIPES:
+        assert_recipe(config, launcher.stem)
+    else:
+        assert launcher.stem == f"tiny_{config.method.replace('-', '_')}"
+        assert (config.resolution, config.mixed_precision, config.report_to) == (32, "no", "tensorboard")
+    _, *flags = launched(launcher, tmp_path, "--output_dir", "with a space", "--winner_preserving_mu=0.5")
+    config = parse_config(flags)
+    assert (config.output_dir, config.winner_preserving_mu) == ("with a space", 0.5)
+
+
+def test_there_is_a_launcher_for_every_base_and_method():
+    methods = ("diffusion_dpo", "dspo", "dmpo")
+    expected = {f"{base}_{method}" for base in ("sd15", "sdxl", "tiny") for method in methods}
+    assert {path.stem for path in LAUNCHERS.glob("*_*.sh")} == expected
+
+
+def test_launchers_use_every_gpu(tmp_path):
+    words = launched(LAUNCHERS / "sd15_dmpo.sh", tmp_path, gpus="4")
+    assert words[:2] == ["-m", "accelerate.commands.launch"]
+    assert words[words.index("--num_processes") + 1] == "4"
+    script = next(i for i, word in enumerate(words) if word.endswith("train.py"))
+    assert Plan.of(parse_config(words[script + 1 :]), 4, PAIRS).accumulation == 64  # 8 pairs x 4 x 64 = 2048
+
+
+# Refused
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    (
+        ("--winner_preserving_mu=1.5", "--winner_preserving_mu 1.5 [0, 1]"),
+        ("--winner_preserving_mu=-0.1", "--winner_preserving_mu -0.1 [0, 1]"),
+        ("--winner_preserving_mu=nan", "--winner_preserving_mu nan"),
+        ("--constant_loser_scale=1.5", "--constant_loser_scale 1.5 [0, 1]"),
+        ("--proportion_empty_prompts=2", "--proportion_empty_prompts 2 [0, 1]"),
+        ("--dmpo_alpha=1.01", "--dmpo_alpha 1.01 [0, 1]"),
+        ("--dmpo_alpha=-0.01", "--dmpo_alpha -0.01 [0, 1]"),
+        ("--beta_dpo=0", "--beta_dpo 0 positive"),
+        ("--beta_dpo=-5000", "--beta_dpo -5000 positive"),
+        ("--train_method=sft --use_winner_preserving", "sft --use_winner_preserving"),
+        ("--sft --use_winner_preserving", "sft --use_winner_preserving"),
+        ("--sft --constant_loser_scale=0.5", "sft --constant_loser_scale"),
+        ("--use_winner_preserving --constant_loser_scale=0.5", "--use_winner_preserving --constant_loser_scale"),
+        ("--resolution=500", "--resolution 500 multiple of 8"),
+        ("--resolution=0", "--resolution 0"),
+        ("--resolution=-8", "--resolution -8"),
+        ("--seed=-1", "--seed -1"),
+        ("--train_batch_size=0", "--train_batch_size 0"),
+        ("--gradient_accumulation_steps=0", "--gradient_accumulation_steps 0"),
+        ("--validation_steps=0", "--validation_steps 0"),
+        ("--logging_steps=0", "--logging_steps 0"),
+        ("--max_train_steps=-1", "--max_train_steps -1"),
+        ("--num_train_epochs=0 --max_train_steps=0", "--num_train_epochs 0"),
+        ("--lr_warmup_steps=-1", "--lr_warmup_steps -1"),
+        ("--learning_rate=-1e-8", "--learning_rate -1e-08"),
+        ("--max_grad_norm=-1", "--max_grad_norm -1"),
+        ("--dataloader_num_workers=-1", "--dataloader_num_workers -1"),
+        ("--checkpointing_steps=-1", "--checkpointing_steps -1"),
+        ("--checkpoints_total_limit=0", "--checkpoints_total_limit"),
+        ("--max_train_samples=0", "--max_train_samples"),
+        ("--max_unreadable_images=-1", "--max_unreadable_images -1"),
+        ("--validation_pairs=-1", "--validation_pairs -1"),
+        ("--validation_prompts=no/such/file", "--validation_prompts no/such/file"),
+        ("--ema_decay=1", "--ema_decay 1"),
+        ("--ema_decay=-0.1", "--ema_decay -0.1"),
+    ),
+)
+def test_unusable_values(flags, words):
+    with pytest.raises(InputError) as error:
+        parse(*flags.split())
+    message = str(error.value)
+    assert [word for word in words.split() if word not in message] == [], message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "flags",
+    (
+        "--winner_preserving_mu=0 --use_winner_preserving",
+        "--winner_preserving_mu=1 --use_winner_preserving",
+        "--constant_loser_scale=0",
+        "--dmpo_alpha=1 --train_method=dmpo",
+        "--proportion_empty_prompts=0",
+        "--proportion_empty_prompts=1",
+        "--resolution=8",
+        "--max_grad_norm=0",
+        "--seed=0",
+        "--max_train_steps=0",
+        "--checkpointing_steps=0",
+    ),
+)
+def test_values_at_the_edge_are_taken(flags):
+    assert isinstance(parse(*flags.split()), TrainConfig)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    (
+        (["--dataset_name=pairs"], ["--pretrained_model_name_or_path"]),
+        (["--pretrained_model_name_or_path=model"], ["--dataset_name", "--train_data_dir"]),
+        ([], ["--pretrained_model_name_or_path"]),
+    ),
+)
+def test_model_and_data_are_needed(flags, words):
+    with pytest.raises(InputError) as error:
+        parse_config(flags)
+    assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize("flags", ("--beta 5000", "--winner_preserving_mue=0.5", "--train_batch 8"))
+def test_unknown_and_abbreviated_flags_are_named_without_traceback(flags, capsys):
+    with pytest.raises((InputError, SystemExit)) as error:
+        parse(*flags.split())
+    assert flags.split()[0].split("=")[0] in str(error.value) + capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", ("--train_method=ppo", "--mixed_precision=fp8", "--beta_dpo=high", "--seed=1.5"))
+def test_values_of_another_kind_are_named(flags, capsys):
+    with pytest.raises((InputError, SystemExit)) as error:
+        parse(flags)
+    assert flags.split("=")[0] in str(error.value) + capsys.readouterr().err
+
+
+# Arithmetic
+
+
+@pytest.mark.parametrize("processes, accumulation", ((1, 256), (2, 128), (4, 64), (8, 32), (16, 16), (256, 1)))
+def test_accumulation_follows_from_the_global_batch(processes, accumulation):
+    config = parse("--global_batch_size=2048", "--train_batch_size=8", "--gradient_accumulation_steps=3")
+    plan = Plan.of(config, processes, PAIRS)
+    assert (plan.accumulation, plan.global_batch, plan.processes, plan.pairs) == (accumulation, 2048, processes, PAIRS)
+
+
+@pytest.mark.parametrize("processes, size", ((3, 2048), (8, 100), (8, 32), (1, 0), (512, 2048)))
+def test_a_global_batch_that_cannot_be_split(processes, size):
+    config = parse(f"--global_batch_size={size}", "--train_batch_size=8")
+    with pytest.raises(InputError) as error:
+        Plan.of(config, processes, PAIRS)
+    words = (f"--global_batch_size {size}", f"{processes} processes", f"multiple of {8 * processes}")
+    assert all(word in str(error.value) for word in words)
+
+
+def test_plan():
+    flags = ("--train_batch_size=8", "--gradient_accumulation_steps=32", "--learning_rate=1e-8", "--scale_lr")
+    config = parse(*flags)
+    plan = Plan.of(config, 8, PAIRS)
+    assert plan.learning_rate == pytest.approx(2.048e-5, rel=1e-12)
+    assert plan.steps_per_epoch == pytest.approx(415.6704, abs=1e-4)  # 851,293 / 2048
+    text = "\n".join(plan.lines(config))
+    for part in ("851,293", "8 pairs x 8 processes x 32 accumulation = 2048 pairs", "2,000", "415.7", "4.81 epochs"):
+        assert part in text
+    assert "2.048e-05 = 1e-08 x 2048" in text and "500 warm-up" in text
+    assert Plan.of(parse(*flags[:3]), 8, PAIRS).learning_rate == 1e-8
+
+
+@pytest.mark.parametrize("pairs, epochs, updates", ((100, 3, 38), (96, 3, 36), (5, 1, 1), (97, 1, 13)))
+def test_epochs_set_the_updates_where_max_train_steps_is_0(pairs, epochs, updates):
+    flags = ("--max_train_steps=0", f"--num_train_epochs={epochs}", "--train_batch_size=2")
+    config = parse(*flags, "--gradient_accumulation_steps=2")
+    assert Plan.of(config, 2, pairs).steps == updates  # of 8 pairs
+
+
+def test_max_train_steps_goes_before_epochs():
+    assert Plan.of(parse("--max_train_steps=7", "--num_train_epochs=3"), 1, 100).steps == 7
+
+
+# Cautions
+
+GUARDED = "--use_winner_preserving --winner_preserving_mu="
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    (
+        ("--train_method=dmpo --dmpo_alpha=0.01", "dmpo 0.01 4.595 winner"),  # ln 99
+        ("--train_method=dmpo --dmpo_alpha=0.1", "dmpo 0.1 2.197"),  # ln 9
+        ("--train_method=dspo --beta_dpo=0.001", "dspo 0.001 beta^2 inert"),
+        ("--use_winner_preserving", "--winner_preserving_mu 0 inert"),
+        ("--winner_preserving_mu=0.5", "--winner_preserving_mu no effect --use_winner_preserving"),
+        (f"{GUARDED}1", "mu 1 winners only"),
+        ("--input_perturbation=0.1", "input perturbation held-out"),
+        ("--use_ema --ema_decay=0.999 --max_train_steps=100", "--ema_decay 0.999 1000"),
+    ),
+)
+def test_cautions(flags, words):
+    (sentence,) = parse(*flags.split()).cautions()
+    assert [word for word in words.split() if word not in sentence] == [], sentence
+
+
+@pytest.mark.parametrize(
+    "flags",
+    (
+        f"{GUARDED}0.9",
+        "--train_method=dspo --beta_dpo=5000 --sdxl",
+        "--train_method=dspo --beta_dpo=0.001 --sdxl",
+        "--train_method=dspo --beta_dpo=0.001 --dspo_form=switched",
+        "--train_method=diffusion-dpo --dmpo_alpha=0.01",
+        "--sft --input_perturbation=0.1",
+        "--use_ema",
+        "--constant_loser_scale=0",
+    ),
+)
+def test_no_caution_without_reason(flags):
+    assert parse(*flags.split()).cautions() == []

@@ -1,0 +1,743 @@
+"""Pairs from every source, batches that depend on (seed, step, position) alone, and what bad input is told."""
+
+import csv
+import io
+import json
+from collections import Counter
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+
+from sdpo.config import InputError, Plan, TrainConfig
+from sdpo.data import (
+    PairDataset,
+    Pairs,
+    RankSampler,
+    Transform,
+    collate,
+    load_pairs,
+    prepare_pairs,
+    split_by_prompt,
+    train_loader,
+)
+
+LABELS = (1.0, 0.0, 0.5, 0.0, 1.0, 1.0)  # one tie
+DECIDED = (0, 1, 3, 4, 5)
+LATENT = (4, 8, 8)
+
+
+def solid(colour, size=(8, 8)):
+    """PNG bytes of one colour."""
+    buffer = io.BytesIO()
+    Image.new("RGB", size, colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def winner(i):
+    """Colour of the preferred image of pair i."""
+    return (100 + i, 0, 0)
+
+
+def loser(i):
+    """Colour of the other image of pair i."""
+    return (0, 100 + i, 0)
+
+
+def make_rows(labels=LABELS, **changes):
+    """Rows in Pick-a-Pic columns; changes map a column to a function of the row number."""
+    rows = []
+    for i, label in enumerate(labels):
+        first, second = (loser(i), winner(i)) if label == 0 else (winner(i), loser(i))
+        row = {"caption": f"caption {i}", "jpg_0": solid(first), "jpg_1": solid(second), "label_0": label}
+        rows.append(row | {name: value(i) for name, value in changes.items()})
+    return rows
+
+
+def table(rows=None):
+    return datasets.Dataset.from_list(rows or make_rows())
+
+
+def as_parquet(folder, rows=None, split="train"):
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(make_rows() if rows is None else rows), folder / f"{split}.parquet")
+    return folder
+
+
+def as_arrow(folder):
+    folder.mkdir(parents=True)
+    with datasets.arrow_writer.ArrowWriter(path=str(folder / "train.arrow")) as writer:
+        writer.write_table(table().data.table)
+        writer.finalize()
+    return folder
+
+
+def as_dataset(folder):
+    table().save_to_disk(folder)
+    return folder
+
+
+def as_images(folder):
+    columns = table().cast_column("jpg_0", datasets.Image()).cast_column("jpg_1", datasets.Image())
+    columns.save_to_disk(folder)
+    return folder
+
+
+def as_dataset_dict(folder):
+    datasets.DatasetDict(train=table(), validation=table(make_rows((1.0,)))).save_to_disk(folder)
+    return folder
+
+
+def write_images(folder):
+    """Records of caption, winner, loser beside their images."""
+    (folder / "images").mkdir(parents=True)
+    records = []
+    for i in DECIDED:
+        names = {role: f"images/{i}-{role}.png" for role in ("winner", "loser")}
+        for role, colour in (("winner", winner(i)), ("loser", loser(i))):
+            (folder / names[role]).write_bytes(solid(colour))
+        records.append({"caption": f"caption {i}", **names})
+    return records
+
+
+def as_jsonl(folder, change=None):
+    """A JSONL file; `change` edits the list of records, in which a string is a line as it stands."""
+    records = write_images(folder)
+    if change:
+        change(records)
+    lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
+    (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def as_jsonl_file(folder):
+    return as_jsonl(folder) / "pairs.jsonl"
+
+
+def as_csv(folder, change=None):
+    records = write_images(folder)
+    if change:
+        change(records)
+    with (folder / "pairs.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ("caption", "winner", "loser"))
+        writer.writeheader()
+        writer.writerows(records)
+    return folder
+
+
+def settings(source, **changes):
+    """A config whose caches stay beside the data."""
+    source = str(source)
+    named = {} if "dataset_name" in changes else {"train_data_dir": source}
+    return TrainConfig(pretrained_model_name_or_path="unused", cache_dir=f"{source}-cache", **named | changes)
+
+
+def load(source, **changes):
+    return load_pairs(settings(source, **changes), changes.get("split", "train"))
+
+
+def contents(pairs):
+    """[(caption, winner's colour, loser's colour)]."""
+    found = []
+    for index in range(len(pairs)):
+        images, caption = pairs.load(index, 2)
+        found.append((caption, *(image.getpixel((3, 3)) for image in images)))
+    return found
+
+
+def in_memory(count=10, caption=lambda i: f"caption {i}", **changes):
+    """Pairs without files, the labels alternating."""
+    rows = make_rows([float(i % 2) for i in range(count)], caption=caption, **changes)
+    return Pairs(table(rows), np.arange(count), np.arange(count) % 2 == 1, ("jpg_0", "jpg_1"), "caption", "memory")
+
+
+def samples(pairs=None, transform=Transform(8), seed=0, stream="train", global_batch=8, **options):  # noqa: B008
+    return PairDataset(pairs or in_memory(), transform, LATENT, seed, stream, global_batch, **options)
+
+
+def loaded(dataset, processes=1, accumulation=4, batch=2, workers=0, first_step=0, steps=3):
+    """{(step, position): everything the ranks' loaders give for that place}."""
+    options = {"train_batch_size": batch, "gradient_accumulation_steps": accumulation, "max_train_steps": steps}
+    config = settings("unused", dataloader_num_workers=workers, **options)
+    plan = Plan.of(config, processes, len(dataset.pairs))
+    found = {}
+    for rank in range(processes):
+        sampler = RankSampler(first_step, plan, batch, rank)
+        loader = train_loader(config, dataset, plan, rank, first_step)
+        assert len(loader) == (steps - first_step) * accumulation
+        for places, got in zip(sampler, loader, strict=True):
+            members = {name: getattr(got, name).unflatten(0, (2, batch)) for name in ("pixels", "posterior")}
+            for i, place in enumerate(places):
+                assert place not in found, f"{place} was loaded twice"
+                found[place] = {
+                    **{name: value[:, i] for name, value in members.items()},
+                    **{name: getattr(got, name)[i] for name in ("noise", "input_noise", "uniform")},
+                    "caption": got.captions[i],
+                }
+    return found
+
+
+def assert_same(got, expected):
+    assert got.keys() == expected.keys()
+    for place, sample in expected.items():
+        for name, value in sample.items():
+            same = torch.equal(got[place][name], value) if torch.is_tensor(value) else got[place][name] == value
+            assert same, f"{name} differs at {place}"
+
+
+class StubFamily:
+    """Stands in for a base model: records the pixels, and noises zero latents by adding the noise."""
+
+    def encode_images(self, pixels, noise):
+        self.pixels = pixels
+        return torch.zeros_like(noise)
+
+    def timesteps(self, uniform):
+        return (uniform * 1000).long()
+
+    def add_noise(self, latents, noise, timesteps, perturbed):
+        return latents + perturbed, noise
+
+    def encode_captions(self, captions, resolution):
+        return {"lengths": torch.tensor([[len(caption)] for caption in captions])}
+
+
+# Reading
+
+WRITERS = (as_parquet, as_arrow, as_dataset, as_images, as_dataset_dict, as_jsonl, as_jsonl_file, as_csv)
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_every_source_gives_the_labelled_winner(write, tmp_path):
+    pairs, _ = load(write(tmp_path / "pairs"))
+    assert contents(pairs) == [(f"caption {i}", winner(i), loser(i)) for i in DECIDED]
+    assert pairs.captions() == [pairs.caption(index) for index in range(5)] == [f"caption {i}" for i in DECIDED]
+
+
+@pytest.mark.parametrize("write", (as_parquet, as_dataset_dict, as_jsonl))
+def test_dataset_name_may_be_a_folder(write, tmp_path):
+    folder = write(tmp_path / "pairs")
+    pairs, _ = load(folder, dataset_name=str(folder))
+    assert contents(pairs) == [(f"caption {i}", winner(i), loser(i)) for i in DECIDED]
+
+
+def test_images_are_rgb_whatever_their_mode(tmp_path):
+    def palette_and_alpha(records):
+        for record in records:
+            for role, mode in (("winner", "RGBA"), ("loser", "P")):
+                path = tmp_path / "pairs" / record[role]
+                Image.open(path).convert(mode).save(path)
+
+    pairs, _ = load(as_jsonl(tmp_path / "pairs", palette_and_alpha))
+    assert {image.mode for index in range(5) for image in pairs.load(index, 2)[0]} == {"RGB"}
+    assert pairs.load(0, 2)[0][0].getpixel((0, 0)) == winner(0)
+
+
+def test_csv_as_spreadsheets_write_it(tmp_path):
+    folder = as_csv(tmp_path / "pairs")
+    text = (folder / "pairs.csv").read_text()
+    (folder / "pairs.csv").write_text(text, encoding="utf-8-sig")  # with a byte order mark
+    assert load(folder)[0].captions() == [f"caption {i}" for i in DECIDED]
+
+
+def test_only_the_needed_split_of_a_folder_is_read(tmp_path):
+    folder = as_parquet(tmp_path / "pairs")
+    (folder / "validation.parquet").write_bytes(b"PAR1 this is no parquet file")
+    assert len(load(folder)[0]) == 5
+    with pytest.raises(InputError):
+        load(folder, split="validation")
+
+
+def test_only_the_needed_split_of_a_saved_dataset_dict_is_read(tmp_path):
+    folder = as_dataset_dict(tmp_path / "pairs")
+    for file in (folder / "validation").iterdir():
+        file.write_bytes(b"broken")
+    assert len(load(folder)[0]) == 5
+
+
+@pytest.mark.parametrize("write", (as_parquet, as_dataset_dict))
+def test_the_named_split_is_read(write, tmp_path):
+    folder = write(tmp_path / "pairs")
+    if write is as_parquet:
+        as_parquet(folder, make_rows((1.0,)), "validation")
+    pairs, _ = load(folder, split="validation")
+    assert contents(pairs) == [("caption 0", winner(0), loser(0))]
+
+
+def test_ties_are_dropped_and_counted(tmp_path):
+    labels = (0.5, 1.0, 0.5, 0.0, 0.5)
+    pairs, notes = load(as_parquet(tmp_path / "any-name", make_rows(labels)))
+    assert contents(pairs) == [(f"caption {i}", winner(i), loser(i)) for i in (1, 3)]
+    assert "dropped 3 ties" in notes
+
+
+def test_dreamlike_pairs(tmp_path):
+    dream, other = "dreamlike-art/dreamlike-photoreal-2.0", "stabilityai/stable-diffusion-2-1"
+    models = ((dream, dream), (dream, other), (dream, dream), (other, dream), (other, other), (dream, dream))
+    rows = make_rows(model_0=lambda i: models[i][0], model_1=lambda i: models[i][1])
+    pairs, notes = load(as_parquet(tmp_path / "pairs", rows), dreamlike_pairs_only=True)
+    assert pairs.captions() == ["caption 0", "caption 5"]  # row 2 is a tie
+    assert any("dropped 3 " in note and "dreamlike" in note for note in notes)
+
+
+def test_max_train_samples(tmp_path):
+    folder = as_parquet(tmp_path / "pairs", make_rows([1.0] * 20))
+
+    def drawn(seed, count):
+        return prepare_pairs(settings(folder, max_train_samples=count), seed)[0].captions()
+
+    subsets = [tuple(drawn(seed, 5)) for seed in range(4)]
+    assert all(len(set(subset)) == 5 for subset in subsets)
+    assert len(set(subsets)) > 1
+    assert tuple(drawn(0, 5)) == subsets[0]
+    assert len(drawn(0, 20)) == len(drawn(0, 21)) == 20
+
+
+def test_caption_column(tmp_path):
+    rows = make_rows(prompt=lambda i: f"prompt {i}")
+    pairs, _ = load(as_parquet(tmp_path / "pairs", rows), caption_column="prompt")
+    assert pairs.captions() == [f"prompt {i}" for i in DECIDED]
+
+
+def test_list_captions_are_drawn_for_training_and_fixed_for_held_out_pairs(tmp_path):
+    rows = make_rows((1.0, 0.0), caption=lambda i: [f"{i} short", f"{i} long"])
+    pairs, _ = load(as_parquet(tmp_path / "pairs", rows))
+    drawn = Counter(samples(pairs)[step, 0]["caption"] for step in range(60))
+    assert drawn.keys() == {"0 short", "0 long", "1 short", "1 long"}
+    fixed = samples(pairs, stream="held-out")
+    assert [fixed[0, position]["caption"] for position in range(2)] == ["0 short", "1 short"]
+
+
+def test_sft_takes_winners_of_pairs_and_single_images(tmp_path):
+    pairs, _ = load(as_parquet(tmp_path / "pairs"), train_method="sft")
+    assert [pairs.load(index, 1)[0][0].getpixel((0, 0)) for index in range(5)] == [winner(i) for i in DECIDED]
+    rows = [{"picture": solid(loser(i)), "caption": f"caption {i}"} for i in range(3)]
+    single, _ = load(as_parquet(tmp_path / "single", rows), sft=True, image_column="picture")
+    batch = collate([samples(single, members=1, stream="held-out")[0, i] for i in range(3)])
+    assert batch.pixels[:, :, 0, 0].tolist() == [list(loser(i)) for i in range(3)]
+    assert batch.captions == [f"caption {i}" for i in range(3)]
+    assert batch.posterior.shape == (3, *LATENT)
+
+
+def test_held_out_pairs_come_from_another_split_or_folder(tmp_path):
+    folder = as_parquet(tmp_path / "pairs")
+    as_parquet(folder, make_rows((1.0, 0.0, 1.0), caption=lambda i: f"other {i}"), "validation")
+    everything = {f"other {i}" for i in range(3)}
+    elsewhere = as_parquet(tmp_path / "more", make_rows((0.0,), caption=lambda i: "elsewhere"))
+    for changes, expected in (
+        ({"validation_split": "validation"}, everything),
+        ({"validation_data_dir": str(elsewhere)}, {"elsewhere"}),
+        ({"validation_data_dir": str(folder), "validation_split": "validation"}, everything),
+    ):
+        pairs, held_out, _ = prepare_pairs(settings(folder, **changes), 0)
+        assert pairs.captions() == [f"caption {i}" for i in DECIDED]
+        assert set(held_out.captions()) == expected
+    _, held_out, _ = prepare_pairs(settings(folder, validation_split="validation", validation_pairs=2), 0)
+    assert len(set(held_out.captions()) & everything) == len(held_out) == 2
+
+
+# Transforms
+
+
+@pytest.mark.parametrize("size", ((40, 24), (24, 41), (31, 17), (16, 16), (10, 13)))
+def test_pixels_are_those_of_torchvision(size):
+    """What the VAE gets, in [-1, 1], against ToTensor and Normalize on the same uint8 values: only float rounding."""
+    from sdpo.inputs import make_inputs
+
+    noise = np.random.default_rng(0).integers(0, 256, (2, size[1], size[0], 3), dtype=np.uint8)
+    images = [Image.fromarray(array) for array in noise]
+    rng = np.random.default_rng(0)
+    sample = samples()[0, 0] | {"pixels": Transform(16)(images, rng, rng)}
+    family = StubFamily()
+    make_inputs(family, collate([sample]))
+    steps = (
+        transforms.Resize(16),
+        transforms.CenterCrop(16),
+        transforms.ToTensor(),
+        transforms.Normalize([0.5], [0.5]),
+    )
+    expected = torch.stack([transforms.Compose(steps)(image) for image in images])
+    torch.testing.assert_close(family.pixels, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "transform, share",
+    (
+        (Transform(8, flip=True), {(a, b): 0.25 for a in (0, 1) for b in (0, 1)}),
+        (Transform(8, flip=True, shared_flip=True), {(0, 0): 0.5, (1, 1): 0.5}),
+        (Transform(8), {(0, 0): 1.0}),
+    ),
+)
+def test_flips(transform, share):
+    half = np.zeros((8, 8, 3), np.uint8)
+    half[:, 4:] = 255
+    images, rng = [Image.fromarray(half)] * 2, np.random.default_rng(0)
+    seen = Counter()
+    for _ in range(400):
+        pixels = transform(images, rng, rng)
+        upright, mirrored = torch.from_numpy(half).permute(2, 0, 1), torch.from_numpy(half).permute(2, 0, 1).flip(-1)
+        assert all(torch.equal(x, upright) or torch.equal(x, mirrored) for x in pixels)
+        seen[tuple(int(torch.equal(x, mirrored)) for x in pixels)] += 1
+    assert seen.keys() == share.keys()
+    assert all(abs(seen[key] / 400 - expected) < 0.1 for key, expected in share.items())  # 4 standard deviations
+
+
+@pytest.mark.parametrize("size", ((20, 8), (8, 20)))
+def test_random_crops_are_inside_and_reach_every_place(size):
+    width, height = size
+    y, x = np.mgrid[1 : height + 1, 1 : width + 1].astype(np.uint8)  # from 1: padding would show as 0
+    image, rng = Image.fromarray(np.stack([x, y, x], -1)), np.random.default_rng(0)
+    corners = set()
+    for _ in range(300):
+        (crop,) = Transform(8, random_crop=True)([image], rng, rng).int()
+        left, top = int(crop[0, 0, 0]), int(crop[1, 0, 0])
+        assert torch.equal(crop[0], torch.arange(left, left + 8).expand(8, 8).int())
+        assert torch.equal(crop[1], torch.arange(top, top + 8)[:, None].expand(8, 8).int())
+        corners.add(left + top - 1)
+    assert corners == set(range(1, 14))
+
+
+# Batches
+
+
+def test_samples_do_not_depend_on_workers_or_on_how_the_batch_is_split():
+    transform = Transform(6, random_crop=True, flip=True)
+    rng = np.random.default_rng(0)
+    noise = [Image.fromarray(rng.integers(0, 256, (8, 12, 3), dtype=np.uint8)) for _ in range(20)]
+
+    def png(image):
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        return buffer.getvalue()
+
+    pairs = in_memory(jpg_0=lambda i: png(noise[2 * i]), jpg_1=lambda i: png(noise[2 * i + 1]))
+    dataset = samples(pairs, transform, empty_captions=0.2)
+    expected = loaded(dataset)
+    assert expected.keys() == {(step, position) for step in range(3) for position in range(8)}
+    assert_same(loaded(dataset, workers=2), expected)
+    for processes, accumulation, batch in ((2, 2, 2), (4, 1, 2), (1, 1, 8), (1, 8, 1), (2, 1, 4)):
+        assert_same(loaded(dataset, processes, accumulation, batch), expected)
+    tail = {place: sample for place, sample in expected.items() if place[0] >= 2}
+    assert_same(loaded(dataset, first_step=2), tail)
+    assert_same(loaded(dataset, 2, 2, first_step=2), tail)
+
+
+def test_both_members_share_caption_noise_and_timestep():
+    from sdpo.inputs import make_inputs
+
+    batch = collate([samples(input_perturbation=0.3)[0, position] for position in range(5)])
+    inputs = make_inputs(StubFamily(), batch)
+    for value in (inputs.noisy, inputs.timesteps, inputs.target, *inputs.conditioning.values()):
+        of_winners, of_losers = value.unflatten(0, (2, 5))
+        assert torch.equal(of_winners, of_losers)
+    assert torch.equal(inputs.noisy[:5], batch.input_noise)
+    assert torch.equal(inputs.target[:5], batch.noise)
+    assert torch.equal(inputs.timesteps[:5], (batch.uniform * 1000).long())
+    assert batch.pixels[:5, 0].min() >= 100 and batch.pixels[5:, 1].min() >= 100  # winners first
+
+
+@pytest.mark.parametrize("name", ("noise", "posterior", "uniform"))
+def test_other_steps_positions_seeds_and_streams_draw_other_numbers(name):
+    pairs = in_memory()
+    places = [(0, 0), (0, 1), (1, 0), (1, 1), (0, 7), (7, 0)]
+    datasets_ = [samples(pairs, seed=seed, stream=stream) for seed in (0, 1) for stream in ("train", "held-out")]
+    values = [torch.as_tensor(dataset[place][name]) for dataset in datasets_ for place in places]
+    assert len({tuple(value.flatten().tolist()) for value in values}) == len(values)
+
+
+def test_the_noise_of_the_two_posteriors_differs():
+    of_winner, of_loser = samples()[0, 0]["posterior"]
+    assert (of_winner != of_loser).all()
+
+
+@pytest.mark.parametrize("global_batch", (1, 4, 8, 30))
+def test_every_epoch_visits_every_pair_once(global_batch):
+    dataset = samples(global_batch=global_batch)
+    order = [dataset[divmod(place, global_batch)]["pixels"][0, 0, 0, 0].item() - 100 for place in range(30)]
+    epochs = [order[:10], order[10:20], order[20:]]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert order != [samples(seed=1)[divmod(place, 8)]["pixels"][0, 0, 0, 0].item() - 100 for place in range(30)]
+
+
+def test_held_out_pairs_keep_their_order():
+    dataset = samples(stream="held-out")
+    assert [dataset[0, position]["caption"] for position in range(10)] == [f"caption {i}" for i in range(10)]
+
+
+def test_share_of_empty_captions():
+    dataset, empty = samples(empty_captions=0.2), 0
+    for place in range(1500):
+        sample = dataset[divmod(place, 8)]
+        empty += sample["caption"] == ""
+        assert sample["caption"] in ("", f"caption {sample['pixels'][0, 0, 0, 0].item() - 100}")
+    assert abs(empty / 1500 - 0.2) < 4 * (0.2 * 0.8 / 1500) ** 0.5
+
+
+def test_distribution_of_the_draws():
+    drawn = [samples(in_memory(2))[divmod(place, 8)] for place in range(256)]
+    for name in ("noise", "posterior"):
+        values = torch.stack([sample[name] for sample in drawn]).double()
+        assert abs(values.mean()) < 4 / values.numel() ** 0.5
+        assert abs(values.var() - 1) < 4 * (2 / values.numel()) ** 0.5
+    uniform = torch.tensor([sample["uniform"] for sample in drawn])
+    assert uniform.min() >= 0 and uniform.max() < 1
+    assert abs(uniform.mean() - 0.5) < 4 / (12 * 256) ** 0.5
+    assert abs(uniform.var() - 1 / 12) < 4 * (1 / 180 / 256) ** 0.5
+
+
+def test_noise_offset_and_input_perturbation():
+    pairs, places = in_memory(2), [divmod(place, 8) for place in range(64)]
+    plain, offset, perturbed = (
+        [samples(pairs, **options)[place] for place in places]
+        for options in ({}, {"noise_offset": 0.5}, {"input_perturbation": 0.3})
+    )
+
+    def stacked(name, drawn):
+        return torch.stack([sample[name] for sample in drawn])
+
+    noise = stacked("noise", plain)
+    assert torch.equal(stacked("input_noise", plain), noise)
+    shift = (stacked("noise", offset) - noise) / 0.5  # (64, C, h, w), constant over h and w
+    torch.testing.assert_close(shift, shift[..., :1, :1].expand_as(shift), rtol=0, atol=1e-5)
+    assert abs(shift[..., 0, 0].var() - 1) < 4 * (2 / 256) ** 0.5
+    assert torch.equal(stacked("input_noise", offset), stacked("noise", offset))
+    extra = (stacked("input_noise", perturbed) - noise) / 0.3
+    assert torch.equal(stacked("noise", perturbed), noise)
+    assert abs(extra.mean()) < 4 / extra.numel() ** 0.5
+    assert abs(extra.var() - 1) < 4 * (2 / extra.numel()) ** 0.5
+    assert abs((extra * noise).mean()) < 4 / extra.numel() ** 0.5
+
+
+# Held-out pairs
+
+
+def caption_lists(seed, count, vocabulary, longest):
+    rng = np.random.default_rng(seed)
+    return [
+        [f"word {i}" for i in rng.choice(vocabulary, rng.integers(1, longest + 1), replace=False)] for _ in range(count)
+    ]
+
+
+def captions_of(pairs):
+    return {caption for options in pairs.captions() for caption in ([options] if isinstance(options, str) else options)}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("held_out", (1, 7, 30))
+def test_split_by_prompt(held_out, seed):
+    captions = [options[0] for options in caption_lists(seed, 80, 25, 1)]
+    pairs = in_memory(80, lambda i: captions[i], jpg_0=lambda i: b"", jpg_1=lambda i: b"")
+    training, chosen = split_by_prompt(pairs, held_out, seed)
+    assert len(chosen) == held_out
+    assert not captions_of(training) & captions_of(chosen)
+    assert len(training) == sum(caption not in captions_of(chosen) for caption in captions)
+    assert all(captions[row] not in captions_of(training) for row in chosen.rows)
+    assert len({*training.rows, *chosen.rows}) == len(training) + len(chosen)
+    again = split_by_prompt(pairs, held_out, seed)
+    assert all((a.rows == b.rows).all() for a, b in zip(again, (training, chosen), strict=True))
+    assert {*split_by_prompt(pairs, held_out, seed + 1)[1].rows} != {*chosen.rows}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_split_by_prompt_with_lists_of_captions(seed):
+    captions = caption_lists(seed, 60, 100, 3)
+    pairs = in_memory(60, lambda i: captions[i], jpg_0=lambda i: b"", jpg_1=lambda i: b"")
+    training, chosen = split_by_prompt(pairs, 5, seed)
+    assert len(chosen) == 5
+    assert len({*training.rows, *chosen.rows}) == len(training) + len(chosen)
+    assert not captions_of(training) & captions_of(chosen)
+
+
+def test_pairs_left_out_of_both_sides_are_counted(tmp_path):
+    folder = as_parquet(tmp_path / "pairs", make_rows([1.0] * 12, caption=lambda i: f"caption {i // 4}"))
+    training, held_out, notes = prepare_pairs(settings(folder, validation_pairs=3), 0)
+    assert (len(training), len(held_out)) == (8, 3)
+    assert any("held out 3 pairs" in note and "(1 more" in note for note in notes)
+
+
+# Bad input
+
+
+def edited(row, **values):
+    """Six rows of which one has other values."""
+    rows = make_rows()
+    rows[row].update(values)
+    return rows
+
+
+def without(name):
+    return [{key: value for key, value in row.items() if key != name} for row in make_rows()]
+
+
+def put(index, value):
+    """A change of records: replaces one, or updates it with a dict."""
+
+    def change(records):
+        records[index] = value if isinstance(value, str) else records[index] | value
+
+    return change
+
+
+def two_files(folder):
+    as_jsonl(folder)
+    (folder / "more.csv").write_text("caption,winner,loser\n")
+    return folder
+
+
+def broken_parquet(folder):
+    folder.mkdir()
+    (folder / "train.parquet").write_bytes(b"PAR1 this is no parquet file")
+    return folder
+
+
+def no_rows(folder):
+    folder.mkdir()
+    pq.write_table(pa.Table.from_pylist(make_rows())[:0], folder / "train.parquet")
+    return folder
+
+
+def empty_folder(folder):
+    folder.mkdir()
+    return folder
+
+
+def empty_file(folder):
+    folder.mkdir()
+    (folder / "pairs.csv").touch()
+    return folder
+
+
+def rows_of(*arguments, **keywords):
+    return lambda folder: as_parquet(folder, make_rows(*arguments, **keywords))
+
+
+BAD = {
+    "missing image column": (lambda f: as_parquet(f, without("jpg_1")), {}, ["pairs", "jpg_1", "missing"]),
+    "missing label": (lambda f: as_parquet(f, without("label_0")), {}, ["pairs", "label_0", "missing"]),
+    "missing caption column": (as_parquet, {"caption_column": "prompt"}, ["pairs", "prompt", "--caption_column"]),
+    "missing model columns": (as_parquet, {"dreamlike_pairs_only": True}, ["pairs", "model_0", "model_1"]),
+    "label 0.7": (lambda f: as_parquet(f, edited(3, label_0=0.7)), {}, ["pairs", "row 3", "0.7", "label_0"]),
+    "label None": (lambda f: as_parquet(f, edited(3, label_0=None)), {}, ["pairs", "row 3", "None", "label_0"]),
+    "labels as text": (rows_of(label_0=lambda i: "left"), {}, ["pairs", "row 0", "label_0"]),
+    "caption None": (lambda f: as_parquet(f, edited(3, caption=None)), {}, ["pairs", "row 3", "caption"]),
+    "no caption in a list": (rows_of(caption=lambda i: ["a"] * (i != 3)), {}, ["pairs", "row 3", "caption"]),
+    "captions are numbers": (rows_of(caption=lambda i: i), {}, ["pairs", "row 0", "caption"]),
+    "only ties": (rows_of((0.5, 0.5)), {}, ["pairs", "no pair is left", "2 ties"]),
+    "no rows": (no_rows, {}, ["pairs"]),
+    "nothing dreamlike": (
+        rows_of(model_0=lambda i: "sdxl", model_1=lambda i: "sdxl"),
+        {"dreamlike_pairs_only": True},
+        ["pairs", "no pair is left", "dreamlike"],
+    ),
+    "unknown split": (as_parquet, {"split": "test"}, ["pairs", "'test'", "train"]),
+    "unknown split of a dataset dict": (as_dataset_dict, {"split": "test"}, ["pairs", "'test'", "train, validation"]),
+    "unknown validation split": (as_parquet, {"validation_split": "test"}, ["pairs", "'test'", "train"]),
+    "split of a pair file": (as_jsonl, {"validation_split": "validation"}, ["--validation_split"]),
+    "split of a saved dataset": (as_dataset, {"validation_split": "validation"}, ["--validation_split"]),
+    "no folder": (lambda f: f, {}, ["pairs", "does not exist"]),
+    "no validation folder": (as_parquet, {"validation_data_dir": "/no/such/folder"}, ["/no/such/folder"]),
+    "empty folder": (empty_folder, {}, ["pairs"]),
+    "broken parquet": (broken_parquet, {}, ["pairs"]),
+    "several pair files": (two_files, {}, ["pairs.jsonl", "more.csv", "--train_data_dir"]),
+    "missing image file": (
+        lambda f: as_jsonl(f, put(1, {"loser": "images/none.png"})),
+        {},
+        ["pairs.jsonl", "row 2", "images/none.png", "does not exist"],
+    ),
+    "missing image file in CSV": (
+        lambda f: as_csv(f, put(1, {"loser": "images/none.png"})),
+        {},
+        ["pairs.csv", "row 2", "images/none.png", "does not exist"],
+    ),
+    "no winner": (lambda f: as_jsonl(f, put(1, {"winner": ""})), {}, ["pairs.jsonl", "row 2", "winner missing"]),
+    "winner is a number": (lambda f: as_jsonl(f, put(1, {"winner": 7})), {}, ["pairs.jsonl", "row 2", "winner"]),
+    "no caption": (lambda f: as_jsonl(f, put(1, '{"winner": "a", "loser": "b"}')), {}, ["row 2", "caption missing"]),
+    "caption null": (lambda f: as_jsonl(f, put(1, {"caption": None})), {}, ["pairs.jsonl", "row 2", "caption"]),
+    "caption is a number": (lambda f: as_jsonl(f, put(1, {"caption": 7})), {}, ["pairs.jsonl", "row 2", "caption"]),
+    "row is a list": (lambda f: as_jsonl(f, put(1, "[1, 2]")), {}, ["pairs.jsonl", "row 2"]),
+    "invalid JSON": (lambda f: as_jsonl(f, put(1, "{caption")), {}, ["pairs.jsonl", "not valid JSONL", "2"]),
+    "CSV without rows": (lambda f: as_csv(f, list.clear), {}, ["pairs.csv", "no rows"]),
+    "empty CSV": (empty_file, {}, ["pairs.csv", "no rows"]),
+    "too many held out": (as_parquet, {"validation_pairs": 6}, ["pairs", "--validation_pairs 6", "5 pairs"]),
+    "all held out": (as_parquet, {"validation_pairs": 5}, ["pairs", "--validation_pairs 5", "5 pairs"]),
+    "held-out pairs without pairs": (
+        lambda f: as_parquet(f, [{"image": solid(winner(i)), "caption": f"caption {i}"} for i in range(5)]),
+        {"sft": True, "validation_pairs": 2},
+        ["--validation_pairs"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named(case, tmp_path):
+    write, changes, words = BAD[case]
+    source = write(tmp_path / "pairs")
+    with pytest.raises(InputError) as error:
+        prepare_pairs(settings(source, **changes), 0)
+    message = str(error.value)
+    assert [word for word in words if word not in message] == [], message
+    assert "\n" not in message and len(message) < 600, message
+
+
+def test_the_line_of_invalid_json_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"(row|line) 3\b"):
+        load(as_jsonl(tmp_path / "pairs", put(2, "{caption")))
+
+
+def test_labels_as_text_do_not_turn_pairs_round(tmp_path):
+    """Either they are refused or they mean what they say."""
+    folder = as_parquet(tmp_path / "pairs", make_rows((1.0, 0.0), label_0=lambda i: ("1", "0")[i]))
+    try:
+        pairs, _ = load(folder)
+    except InputError:
+        return
+    assert contents(pairs) == [(f"caption {i}", winner(i), loser(i)) for i in (0, 1)]
+
+
+@pytest.mark.parametrize("value", (b"no image", b"", solid(winner(0), (64, 64))[:-60], None), ids=repr)
+def test_unreadable_images_are_replaced_and_reported(value):
+    pairs = in_memory(jpg_1=lambda i: value if i == 3 else solid(loser(i) if i % 2 else winner(i)))
+    batch = collate([samples(pairs, stream="held-out", global_batch=10)[0, position] for position in range(10)])
+    (report,) = set(batch.unreadable)
+    assert "memory" in report and "row 3" in report
+    captions = [f"caption {i}" for i in range(10)]
+    assert batch.captions[3] in captions[:3] + captions[4:]
+    assert [*batch.captions[:3], *batch.captions[4:]] == captions[:3] + captions[4:]
+    shown = int(batch.captions[3].removeprefix("caption "))
+    assert tuple(batch.pixels[3, :, 0, 0].tolist()) == winner(shown)
+    assert tuple(batch.pixels[13, :, 0, 0].tolist()) == loser(shown)
+
+
+def test_an_unreadable_image_file_is_named(tmp_path):
+    folder = as_jsonl(tmp_path / "pairs")
+    (folder / "images/3-loser.png").write_bytes(b"no image")
+    dataset = samples(load(folder)[0], stream="held-out")
+    reports = [dataset[0, position]["unreadable"] for position in range(5)]
+    assert [bool(texts) for texts in reports] == [False, False, True, False, False]
+    assert str(folder / "images/3-loser.png") in reports[2][0]
+
+
+def test_replacements_are_the_same_for_any_split_of_the_batch():
+    dataset = samples(in_memory(jpg_0=lambda i: b"no image" if i % 3 == 0 else solid((i, i, i))))
+    assert_same(loaded(dataset, 2, 2), loaded(dataset))
+
+
+@pytest.mark.parametrize("limit", (0, 3))
+def test_only_unreadable_images(limit):
+    pairs = in_memory(jpg_0=lambda i: b"no image")
+    with pytest.raises(InputError, match=r"memory row .*check the data") as error:
+        samples(pairs, max_unreadable=limit)[0, 0]
+    assert str(error.value).startswith(f"{limit + 1} unreadable")
+
+
+def test_only_unreadable_images_in_a_worker():
+    dataset = samples(in_memory(jpg_0=lambda i: b"no image"), max_unreadable=2)
+    with pytest.raises(InputError, match="memory row") as error:
+        loaded(dataset, workers=1)
+    assert "Traceback" not in str(error.value)
