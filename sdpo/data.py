@@ -384,57 +384,57 @@ class PairDataset(Dataset):
     max_unreadable: int = 100
 
     def __getitem__(self, place: tuple[int, int]) -> dict:
-        """Pixels (members, 3, H, W) uint8, caption, noise and input noise (C, h, w), posterior noise (members, C, h, w)
-        and the uniform draw for the timestep.
-        """
+        """One sample: what collate stacks into the fields of Batch, for the members of one pair."""
+        images, caption, unreadable = self._load(place)
+        noise = self._normal("noise", place, self.latent_shape)
+        if self.noise_offset:
+            noise = noise + self.noise_offset * self._normal("offset", place, (self.latent_shape[0], 1, 1))
+        input_noise = noise
+        if self.input_perturbation:
+            input_noise = noise + self.input_perturbation * self._normal("perturbation", place, self.latent_shape)
+        return {
+            "pixels": self.transform(images, self._draw("crop", place), self._draw("flip", place)),
+            "caption": self._caption(caption, place),
+            "noise": noise,
+            "input_noise": input_noise,
+            "posterior": self._normal("posterior", place, (self.members, *self.latent_shape)),
+            "uniform": self._draw("timestep", place).random(),
+            "unreadable": unreadable,
+        }
+
+    def _draw(self, name: str, place: tuple[int, ...]) -> np.random.Generator:
+        return draw(self.seed, f"{self.stream}-{name}", *place)
+
+    def _normal(self, name: str, place: tuple[int, int], shape: tuple[int, ...]) -> Tensor:
+        return torch.from_numpy(normal(self.seed, f"{self.stream}-{name}", place, shape))
+
+    def _load(self, place: tuple[int, int]) -> tuple[list[Image.Image], str | list[str], list[str]]:
+        """Images and caption of the pair at a place, or of another one drawn for it, and what could not be read."""
         step, position = place
         index = self._index(step * self.global_batch + position)
         unreadable: list[str] = []
         while True:
             try:
-                images, caption = self.pairs.load(index, self.members)
-                break
+                return *self.pairs.load(index, self.members), unreadable
             except Exception as error:  # every decoder has errors of its own
                 unreadable.append(f"{self.pairs.source} row {self.pairs.rows[index]}: {error}")
                 if len(unreadable) > self.max_unreadable:
                     raise InputError(
                         f"{len(unreadable)} unreadable images in a row, the last: {unreadable[-1]}; check the data"
                     ) from error
-                index = int(
-                    draw(self.seed, f"{self.stream}-replacement", step, position, len(unreadable)).integers(
-                        len(self.pairs)
-                    )
-                )
-        crop, flip = (draw(self.seed, f"{self.stream}-{name}", step, position) for name in ("crop", "flip"))
-        noise = self._normal("noise", place, self.latent_shape)
-        if self.noise_offset:
-            noise = noise + self._normal("offset", place, (self.latent_shape[0], 1, 1)) * self.noise_offset
-        return {
-            "pixels": self.transform(images, crop, flip),
-            "caption": self._caption(caption, step, position),
-            "noise": noise,
-            "input_noise": noise + self._normal("perturbation", place, self.latent_shape) * self.input_perturbation
-            if self.input_perturbation
-            else noise,
-            "posterior": self._normal("posterior", place, (self.members, *self.latent_shape)),
-            "uniform": draw(self.seed, f"{self.stream}-timestep", step, position).random(),
-            "unreadable": unreadable,
-        }
-
-    def _normal(self, name: str, place: tuple[int, int], shape: tuple[int, ...]) -> Tensor:
-        return torch.from_numpy(normal(self.seed, f"{self.stream}-{name}", place, shape))
+                index = int(self._draw("replacement", (*place, len(unreadable))).integers(len(self.pairs)))
 
     def _index(self, sample: int) -> int:
         epoch, offset = divmod(sample, len(self.pairs))
         return int(epoch_order(self.seed, epoch, len(self.pairs))[offset]) if self.stream == "train" else offset
 
-    def _caption(self, caption: str | list[str], step: int, position: int) -> str:
-        rng = draw(self.seed, f"{self.stream}-caption", step, position)
+    def _caption(self, caption: str | list[str], place: tuple[int, int]) -> str:
+        rng = self._draw("caption", place)
         if rng.random() < self.empty_captions:
             return ""
         if isinstance(caption, str):
             return caption
-        return str(caption[rng.integers(len(caption))] if self.stream == "train" else caption[0])
+        return caption[rng.integers(len(caption)) if self.stream == "train" else 0]
 
 
 @dataclass(frozen=True)
