@@ -20,12 +20,12 @@ source scripts/train/launch.sh && tiny_pairs
 run plain --use_winner_preserving false --winner_preserving_mu 0 &
 run safeguard &
 wait -n && wait -n
-run constant --use_winner_preserving false --winner_preserving_mu 0 --constant_loser_scale 0.15 &
+run constant --use_winner_preserving false --winner_preserving_mu 0 --constant_loser_scale 0.2 &
 run winner_only --use_winner_preserving false --winner_preserving_mu 0 --constant_loser_scale 0 &
 wait -n && wait -n
 
 unset OMP_NUM_THREADS
 echo "sampling held-out captions"
 "$PYTHON" -m sdpo.tiny.compare --out "$out" "plain DPO=$out/plain" "safeguard mu 0.9=$out/safeguard" \
-  "constant 0.15=$out/constant" "winner only=$out/winner_only"
+  "constant 0.2=$out/constant" "winner only=$out/winner_only"
 echo "took $((SECONDS - began)) s after the installation"

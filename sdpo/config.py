@@ -167,7 +167,7 @@ class TrainConfig:
             "checkpointing_steps",
             "learning_rate",
         ):
-            yield getattr(self, name) < 0, f"--{name} must not be negative, got {getattr(self, name)}"
+            yield not getattr(self, name) >= 0, f"--{name} must not be negative, got {getattr(self, name)}"
         for name in ("winner_preserving_mu", "constant_loser_scale", "proportion_empty_prompts", "dmpo_alpha"):
             yield not 0 <= getattr(self, name) <= 1, f"--{name} must lie in [0, 1], got {getattr(self, name)}"
         yield not self.beta_dpo > 0, f"--beta_dpo must be positive, got {self.beta_dpo}"
@@ -184,6 +184,11 @@ class TrainConfig:
         yield (
             self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1,
             "--checkpoints_total_limit must be at least 1",
+        )
+        same = self.validation_split == self.split and not self.validation_data_dir
+        yield (
+            same,
+            f"--validation_split {self.split} is the split trained on: name another one, or use --validation_pairs",
         )
         prompts = self.validation_prompts
         missing = prompts is not None and not Path(prompts).is_file()

@@ -34,6 +34,8 @@ def read_table(config: TrainConfig, split: str, folder: str | None = None) -> da
     path = Path(source)
     if not path.exists() and (folder or not config.dataset_name):
         raise InputError(f"data folder {source} does not exist")
+    if path.suffix == ".parquet" and path.is_file():
+        raise InputError(f"{source} is a file: give the folder that holds it")
     pair_file = find_pair_file(path)
     if pair_file:
         refuse_split(pair_file, split)
@@ -114,9 +116,12 @@ def read_pair_file(file: Path, caption_column: str) -> datasets.Dataset:
 
 def read_records(file: Path) -> list[tuple[int, dict]]:
     """(row number, object) of a JSONL file, rows being lines, or of a CSV file; InputError names a row that is none."""
-    text = file.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
-    if file.suffix == ".csv":
-        return list(enumerate(csv.DictReader(io.StringIO(text, newline="")), 1))
+    try:
+        text = file.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
+        if file.suffix == ".csv":
+            return list(enumerate(csv.DictReader(io.StringIO(text, newline="")), 1))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{file} is not valid {file.suffix[1:].upper()} in UTF-8: {error}") from error
     records = []
     for number, line in enumerate(text.split("\n"), 1):
         try:
@@ -233,18 +238,21 @@ def load_pairs(config: TrainConfig, split: str, folder: str | None = None) -> tu
         notes.append(f"dropped {len(keep) - keep.sum():,} ties")
     check_captions(column(table, config.caption_column), config.caption_column, source)
     if config.dreamlike_pairs_only:
-        dreamlike = np.array(
-            [
-                "dream" in a and "dream" in b
-                for a, b in zip(column(table, "model_0"), column(table, "model_1"), strict=True)
-            ],
-            bool,
-        )
+        dreamlike = np.logical_and(*(name_dreamlike(table, name, source) for name in ("model_0", "model_1")))
         notes.append(f"dropped {(keep & ~dreamlike).sum():,} pairs that are not dreamlike")
         keep &= dreamlike
     if not keep.any():
         raise InputError(f"{source}: no pair is left after the filters ({'; '.join(notes)})")
     return Pairs(table, np.flatnonzero(keep), labels[keep] == 1, columns, config.caption_column, source), notes
+
+
+def name_dreamlike(table: datasets.Dataset, name: str, source: str) -> np.ndarray:
+    """Mask of the rows whose column names a dreamlike model; raises InputError naming the first row without a name."""
+    models = column(table, name)
+    for row, model in enumerate(models):
+        if not isinstance(model, str):
+            raise InputError(f"{source} row {row}: {name} is {model!r}; fill it in or drop --dreamlike_pairs_only")
+    return np.array(["dream" in model for model in models], bool)
 
 
 def check_captions(captions: list, name: str, source: str, first: int = 0) -> None:
@@ -305,7 +313,8 @@ def prepare_pairs(config: TrainConfig, seed: int) -> tuple[Pairs, Pairs | None, 
     pairs, notes = load_pairs(config, config.split)
     held_out = None
     if config.validation_split or config.validation_data_dir:
-        held_out, more = load_pairs(config, config.validation_split or config.split, config.validation_data_dir)
+        split = config.validation_split or ("train" if config.validation_data_dir else config.split)
+        held_out, more = load_pairs(config, split, config.validation_data_dir)
         notes += more
         if config.validation_pairs and config.validation_pairs < len(held_out):
             held_out = held_out.select(

@@ -206,7 +206,7 @@ class StableDiffusion:
 
     def save_pipeline(self, unet: UNet2DConditionModel, folder: str | Path) -> None:
         """Write a diffusers pipeline with this UNet; its other parts are read again, in full precision."""
-        parts = {"unet": unet, "vae": self._load_vae()}
+        parts = {"unet": unet, "vae": self._load_vae().float(), "torch_dtype": torch.float32}
         if "safety_checker" in self.pipeline_class._optional_components:
             parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         load_part(self.pipeline_class, self.source, None, **parts, **self.options).save_pretrained(folder)

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -309,8 +310,9 @@ def test_list_captions_are_drawn_for_training_and_fixed_for_held_out_pairs(tmp_p
     pairs, _ = load(as_parquet(tmp_path / "pairs", rows))
     drawn = Counter(samples(pairs)[step, 0]["caption"] for step in range(60))
     assert drawn.keys() == {"0 short", "0 long", "1 short", "1 long"}
-    fixed = samples(pairs, stream="held-out")
-    assert [fixed[0, position]["caption"] for position in range(2)] == ["0 short", "1 short"]
+    for seed in range(5):
+        fixed = samples(pairs, stream="held-out", seed=seed)
+        assert [fixed[0, position]["caption"] for position in range(2)] == ["0 short", "1 short"]
 
 
 def test_sft_takes_winners_of_pairs_and_single_images(tmp_path):
@@ -462,7 +464,8 @@ def test_every_epoch_visits_every_pair_once(global_batch):
     epochs = [order[:10], order[10:20], order[20:]]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
-    assert order != [samples(seed=1)[divmod(place, 8)]["pixels"][0, 0, 0, 0].item() - 100 for place in range(30)]
+    other = samples(seed=1)
+    assert order != [other[divmod(place, 8)]["pixels"][0, 0, 0, 0].item() - 100 for place in range(30)]
 
 
 def test_held_out_pairs_keep_their_order():
@@ -480,7 +483,8 @@ def test_share_of_empty_captions():
 
 
 def test_distribution_of_the_draws():
-    drawn = [samples(in_memory(2))[divmod(place, 8)] for place in range(256)]
+    dataset = samples(in_memory(2))
+    drawn = [dataset[divmod(place, 8)] for place in range(256)]
     for name in ("noise", "posterior"):
         values = torch.stack([sample[name] for sample in drawn]).double()
         assert abs(values.mean()) < 4 / values.numel() ** 0.5
@@ -489,6 +493,14 @@ def test_distribution_of_the_draws():
     assert uniform.min() >= 0 and uniform.max() < 1
     assert abs(uniform.mean() - 0.5) < 4 / (12 * 256) ** 0.5
     assert abs(uniform.var() - 1 / 12) < 4 * (1 / 180 / 256) ** 0.5
+
+
+def test_the_largest_draw_gives_the_last_timestep():
+    from sdpo.families import StableDiffusion
+
+    family = SimpleNamespace(scheduler=SimpleNamespace(config=SimpleNamespace(num_train_timesteps=1000)))
+    batch = collate([samples()[0, 0] | {"uniform": value} for value in (0.0, 0.4999, float(np.nextafter(1, 0)))])
+    assert StableDiffusion.timesteps(family, batch.uniform).tolist() == [0, 499, 999]
 
 
 def test_noise_offset_and_input_perturbation():
@@ -554,6 +566,15 @@ def test_split_by_prompt_with_lists_of_captions(seed):
     assert not captions_of(training) & captions_of(chosen)
 
 
+def test_selected_pairs_keep_their_winners(tmp_path):
+    folder = as_parquet(tmp_path / "pairs", make_rows((1.0, 0.0, 0.0, 0.5) * 5))
+    training, held_out, _ = prepare_pairs(settings(folder, validation_pairs=5, max_train_samples=7), 0)
+    assert (len(training), len(held_out)) == (7, 5)
+    for caption, *colours in contents(training) + contents(held_out):
+        i = int(caption.removeprefix("caption "))
+        assert colours == [winner(i), loser(i)]
+
+
 def test_pairs_left_out_of_both_sides_are_counted(tmp_path):
     folder = as_parquet(tmp_path / "pairs", make_rows([1.0] * 12, caption=lambda i: f"caption {i // 4}"))
     training, held_out, notes = prepare_pairs(settings(folder, validation_pairs=3), 0)
@@ -573,6 +594,13 @@ def edited(row, **values):
 
 def without(name):
     return [{key: value for key, value in row.items() if key != name} for row in make_rows()]
+
+
+def latin1(folder):
+    """A file of which a row is not UTF-8."""
+    (path,) = folder.glob("pairs.*")
+    path.write_bytes(path.read_bytes().replace(b"caption 1", "café".encode("latin-1")))
+    return folder
 
 
 def put(index, value):
@@ -635,6 +663,11 @@ BAD = {
         {"dreamlike_pairs_only": True},
         ["pairs", "no pair is left", "dreamlike"],
     ),
+    "model None": (
+        rows_of(model_0=lambda i: "dreamlike", model_1=lambda i: None if i == 3 else "dreamlike"),
+        {"dreamlike_pairs_only": True},
+        ["pairs", "row 3", "model_1"],
+    ),
     "unknown split": (as_parquet, {"split": "test"}, ["pairs", "'test'", "train"]),
     "unknown split of a dataset dict": (as_dataset_dict, {"split": "test"}, ["pairs", "'test'", "train, validation"]),
     "unknown validation split": (as_parquet, {"validation_split": "test"}, ["pairs", "'test'", "train"]),
@@ -662,6 +695,9 @@ BAD = {
     "caption is a number": (lambda f: as_jsonl(f, put(1, {"caption": 7})), {}, ["pairs.jsonl", "row 2", "caption"]),
     "row is a list": (lambda f: as_jsonl(f, put(1, "[1, 2]")), {}, ["pairs.jsonl", "row 2"]),
     "invalid JSON": (lambda f: as_jsonl(f, put(1, "{caption")), {}, ["pairs.jsonl", "not valid JSONL", "2"]),
+    "JSONL in Latin-1": (lambda f: latin1(as_jsonl(f)), {}, ["pairs.jsonl", "UTF-8"]),
+    "CSV in Latin-1": (lambda f: latin1(as_csv(f)), {}, ["pairs.csv", "UTF-8"]),
+    "CSV with an endless field": (lambda f: as_csv(f, put(1, {"caption": "x" * 140_000})), {}, ["pairs.csv"]),
     "CSV without rows": (lambda f: as_csv(f, list.clear), {}, ["pairs.csv", "no rows"]),
     "empty CSV": (empty_file, {}, ["pairs.csv", "no rows"]),
     "too many held out": (as_parquet, {"validation_pairs": 6}, ["pairs", "--validation_pairs 6", "5 pairs"]),
@@ -688,6 +724,12 @@ def test_bad_input_is_named(case, tmp_path):
 def test_the_line_of_invalid_json_is_named(tmp_path):
     with pytest.raises(InputError, match=r"(row|line) 3\b"):
         load(as_jsonl(tmp_path / "pairs", put(2, "{caption")))
+
+
+def test_a_pair_file_is_held_out_whatever_the_split_to_train_on(tmp_path):
+    folder, files = as_parquet(tmp_path / "pairs", split="test"), as_jsonl(tmp_path / "files")
+    _, held_out, _ = prepare_pairs(settings(folder, split="test", validation_data_dir=str(files)), 0)
+    assert held_out.captions() == [f"caption {i}" for i in DECIDED]
 
 
 def test_labels_as_text_do_not_turn_pairs_round(tmp_path):

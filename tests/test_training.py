@@ -67,6 +67,7 @@ def test_every_method_trains(arguments, tmp_path, family, precision, method, saf
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in trained.values())
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "run")
     assert same(pipeline.unet.state_dict(), trained)
+    assert {p.dtype for model in (pipeline.vae, pipeline.text_encoder) for p in model.parameters()} == {torch.float32}
     assert (tmp_path / "run" / "unet" / "diffusion_pytorch_model.safetensors").is_file()
 
 

@@ -13,8 +13,8 @@ SDXL=("${RECIPE[@]}" --sdxl --pretrained_model_name_or_path stabilityai/stable-d
 
 # The embedded default: a tiny base model and its own pictures, on one CPU core.
 TINY=(--pretrained_model_name_or_path "$ROOT/sdpo/tiny/base" --train_data_dir output/tiny/pairs --resolution 32 --no_hflip
-  --train_batch_size 16 --max_train_steps 100 --lr_warmup_steps 20 --learning_rate 1.5e-4 --mixed_precision no
-  --use_ema --ema_decay 0.95 --validation_split validation --validation_steps 25 --checkpointing_steps 0
+  --train_batch_size 16 --max_train_steps 100 --lr_warmup_steps 20 --learning_rate 6e-4 --lr_scheduler cosine --mixed_precision no
+  --use_ema --ema_decay 0.95 --validation_pairs 400 --validation_steps 25 --checkpointing_steps 0
   --use_winner_preserving --seed 0)
 tiny_pairs() {
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

@@ -24,7 +24,7 @@ from sdpo.sampling import sample
 from sdpo.tiny import pictures
 
 BASE = Path(__file__).parent / "base"
-STEPS, GUIDANCE, PER_CAPTION = 20, 3.0, 8
+STEPS, GUIDANCE, PER_CAPTION = 20, 1.0, 8  # guidance 1: the conditional model itself, without help
 WEIGHTS = {
     "raw": ("unet.pth", "heldout"),
     "averaged": ("unet_ema.pth", "heldout_ema"),

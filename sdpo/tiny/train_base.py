@@ -172,6 +172,7 @@ def main() -> None:
         "--faulty", type=float, default=0.15, help="share of training pictures that break their caption"
     )
     args = parser.parse_args()
+    settings = {name: value for name, value in vars(args).items() if name != "out"}
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     pipeline = build_pipeline()
@@ -181,7 +182,7 @@ def main() -> None:
     figures = measure(pipeline.to(torch.float16).to(torch.float32))  # what the stored weights can do
     pipeline.scheduler = scheduler
     pipeline.to(torch.float16).save_pretrained(args.out)
-    (args.out / "measured.json").write_text(json.dumps({**vars(args), "out": None, **figures}, indent=2) + "\n")
+    (args.out / "measured.json").write_text(json.dumps({**settings, **figures}, indent=2) + "\n")
     print(json.dumps(figures, indent=2))
 
 

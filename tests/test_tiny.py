@@ -1,0 +1,119 @@
+"""The embedded default: pictures and their checks, pairs, the committed base model, the comparison of runs."""
+
+import io
+import json
+from dataclasses import replace
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image, ImageFilter
+
+import train
+from sdpo.metrics import read_metrics
+from sdpo.tiny import compare, make_pairs, pictures
+from sdpo.tiny.train_base import build_tokenizer, measure
+
+
+@pytest.mark.parametrize("spec", pictures.SPECS[::7], ids=lambda spec: spec.caption)
+def test_a_picture_passes_every_check_wherever_it_is(spec):
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        assert all(pictures.check(pictures.render(spec, pictures.draw_centre(spec, rng)), spec).values())
+
+
+@pytest.mark.parametrize(
+    "attribute, value", [("size", "large"), ("colour", "green"), ("shape", "square"), ("background", "yellow")]
+)
+def test_a_wrong_attribute_fails_its_own_check_only(attribute, value):
+    spec = pictures.Spec("small", "red", "circle", "blue")
+    checks = pictures.check(pictures.render(replace(spec, **{attribute: value}), (16.0, 16.0)), spec)
+    assert [name for name, passed in checks.items() if not passed] == [attribute]
+
+
+def test_blur_noise_and_emptiness_fail():
+    spec = pictures.Spec("large", "white", "triangle", "green")
+    picture = pictures.render(spec, (16.0, 16.0))
+    blurred = np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(3)))
+    noisy = (picture + np.random.default_rng(0).normal(0, 45, picture.shape)).clip(0, 255).astype(np.uint8)
+    for broken in (blurred, noisy):
+        assert not pictures.check(broken, spec)["clean"]
+    empty = np.broadcast_to(np.array(pictures.COLOURS["green"], np.uint8), (32, 32, 3))
+    assert pictures.score(empty, spec.caption) == pytest.approx(1 / 5)  # the background is right
+
+
+def test_only_its_own_captions_can_be_scored():
+    with pytest.raises(ValueError, match="is not a caption of the tiny pictures"):
+        pictures.score(np.zeros((32, 32, 3), np.uint8), "a photo of a cat")
+
+
+def test_held_out_captions_are_not_trained():
+    assert len(pictures.SPECS) == len(pictures.TRAINED) + len(pictures.HELD_OUT) == 120
+    assert not {spec.caption for spec in pictures.TRAINED} & {spec.caption for spec in pictures.HELD_OUT}
+
+
+def test_pairs_prefer_the_better_picture(tmp_path):
+    make_pairs.write_split(pictures.TRAINED, 300, 0, tmp_path / "train.parquet")
+    rows = [row for row in pq.read_table(tmp_path / "train.parquet").to_pylist() if row["label_0"] != 0.5]
+    assert 0.9 < len(rows) / 300 < 0.98
+    scores = np.array(
+        [
+            [
+                pictures.score(np.asarray(Image.open(io.BytesIO(row[name]))), row["caption"])
+                for name in ("jpg_0", "jpg_1")
+            ]
+            for row in rows
+        ]
+    )
+    first_won = np.array([row["label_0"] == 1 for row in rows])
+    winners, losers = np.where(first_won, *scores.T), np.where(first_won, *scores.T[::-1])
+    assert winners.mean() > losers.mean() + 0.1
+    assert 0.85 < (winners == 1).mean() < 0.97
+
+
+def test_words_are_single_tokens():
+    tokenizer = build_tokenizer()
+    for spec in pictures.SPECS:
+        assert [token.removesuffix("</w>") for token in tokenizer.tokenize(spec.caption)] == spec.caption.split()
+
+
+def test_committed_base_does_what_is_written_beside_it():
+    """Its measurement, repeated on fewer samples, agrees within five standard errors; all of it is at most 4 MB."""
+    written = json.loads((compare.BASE / "measured.json").read_text())
+    assert written["all"] > 0.6
+    figures = measure(
+        DiffusionPipeline.from_pretrained(compare.BASE, torch_dtype=torch.float32), pictures_per_caption=3
+    )
+    assert figures["all"] == pytest.approx(written["all"], abs=5 * (written["all"] * (1 - written["all"]) / 60) ** 0.5)
+    assert sum(file.stat().st_size for file in compare.BASE.rglob("*")) <= 4_000_000
+    assert not [file for file in compare.BASE.rglob("*") if file.suffix in (".bin", ".pth", ".pkl")]
+
+
+def test_runs_are_compared(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "PER_CAPTION", 1)
+    monkeypatch.setattr(compare, "STEPS", 4)
+    make_pairs.write_split(pictures.TRAINED, 60, 0, tmp_path / "train.parquet")
+    flags = {
+        "pretrained_model_name_or_path": compare.BASE, "train_data_dir": tmp_path, "resolution": 32, "mixed_precision": "no",
+        "train_batch_size": 4, "max_train_steps": 2, "lr_warmup_steps": 1, "learning_rate": 1e-4, "beta_dpo": 200, "seed": 0,
+        "report_to": "none", "output_dir": tmp_path / "run", "use_ema": True, "validation_pairs": 5, "validation_steps": 1,
+    }  # fmt: skip
+    train.main([f"--{name}={value}" for name, value in flags.items()])
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "run")  # fp32 throughout, though the base is stored in fp16
+    assert {p.dtype for part in (pipeline.unet, pipeline.text_encoder, pipeline.vae) for p in part.parameters()} == {
+        torch.float32
+    }
+    monkeypatch.setattr("sys.argv", ["compare", f"plain={tmp_path / 'run'}", "--out", str(tmp_path / "out")])
+    compare.main()
+    rows = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert [(row["method"], row["weights"]) for row in rows] == [("base", ""), ("plain", "raw"), ("plain", "averaged")]
+    for row, prefix in ((rows[1], "heldout"), (rows[2], "heldout_ema")):
+        assert row["winner_error_change"] == read_metrics(tmp_path / "run", f"{prefix}/winner_error_change")[-1][1]
+        assert row["lambda"] == 1
+    for file in ("errors.png", "samples.png"):
+        Image.open(tmp_path / "out" / file).verify()
+    table = (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
+    assert f"{rows[0]['score']:.3f}" in table
+    assert table.strip() in capsys.readouterr().out
