@@ -64,7 +64,7 @@ def reading(rows: list[dict]) -> str:
     sentences = [
         f"Every run started from the same tiny base model (sample score {base['score']:.3f}, "
         f"{base['all_correct']:.0%} of its pictures all-correct) and saw the same pairs in the same order. Errors are "
-        "denoising errors on pairs whose captions nobody trained on, minus the base's; below zero beats the base."
+        "denoising errors on pairs whose captions were set aside, minus the base's; below zero beats the base."
     ]
     for row in raw:
         moves = (f"{member} error {row[f'{member}_error_change'] * 1e3:+.2f}e-3" for member in ("winner", "loser"))
