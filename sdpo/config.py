@@ -21,6 +21,24 @@ def flag(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
+LIMITS = {  # flags -> what their value must satisfy, and how that is said
+    "train_batch_size num_train_epochs gradient_accumulation_steps global_batch_size validation_steps logging_steps "
+    "max_train_samples checkpoints_total_limit": (lambda value: value >= 1, "must be at least 1"),
+    "max_train_steps lr_warmup_steps dataloader_num_workers max_grad_norm validation_pairs max_unreadable_images "
+    "checkpointing_steps learning_rate seed noise_offset input_perturbation adam_weight_decay": (
+        lambda value: 0 <= value < math.inf,
+        "must not be negative",
+    ),
+    "beta_dpo adam_epsilon": (lambda value: 0 < value < math.inf, "must be positive"),
+    "winner_preserving_mu constant_loser_scale proportion_empty_prompts dmpo_alpha": (
+        lambda value: 0 <= value <= 1,
+        "must lie in [0, 1]",
+    ),
+    "ema_decay adam_beta1 adam_beta2": (lambda value: 0 <= value < 1, "must lie in [0, 1)"),
+    "resolution": (lambda value: value >= 8 and value % 8 == 0, "must be a multiple of 8"),
+}
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Flags of train.py. Names and defaults of the official implementation are kept where they exist."""
@@ -72,11 +90,13 @@ class TrainConfig:
         "batch", "one loser scale per device micro-batch (official) or per pair (split-invariant)"
     )
     constant_loser_scale: float = flag(
-        1.0, "control experiment: a constant loser scale in [0, 1]; 1 is the plain method, 0 trains on winners only"
+        1.0,
+        "control experiment: a constant loser scale in [0, 1]; 1 is the plain method, 0 trains on winners only",
     )
     noise_offset: float = flag(0.0, "strength of a per-channel offset added to the noise")
     input_perturbation: float = flag(
-        0.0, "strength of extra noise on the model's input, shared by the pair; the target keeps the plain noise"
+        0.0,
+        "strength of extra noise on the model's input, shared by the pair; the target keeps the plain noise",
     )
 
     # Optimisation
@@ -106,7 +126,8 @@ class TrainConfig:
 
     # Held-out pairs
     validation_pairs: int = flag(
-        0, "pairs set aside by prompt, or read from the validation split or folder, for held-out errors"
+        0,
+        "pairs set aside by prompt, or read from the validation split or folder, for held-out errors",
     )
     validation_split: str | None = flag(None, "read the held-out pairs from this split of the data set instead")
     validation_data_dir: str | None = flag(None, "read the held-out pairs from this local folder instead")
@@ -131,12 +152,17 @@ class TrainConfig:
     hard_skip_resume: bool = flag(False, "obsolete")
 
     def __post_init__(self):
-        for wrong, message in self._checks():
+        for names, (holds, demand) in LIMITS.items():
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and not holds(value):
+                    raise InputError(f"--{name} {demand}, got {value}")
+        for wrong, message in self._conflicts():
             if wrong:
                 raise InputError(message)
 
-    def _checks(self):
-        """Pairs (is wrong, what to do about it)."""
+    def _conflicts(self):
+        """Pairs (is wrong, what to do about it) of what is missing or does not go together."""
         yield (
             not self.pretrained_model_name_or_path,
             "--pretrained_model_name_or_path is missing: give a hub id or a local diffusers folder",
@@ -149,53 +175,16 @@ class TrainConfig:
             self.choice_model,
             "--choice_model comes with the scorers, not part of this version; drop it to use the data's own labels",
         )
-        for name in (
-            "train_batch_size",
-            "num_train_epochs",
-            "gradient_accumulation_steps",
-            "validation_steps",
-            "logging_steps",
-        ):
-            yield getattr(self, name) < 1, f"--{name} must be at least 1, got {getattr(self, name)}"
-        for name in (
-            "max_train_steps",
-            "lr_warmup_steps",
-            "dataloader_num_workers",
-            "max_grad_norm",
-            "validation_pairs",
-            "max_unreadable_images",
-            "checkpointing_steps",
-            "learning_rate",
-        ):
-            yield not getattr(self, name) >= 0, f"--{name} must not be negative, got {getattr(self, name)}"
-        for name in ("winner_preserving_mu", "constant_loser_scale", "proportion_empty_prompts", "dmpo_alpha"):
-            yield not 0 <= getattr(self, name) <= 1, f"--{name} must lie in [0, 1], got {getattr(self, name)}"
-        yield not self.beta_dpo > 0, f"--beta_dpo must be positive, got {self.beta_dpo}"
-        yield not 0 <= self.ema_decay < 1, f"--ema_decay must lie in [0, 1), got {self.ema_decay}"
-        yield self.seed is not None and self.seed < 0, f"--seed must not be negative, got {self.seed}"
         yield (
-            self.resolution is not None and (self.resolution < 8 or self.resolution % 8),
-            f"--resolution must be a multiple of 8, got {self.resolution}",
-        )
-        yield (
-            self.max_train_samples is not None and self.max_train_samples < 1,
-            "--max_train_samples must be at least 1",
-        )
-        yield (
-            self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1,
-            "--checkpoints_total_limit must be at least 1",
-        )
-        same = self.validation_split == self.split and not self.validation_data_dir
-        yield (
-            same,
+            self.validation_split == self.split and not self.validation_data_dir,
             f"--validation_split {self.split} is the split trained on: name another one, or use --validation_pairs",
         )
-        prompts = self.validation_prompts
-        missing = prompts is not None and not Path(prompts).is_file()
-        yield missing, f"--validation_prompts {prompts} is not a file; give one prompt per line"
-        controlled = self.use_winner_preserving or self.constant_loser_scale != 1
         yield (
-            self.method == "sft" and controlled,
+            self.validation_prompts is not None and not Path(self.validation_prompts).is_file(),
+            f"--validation_prompts {self.validation_prompts} is not a file; give one prompt per line",
+        )
+        yield (
+            self.method == "sft" and (self.use_winner_preserving or self.constant_loser_scale != 1),
             "sft has no loser: drop --use_winner_preserving and --constant_loser_scale",
         )
         yield (

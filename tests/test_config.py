@@ -241,6 +241,7 @@ def test_launchers_use_every_gpu(tmp_path):
         ("--resolution=-8", "--resolution -8"),
         ("--seed=-1", "--seed -1"),
         ("--train_batch_size=0", "--train_batch_size 0"),
+        ("--global_batch_size=0", "--global_batch_size must be at least 1"),
         ("--gradient_accumulation_steps=0", "--gradient_accumulation_steps 0"),
         ("--validation_steps=0", "--validation_steps 0"),
         ("--logging_steps=0", "--logging_steps 0"),
@@ -326,7 +327,7 @@ def test_accumulation_follows_from_the_global_batch(processes, accumulation):
     assert (plan.accumulation, plan.global_batch, plan.processes, plan.pairs) == (accumulation, 2048, processes, PAIRS)
 
 
-@pytest.mark.parametrize("processes, size", ((3, 2048), (8, 100), (8, 32), (1, 0), (512, 2048)))
+@pytest.mark.parametrize("processes, size", ((3, 2048), (8, 100), (8, 32), (512, 2048)))
 def test_a_global_batch_that_cannot_be_split(processes, size):
     config = parse(f"--global_batch_size={size}", "--train_batch_size=8")
     with pytest.raises(InputError) as error:
