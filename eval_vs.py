@@ -1,0 +1,80 @@
+"""Win rates of one run's images over another's, per metric, with intervals and tests; of several runs, a matrix.
+
+Scores are read from scores.jsonl beside each manifest and computed only where they are missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from sdpo.config import InputError
+from sdpo.manifest import check_labels
+from sdpo.scoring import METRICS, score_manifest
+from sdpo.winrates import (
+    METRICS as OFFICIAL,
+)
+from sdpo.winrates import (
+    PAIRINGS,
+    collect_run,
+    compare_all,
+    format_comparison,
+    format_matrix,
+    win_matrix,
+    write_comparison,
+    write_matrix,
+)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The official flags, and ours for further runs, metrics and weights."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--json_a", required=True, help="manifest of run A")
+    parser.add_argument("--json_b", required=True, help="manifest of run B")
+    parser.add_argument("--label_a", required=True, help="name of run A in the results")
+    parser.add_argument("--label_b", required=True, help="name of run B in the results")
+    parser.add_argument("--more", nargs="*", default=[], metavar="LABEL=JSON", help="further runs, for a matrix")
+    parser.add_argument("--device", default="cpu", help="where missing scores are computed: cpu, cuda, cuda:1, ...")
+    parser.add_argument("--batch_size", type=int, default=64, help="images per step of a scorer")
+    parser.add_argument("--outdir", default="output/vs_eval", help="folder of the results")
+    parser.add_argument("--ties_as_loss_for_a", action="store_true", help="a tie counts zero for A, not one half")
+    parser.add_argument("--pair_by", choices=PAIRINGS, default="prompt", help="how images of two runs are paired")
+    parser.add_argument("--metrics", nargs="+", choices=METRICS, default=list(OFFICIAL), help="what to compare")
+    parser.add_argument("--weights", nargs="*", default=[], metavar="METRIC.PART=SOURCE", help="local path or hub file")
+    return parser.parse_args(arguments)
+
+
+def split_pairs(texts: list[str], flag: str) -> list[tuple[str, str]]:
+    """(name, value) of NAME=VALUE texts; raises InputError for one without an equals sign."""
+    for text in texts:
+        if "=" not in text:
+            raise InputError(f"{flag} {text}: expected NAME=VALUE")
+    return [tuple(text.split("=", 1)) for text in texts]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Score what is missing, compare every pair of runs, write and print the results."""
+    args = parse_arguments(arguments)
+    named = [(args.label_a, args.json_a), (args.label_b, args.json_b), *split_pairs(args.more, "--more")]
+    check_labels([label for label, _ in named])
+    sources = dict(split_pairs(args.weights, "--weights"))
+    runs = []
+    for label, manifest in named:
+        options = {"sources": sources, "device": args.device, "batch_size": args.batch_size}
+        entries, scores = score_manifest(manifest, args.metrics, **options)
+        runs.append(collect_run(label, entries, scores, args.metrics))
+    ties = "loss_for_a" if args.ties_as_loss_for_a else "half"
+    comparisons = compare_all(runs, ties=ties, pair_by=args.pair_by)
+    for comparison in comparisons:
+        folder = write_comparison(comparison, args.outdir)
+        print(f"{format_comparison(comparison)}\nwritten to {folder}\n")
+    if len(runs) > 2:
+        matrix = win_matrix(comparisons)
+        print(f"{format_matrix(matrix)}\nwritten to {write_matrix(matrix, args.outdir)}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")

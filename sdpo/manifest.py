@@ -1,0 +1,246 @@
+"""The two files that describe a run's images: the manifest and the scores per image. Needs the standard library only.
+
+The manifest is the official JSON list of {"prompt", "gen_image_path", "raw_image_path", "metadata"}. Scores are JSON
+lines, {"image", "prompt", "PickScore": ..., "models": {"PickScore": ...}, "sha256"}: `image` is the manifest's own
+spelling of the path, `models` (optional) says which weights gave a score, `sha256` (optional) is that of the image
+file. Lines about the same image and prompt complete each other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from sdpo.config import InputError
+
+ABOUT_A_ROW = {"image", "prompt", "models", "sha256"}  # keys of a row of scores that are not metrics
+
+Scores = dict[tuple[str, str], dict[str, Any]]  # rows by (image, prompt)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One image of a manifest."""
+
+    prompt: str
+    image: str  # as the manifest spells it; the first one where there are several
+    path: Path  # absolute; need not exist
+    where: str  # manifest and entry number, for messages
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What identifies the entry's scores."""
+        return self.image, self.prompt
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file under another name and move it into place, so that it is never seen half written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def check_labels(labels: Sequence[str]) -> None:
+    """Raises InputError unless the labels of runs can name folders and tell winners apart."""
+    for label in labels:
+        if not label.strip(" .") or any(c in "/\\" or not c.isprintable() for c in label) or len(label) > 60:
+            raise InputError(
+                f"label {label!r} cannot name an output folder; use up to 60 letters, digits, dots and dashes, "
+                "and no path separators"
+            )
+        if label == "tie":
+            raise InputError("label 'tie' is what a draw is called in the results; choose another label")
+    if len(set(labels)) < len(labels):
+        raise InputError(f"labels must differ, got {', '.join(labels)}; give each run its own")
+
+
+# The manifest
+
+
+def write_manifest(path: str | Path, entries: Iterable[dict[str, Any]]) -> None:
+    """Write the official format, whole or not at all.
+
+    Each entry needs `prompt` and `gen_image_path`; `raw_image_path` and `metadata` are added where absent and further
+    keys are kept.
+    """
+    order = ("prompt", "gen_image_path", "raw_image_path", "metadata")
+    complete = [{**dict.fromkeys(order), "raw_image_path": "", "metadata": {}, **entry} for entry in entries]
+    write_atomically(Path(path), json.dumps(complete, indent=2))
+
+
+def read_manifest(path: str | Path) -> list[Entry]:
+    """Entries of a manifest in file order; images need not exist (see require_images).
+
+    Raises InputError for a file that is not a manifest, an entry without prompt or image, and a relative image path
+    that leads out of both the working directory and the manifest's folder.
+    """
+    path = Path(path)
+    rows = _read_list(path)
+    return [_parse_entry(row, path, f"{path}, entry {number} (counted from 0)") for number, row in enumerate(rows)]
+
+
+def _read_list(path: Path) -> list:
+    if not path.is_file():
+        raise InputError(f"{path} is not a file; give the manifest, the .json file beside the folder of images")
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:  # of JSON or of UTF-8
+        raise InputError(f"{path} is not valid JSON ({error}); generate again, or give the right file") from None
+    if not isinstance(rows, list):
+        raise InputError(f"{path} is not a JSON list of entries; give a manifest, not a summary or config")
+    if not rows:
+        raise InputError(f"{path} is an empty list; generate its images first")
+    return rows
+
+
+def _parse_entry(row: Any, manifest: Path, where: str) -> Entry:
+    if not isinstance(row, dict):
+        raise InputError(f'{where}: not an object; write {{"prompt": ..., "gen_image_path": ...}}')
+    prompt, images = row.get("prompt"), row.get("gen_image_path")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise InputError(f'{where}: has no text under "prompt"; add the prompt or remove the entry')
+    images = images if isinstance(images, list) else [images]
+    image = next((image for image in images if image), None)
+    if not isinstance(image, str):
+        raise InputError(f'{where}: has no path under "gen_image_path"; add the image\'s path or remove the entry')
+    return Entry(prompt, image, _resolve(image, manifest.parent, where), where)
+
+
+def _resolve(image: str, folder: Path, where: str) -> Path:
+    """Absolute path: as seen from the working directory if there is such a file, else from the manifest's folder."""
+    here, beside = os.path.abspath(image), os.path.abspath(folder / image)
+    path = Path(here if os.path.isfile(here) else beside)
+    roots = os.getcwd(), os.path.abspath(folder)
+    if not os.path.isabs(image) and not any(path.is_relative_to(root) for root in roots):
+        raise InputError(
+            f"{where}: image {image} leads out of the working directory and of the manifest's folder; "
+            "write an absolute path if that is meant"
+        )
+    return path
+
+
+def require_images(entries: Sequence[Entry]) -> None:
+    """Raises InputError, naming the first and counting the rest, if images of entries do not exist."""
+    missing = [entry for entry in entries if not entry.path.is_file()]
+    if missing:
+        first, more = missing[0], f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise InputError(
+            f"{first.where}: image {first.image}{more} is neither in the working directory nor in the manifest's "
+            "folder; generate it again or correct gen_image_path"
+        )
+
+
+# Scores per image
+
+
+def image_digest(path: str | Path) -> str:
+    """The sha256 of an image file, hexadecimal."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def read_scores(path: str | Path) -> Scores:
+    """Rows of a score file by (image, prompt), one each, lines merged in file order; none if there is no file.
+
+    A line with another `sha256` than the earlier ones of its image replaces them. A last line cut off by a crash is
+    not a line. Raises InputError for any other line that is not a row of scores.
+    """
+    rows: Scores = {}
+    for number, line in _whole_lines(Path(path)):
+        row = _parse_row(line, f"{path}, line {number}")
+        key = row["image"], row["prompt"]
+        rows[key] = _merge(rows.get(key, {}), row)
+    return rows
+
+
+def _whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    if lines and not _is_whole(lines[-1]):
+        lines.pop()
+    yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+
+
+def _is_whole(line: bytes) -> bool:
+    """Whether a last line was written to its end: a line feed, or the closing brace of an object, was reached."""
+    try:
+        return line.endswith(b"\n") or isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def _parse_row(line: bytes, where: str) -> dict[str, Any]:
+    fix = "delete the line and its image will be scored again"
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{where}: not valid JSON ({error}); {fix}") from None
+    if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("image", "prompt")):
+        raise InputError(f'{where}: not an object with "image" and "prompt"; {fix}')
+    if not isinstance(row.get("models", {}), dict):
+        raise InputError(f'{where}: "models" is not an object of metric and model; {fix}')
+    for metric in row.keys() - ABOUT_A_ROW:
+        check_score(row[metric], f"{where}: {metric} of {row['image']}")
+    return row
+
+
+def check_score(value: Any, what: str) -> None:
+    """Raises InputError unless a score is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise InputError(f"{what} is {value!r}, not a finite number; look at the image and score it again")
+
+
+def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    if old.get("sha256") != new.get("sha256"):
+        return new  # the image is another one
+    kept = {metric: model for metric, model in old.get("models", {}).items() if metric not in new}
+    models = {**kept, **new.get("models", {})}
+    return {**old, **new, **({"models": models} if models else {})}
+
+
+def append_scores(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Append rows in a single write, after removing a last line that a crash cut off.
+
+    Raises InputError, before anything is written, for a row that read_scores would refuse.
+    """
+    path, lines = Path(path), [json.dumps(row) + "\n" for row in rows]
+    for line in lines:
+        _parse_row(line.encode(), f"new row of {path}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        file.seek(0)
+        content = file.read()
+        last = content[content.rfind(b"\n") + 1 :]
+        if last and not _is_whole(last):
+            file.truncate(len(content) - len(last))
+        glue = "\n" if last and _is_whole(last) else ""
+        file.write((glue + "".join(lines)).encode())
+
+
+def write_scores(path: str | Path, scores: Scores) -> None:
+    """Write the file anew with one row per image, whole or not at all."""
+    write_atomically(Path(path), "".join(json.dumps(row) + "\n" for row in scores.values()))
+
+
+def drop_stale(entries: Iterable[Entry], scores: Scores) -> Scores:
+    """Scores without those of images that have changed since: the file exists and its sha256 is not the row's."""
+    stale = {
+        entry.key
+        for entry in entries
+        if (digest := scores.get(entry.key, {}).get("sha256")) and entry.path.is_file()
+        if digest != image_digest(entry.path)
+    }
+    return {key: row for key, row in scores.items() if key not in stale}
+
+
+def find_score(entry: Entry, scores: Scores, metric: str, model: str | None = None) -> float | None:
+    """An entry's score, or None if there is none or the row says that another model than `model` gave it."""
+    row = scores.get(entry.key, {})
+    other = model is not None and row.get("models", {}).get(metric, model) != model
+    return None if other else row.get(metric)

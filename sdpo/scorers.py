@@ -1,0 +1,460 @@
+"""Scores of images for their prompts: one table of metrics, on transformers and open_clip alone.
+
+A metric is a class that loads, prepares images and scores, and a row in SCORERS. Its weights are named parts, each a
+hub reference (`owner/repository` or `owner/repository:file`) or a local path. `score_rows` is the pass over images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import chain, islice, pairwise
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+import transformers
+from accelerate import init_empty_weights
+from huggingface_hub import hf_hub_download
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torchvision import transforms as T
+
+from sdpo.config import InputError
+from sdpo.tiny import pictures
+
+IN_TURN_BLOCK = 512  # images kept prepared (0.6 MB each and preprocessing) while the models take turns
+MEMORY_MARGIN = 1.5  # device memory needed per byte of weights, to leave room for activations
+
+# Loading
+
+
+def locate(source: str) -> str:
+    """Path of a weights file: a local one, or `owner/repository:file`, fetched from the hub once; raises InputError."""
+    if Path(source).is_file():
+        return source
+    repository, _, name = source.partition(":")
+    if not name:
+        raise InputError(f"weights file {source} does not exist; give a file, or owner/repository:file of the hub")
+    try:
+        return hf_hub_download(repository, name)
+    except Exception as error:  # connection, cache, access and naming errors have no ancestor in common
+        raise InputError(
+            f"cannot fetch {name} of {repository}: {first_line(error)} "
+            "Download it where the hub can be reached and give its path."
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or the error's name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def load_state(module: nn.Module, source: str, rename: Callable[[str], str | None] = str) -> None:
+    """Assign weights to a module that has none yet: `source` is a .safetensors or torch file, as `locate` finds it.
+
+    `rename` maps the file's names to the module's, None drops one. Raises InputError where names or shapes differ.
+    """
+    path = locate(source)
+    try:
+        safe = path.endswith(".safetensors")
+        state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state)
+        state = {rename(name.removeprefix("module.")): value for name, value in state.items()}
+        shapes = {name: value.shape for name, value in state.items() if name is not None}
+    except Exception as error:  # torch, zipfile, pickle and safetensors each have errors of their own
+        raise InputError(f"{source} cannot be read as weights: {first_line(error)}; download it again") from error
+    own = {name: value.shape for name, value in module.state_dict().items()}
+    missing, unknown = sorted(own.keys() - shapes.keys()), sorted(shapes.keys() - own.keys())
+    resized = sorted(name for name in own.keys() & shapes.keys() if own[name] != shapes[name])
+    if missing or unknown or resized:
+        raise InputError(
+            f"{source} is another model's: {len(missing)} tensors missing, {len(unknown)} unknown, {len(resized)} of "
+            f"another shape (e.g. {(missing or unknown or resized)[0]}); give the file that the metric's part names"
+        )
+    module.load_state_dict({name: state[name] for name in own}, assign=True)
+
+
+def from_pretrained(cls, source: str, **options):
+    """`cls.from_pretrained`, with what went wrong in one sentence."""
+    try:
+        return cls.from_pretrained(source, **options)
+    except Exception as error:  # files, JSON, weights and connections each have errors of their own
+        raise InputError(
+            f"cannot load {cls.__name__} of {source!r}: {first_line(error)} "
+            "Give a local folder in the hub's format, or download it where the hub can be reached."
+        ) from error
+
+
+def load_clip(source: str) -> transformers.CLIPModel:
+    """A transformers CLIP in fp32, whole: transformers only warns when it fills gaps with random weights."""
+    model, report = from_pretrained(transformers.CLIPModel, source, dtype=torch.float32, output_loading_info=True)
+    if missing := sorted(report["missing_keys"]):
+        raise InputError(f"{source} lacks {len(missing)} tensors of a CLIP model (e.g. {missing[0]}); give a whole one")
+    return model
+
+
+def load_tokenizer(cls, source: str, size: int, extra: Iterable[str] = ()):
+    """A tokenizer of `size` entries, `extra` included: transformers makes an empty one where files are missing."""
+    tokenizer = from_pretrained(cls, source)
+    tokenizer.add_tokens(list(extra), special_tokens=True)
+    if len(tokenizer) != size:
+        raise InputError(
+            f"the tokenizer of {source!r} has {len(tokenizer)} entries, its model {size}: the vocabulary is missing "
+            "or another model's; give a local folder that holds it, or download it where the hub can be reached"
+        )
+    return tokenizer
+
+
+# Preprocessing
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How a scorer prepares a PIL image in RGB as a tensor (3, H, W); those of one key are equal and done once."""
+
+    key: str
+    prepare: Callable[[Image.Image], Tensor] = field(compare=False)
+
+
+def torchvision_preprocess(size: int) -> Preprocess:
+    """That of open_clip and ImageReward: shortest side to `size` (PIL, bicubic), centre crop, CLIP's mean and std."""
+    normalize = T.Normalize(open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+    steps = T.Compose([T.Resize(size, T.InterpolationMode.BICUBIC), T.CenterCrop(size), T.ToTensor(), normalize])
+    return Preprocess(repr(steps), steps)
+
+
+def processor_preprocess(source: str) -> Preprocess:
+    """That of a CLIP model on the hub, on PIL: transformers' default backend resizes tensors and is off by 0.015."""
+    processor = from_pretrained(transformers.CLIPImageProcessorPil, source)
+    return Preprocess(
+        processor.to_json_string(), lambda image: processor(image, return_tensors="pt")["pixel_values"][0]
+    )
+
+
+def tiny_pixels(image: Image.Image) -> Tensor:
+    """The pixels (3, 32, 32) uint8 of a tiny picture; raises InputError for another size."""
+    if image.size != (pictures.SIDE, pictures.SIDE):
+        raise InputError(f"a tiny picture has {pictures.SIDE} x {pictures.SIDE} pixels, this has {image.size}")
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+# Metrics
+
+
+class Scorer(nn.Module):
+    """A metric with its weights on the CPU; `.to(device)` moves them.
+
+    `sources` replaces hub references of `official` by part, e.g. {"checkpoint": "/models/HPS_v2_compressed.pt"}.
+    Backbones compute in `dtype` (float32 or bfloat16), heads and cosines in fp32. `options` go to the metric's `load`.
+    Raises InputError for parts that do not exist, cannot be loaded or belong to another model.
+    """
+
+    official: ClassVar[dict[str, str]] = {}
+    preprocess: Preprocess
+
+    def __init__(self, sources: Mapping[str, str] | None = None, dtype: torch.dtype = torch.float32, **options):
+        super().__init__()
+        self.sources, self.dtype = self.official | dict(sources or {}), dtype
+        if unknown := sorted(self.sources.keys() - self.official.keys()):
+            raise InputError(f"{type(self).__name__} has no part {unknown[0]!r}; it has {', '.join(self.official)}")
+        self.load(**options)
+        self.requires_grad_(False).eval()
+
+    def load(self) -> None:
+        """Load the parts and set `preprocess`."""
+
+    @torch.no_grad()
+    def score(self, pixels: Tensor, prompts: Iterable[str]) -> Tensor:
+        """Scores (N,) fp32 on the CPU of prepared images (N, 3, H, W) for their N prompts."""
+        prompts = list(prompts)
+        if len(pixels) != len(prompts):
+            raise ValueError(f"{len(pixels)} images, {len(prompts)} prompts: give one prompt per image")
+        device = next(self.parameters(), pixels).device
+        return self(pixels.to(device), prompts).float().cpu()
+
+
+class PickScore(Scorer):
+    """Cosine between PickScore's embeddings of text and image, without the logit scale (arXiv 2305.01569)."""
+
+    official: ClassVar = {
+        "model": "yuvalkirstain/PickScore_v1",
+        "processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    }
+
+    def load(self) -> None:
+        """Model, tokenizer and image processor."""
+        self.model = load_clip(self.sources["model"]).to(self.dtype)
+        text = self.model.config.text_config
+        self.tokenizer = load_tokenizer(transformers.CLIPTokenizer, self.sources["processor"], text.vocab_size)
+        self.text_options = {"padding": True, "truncation": True, "max_length": text.max_position_embeddings}
+        self.preprocess = processor_preprocess(self.sources["processor"])
+
+    def forward(self, pixels: Tensor, prompts: list[str]) -> Tensor:
+        """Scores (N,) of pixels (N, 3, H, W)."""
+        tokens = self.tokenizer(prompts, return_tensors="pt", **self.text_options).to(pixels.device)
+        image = self.model.get_image_features(pixels.to(self.dtype)).pooler_output  # (N, D)
+        text = self.model.get_text_features(**tokens).pooler_output  # (N, D)
+        return F.cosine_similarity(text.float(), image.float())
+
+
+class ClipScore(Scorer):
+    """Cosine between the embeddings of text and image of an open_clip model, here LAION's ViT-H-14."""
+
+    official: ClassVar = {"checkpoint": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K:open_clip_pytorch_model.bin"}
+
+    def load(self, architecture: dict | None = None) -> None:
+        """The checkpoint, for an open_clip model config (that of ViT-H-14 by default)."""
+        architecture = architecture or open_clip.get_model_config("ViT-H-14")
+        with init_empty_weights():  # so that no weight can stay random
+            self.model = open_clip.CLIP(**architecture)
+        load_state(self.model, self.sources["checkpoint"])
+        self.model.to(self.dtype)
+        self.tokenizer = open_clip.SimpleTokenizer(context_length=architecture["text_cfg"]["context_length"])
+        self.preprocess = torchvision_preprocess(architecture["vision_cfg"]["image_size"])
+
+    def forward(self, pixels: Tensor, prompts: list[str]) -> Tensor:
+        """Scores (N,) of pixels (N, 3, H, W)."""
+        return self.cosine(pixels, self.tokenizer(prompts).to(pixels.device))
+
+    def cosine(self, pixels: Tensor, tokens: Tensor) -> Tensor:
+        """Scores (N,) of pixels (N, 3, H, W) for tokens (N, L)."""
+        image, text = self.model.encode_image(pixels.to(self.dtype)), self.model.encode_text(tokens)  # each (N, D)
+        return F.cosine_similarity(text.float(), image.float())
+
+
+class HPSv2(ClipScore):
+    """Human Preference Score v2.0 (arXiv 2306.09341), images prepared by open_clip as in the official evaluation."""
+
+    official: ClassVar = {"checkpoint": "xswu/HPSv2:HPS_v2_compressed.pt"}
+
+
+class HPSv21(ClipScore):
+    """Human Preference Score v2.1."""
+
+    official: ClassVar = {"checkpoint": "xswu/HPSv2:HPS_v2.1_compressed.pt"}
+
+
+class Head(nn.Module):
+    """The regressor of Aesthetics and ImageReward, (N, width) -> (N,) fp32: linear layers with nothing in between.
+
+    Identities stand where the originals have dropout, so that the layers keep their numbers 0, 2, 4, 6 and 7.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        one, two, three, *rest = (nn.Linear(*sizes) for sizes in pairwise((width, 1024, 128, 64, 16, 1)))
+        self.layers = nn.Sequential(one, nn.Identity(), two, nn.Identity(), three, nn.Identity(), *rest)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One number per row."""
+        return self.layers(x.float()).squeeze(1)
+
+
+class Aesthetics(Scorer):
+    """The predictor of christophschuhmann/improved-aesthetic-predictor, about 1 to 10; prompts are not looked at."""
+
+    official: ClassVar = {
+        "model": "openai/clip-vit-large-patch14",
+        "head": "camenduru/improved-aesthetic-predictor:sac+logos+ava1-l14-linearMSE.pth",
+    }
+    head_sha256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
+
+    def load(self, head_sha256: str | None = head_sha256) -> None:
+        """CLIP and the head, whose file must have this sha256; None accepts a head of one's own."""
+        source = self.sources["head"]
+        found = hashlib.sha256(Path(locate(source)).read_bytes()).hexdigest()
+        if head_sha256 not in (None, found):
+            raise InputError(f"{source} has sha256 {found}, not {head_sha256}; download the official file again")
+        self.model = load_clip(self.sources["model"]).to(self.dtype)
+        del self.model.text_model
+        with init_empty_weights():
+            self.head = Head(self.model.config.projection_dim)
+        load_state(self.head, source)
+        self.head.float()
+        self.preprocess = processor_preprocess(self.sources["model"])
+
+    def forward(self, pixels: Tensor, prompts: list[str]) -> Tensor:
+        """Scores (N,) of pixels (N, 3, H, W)."""
+        image = self.model.get_image_features(pixels.to(self.dtype)).pooler_output  # (N, D)
+        return self.head(F.normalize(image.float()))
+
+
+class ImageReward(Scorer):
+    """ImageReward (arXiv 2304.05977): BLIP's text encoder attends to the image, a head reads its first token."""
+
+    official: ClassVar = {"checkpoint": "THUDM/ImageReward:ImageReward.pt", "tokenizer": "bert-base-uncased"}
+    vision: ClassVar = {
+        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+        "image_size": 224, "patch_size": 16, "layer_norm_eps": 1e-6,
+    }  # fmt: skip
+    text: ClassVar = {"num_attention_heads": 12, "encoder_hidden_size": 1024, "is_decoder": True}
+    text_options: ClassVar = {"padding": "max_length", "truncation": True, "max_length": 35}
+    mean, std = 0.16717362830052426, 1.0333394966054072  # of the head's output
+    names: ClassVar = {  # in the checkpoint -> here, replaced in this order
+        "blip.visual_encoder.cls_token": "vision.embeddings.class_embedding",
+        "blip.visual_encoder.pos_embed": "vision.embeddings.position_embedding",
+        "blip.visual_encoder.patch_embed.proj.": "vision.embeddings.patch_embedding.",
+        "blip.visual_encoder.norm.": "vision.post_layernorm.",
+        "blip.visual_encoder.blocks.": "vision.encoder.layers.",
+        "blip.text_encoder.": "text.",
+        ".norm1.": ".layer_norm1.",
+        ".norm2.": ".layer_norm2.",
+        ".attn.qkv.": ".self_attn.qkv.",
+        ".attn.proj.": ".self_attn.projection.",
+    }
+    unused = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
+
+    def load(self, vision: Mapping = vision, text: Mapping = text) -> None:
+        """Checkpoint and tokenizer, for settings of transformers' BlipVisionConfig and BlipTextConfig."""
+        config = transformers.BlipTextConfig(**text)
+        with init_empty_weights():
+            blip = {
+                "vision": transformers.BlipVisionModel(transformers.BlipVisionConfig(**vision)),
+                "text": transformers.BlipTextModel(config, add_pooling_layer=False),
+            }
+            self.parts = nn.ModuleDict(blip | {"mlp": Head(config.hidden_size)})
+        load_state(self.parts, self.sources["checkpoint"], self.rename)
+        self.parts.to(self.dtype)["mlp"].float()
+        self.tokenizer = load_tokenizer(
+            transformers.BertTokenizer, self.sources["tokenizer"], config.vocab_size, ("[DEC]", "[ENC]")
+        )
+        self.preprocess = torchvision_preprocess(vision["image_size"])
+
+    def rename(self, name: str) -> str | None:
+        """The name here of a tensor of the checkpoint; None if the score does not need it."""
+        if name.startswith(self.unused):
+            return None
+        for old, new in self.names.items():
+            name = name.replace(old, new)
+        return name
+
+    def forward(self, pixels: Tensor, prompts: list[str]) -> Tensor:
+        """Rewards (N,) of pixels (N, 3, H, W), about standard normal."""
+        tokens = self.tokenizer(prompts, return_tensors="pt", **self.text_options).to(pixels.device)
+        return self.reward(pixels, tokens["input_ids"], tokens["attention_mask"])
+
+    def reward(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """Rewards (N,) of pixels (N, 3, H, W) for token ids (N, L), of which mask (N, L) is 0 where padded."""
+        image = self.parts["vision"](pixels.to(self.dtype)).last_hidden_state  # (N, patches + 1, D)
+        text = self.parts["text"](ids, attention_mask=mask, encoder_hidden_states=image).last_hidden_state  # (N, L, D)
+        return (self.parts["mlp"](text[:, 0]) - self.mean) / self.std
+
+
+class PixelChecks(Scorer):
+    """Share of the checks that a picture of the tiny default passes for its caption (sdpo.tiny.pictures.score)."""
+
+    preprocess = Preprocess("tiny pixels", tiny_pixels)
+
+    def forward(self, pixels: Tensor, prompts: list[str]) -> Tensor:
+        """Scores (N,) in [0, 1] of pixels (N, 3, 32, 32) uint8; raises InputError for captions of another form."""
+        rows = zip(pixels.permute(0, 2, 3, 1).cpu().numpy(), prompts, strict=True)
+        try:
+            return torch.tensor([pictures.score(picture, caption) for picture, caption in rows])
+        except ValueError as error:
+            raise InputError(f"pixel checks: {error}") from error
+
+
+SCORERS: dict[str, type[Scorer]] = {
+    "pickscore": PickScore,
+    "hpsv2": HPSv2,
+    "hpsv21": HPSv21,
+    "aesthetics": Aesthetics,
+    "clip": ClipScore,
+    "imagereward": ImageReward,
+    "pixels": PixelChecks,
+}
+
+
+def load_scorers(
+    metrics: Iterable[str], sources: Mapping[str, str] | None = None, dtype: torch.dtype = torch.float32
+) -> dict[str, Scorer]:
+    """Scorers by metric, on the CPU; `sources` maps "metric.part" to a local path or hub reference.
+
+    Raises InputError for names that do not exist and for weights that cannot be used.
+    """
+    metrics, sources = list(metrics), sources or {}
+    known = [f"{metric}.{part}" for metric, cls in SCORERS.items() for part in cls.official]
+    for name, names in [*((metric, SCORERS) for metric in metrics), *((source, known) for source in sources)]:
+        if name not in names:
+            raise InputError(f"there is no {name!r}; choose from {', '.join(names)}")
+    parts = {metric: {} for metric in SCORERS}
+    for name, source in sources.items():
+        metric, part = name.split(".")
+        parts[metric][part] = source
+    return {metric: SCORERS[metric](parts[metric], dtype) for metric in metrics}
+
+
+# The pass
+
+
+def score_rows(
+    rows: Iterable[tuple[str | Path, str]],
+    scorers: Mapping[str, Scorer],
+    *,
+    batch_size: int = 64,
+    device: str | torch.device = "cpu",
+    in_turn: bool | None = None,
+    threads: int | None = None,
+) -> Iterator[dict[str, float]]:
+    """One {metric: score} per row (image, prompt), in order and as they come.
+
+    An image is a path, or an open file. It is decoded once and prepared once per distinct preprocessing, by threads
+    that work ahead of the models. With `in_turn` the models take turns on the device, each for IN_TURN_BLOCK images; by
+    default they do if it cannot hold them together. Raises InputError naming an image that cannot be read or has no
+    finite score; all rows of earlier blocks have been yielded by then.
+    """
+    device = torch.device(device)
+    if in_turn is None and device.type == "cuda":
+        weights = [tensor for scorer in scorers.values() for tensor in scorer.parameters()]
+        there = sum(tensor.nbytes for tensor in weights if tensor.is_cuda)
+        need = MEMORY_MARGIN * sum(tensor.nbytes for tensor in weights)
+        in_turn = need > torch.cuda.mem_get_info(device)[0] + there
+    preprocesses, home = {scorer.preprocess for scorer in scorers.values()}, "cpu" if in_turn else device
+    block_size = max(batch_size, IN_TURN_BLOCK) if in_turn else batch_size
+    with ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1)) as pool:
+        for block, prepared in work_ahead(pool, lambda row: prepare(row[0], preprocesses), rows, block_size):
+            columns = {}
+            for metric, scorer in scorers.items():
+                scorer.to(device)
+                images, prompts = [image[scorer.preprocess] for image in prepared], [prompt for _, prompt in block]
+                columns[metric] = score_block(scorer, images, prompts, batch_size)
+                scorer.to(home)
+            for (image, _), *scores in zip(block, *columns.values(), strict=True):
+                for metric, score in zip(columns, scores, strict=True):
+                    if not math.isfinite(score):
+                        raise InputError(f"{metric} of image {image} is {score}; check its weights or use float32")
+                yield dict(zip(columns, scores, strict=True))
+
+
+def prepare(image: str | Path, preprocesses: Iterable[Preprocess]) -> dict[Preprocess, Tensor]:
+    """The image, decoded once, by preprocessing; raises InputError naming it."""
+    try:
+        with Image.open(image) as opened:
+            picture = opened.convert("RGB")
+        return {preprocess: preprocess.prepare(picture) for preprocess in preprocesses}
+    except Exception as error:  # every image format has errors of its own
+        raise InputError(f"image {image} cannot be scored: {first_line(error)}; make it again or drop it") from error
+
+
+def work_ahead(pool: ThreadPoolExecutor, function: Callable, rows: Iterable, size: int) -> Iterator[tuple[list, list]]:
+    """Blocks of `size` rows with the function's results, while the next block is being worked on."""
+    rows = iter(rows)
+    blocks = iter(lambda: list(islice(rows, size)), [])
+    begun = ((block, pool.map(function, block)) for block in blocks)
+    for (block, results), _ in pairwise(chain(begun, [None])):  # pairwise begins the next block before it yields
+        yield block, list(results)
+
+
+def score_block(scorer: Scorer, images: list[Tensor], prompts: list[str], batch_size: int) -> list[float]:
+    """Scores of prepared images for their prompts, in batches."""
+    batches = [slice(start, start + batch_size) for start in range(0, len(images), batch_size)]
+    return [score for part in batches for score in scorer.score(torch.stack(images[part]), prompts[part]).tolist()]

@@ -1,0 +1,134 @@
+"""eval_vs.py from manifests to results: official scores reproduced, missing ones computed once, several runs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import eval_vs
+from sdpo.config import InputError
+from sdpo.tiny import pictures
+
+ROOT = Path(__file__).parents[1]
+OFFICIAL = Path(__file__).parent / "data" / "winrate_simple"
+
+
+@pytest.fixture
+def official(tmp_path):
+    """The official manifests, with the scores of the official pair files as scores.jsonl."""
+    for label in "AB":
+        folder = tmp_path / label
+        folder.mkdir()
+        (folder / f"{label}.json").write_bytes((OFFICIAL / f"{label}.json").read_bytes())
+        rows = {}
+        for metric in ("PickScore", "HPSv2", "CLIP", "Aesthetics", "ImageReward"):
+            results = json.loads((OFFICIAL / f"pair_{metric.lower()}.json").read_text())["results"]
+            for row in results:
+                image, score = row[f"image_{label.lower()}"], row[f"score_{label.lower()}"]
+                rows.setdefault((image, row["prompt"]), {"image": image, "prompt": row["prompt"]})[metric] = score
+        (folder / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
+    return tmp_path
+
+
+def flags(folder, *more):
+    summary = json.loads((OFFICIAL / "summary.json").read_text())["pair"]
+    named = {"json_a": folder / "A" / "A.json", "json_b": folder / "B" / "B.json", "outdir": folder / "out"}
+    named |= {"label_a": summary["model_a"], "label_b": summary["model_b"]}
+    return [*(text for name, value in named.items() for text in (f"--{name}", str(value))), *more]
+
+
+def test_official_results_from_existing_scores_without_torch(official):
+    code = f"import sys, eval_vs; eval_vs.main({flags(official)!r}); print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip().splitlines()[-1] == "False"
+    (folder,) = (official / "out").iterdir()
+    summary, expected = (json.loads((path / "summary.json").read_text()) for path in (folder, OFFICIAL))
+    for row, wanted in zip(summary["metrics"], expected["metrics"], strict=True):
+        assert wanted.items() <= row.items()
+    assert summary["averages"] == expected["averages"]
+
+
+def picture_run(folder, faulty):
+    """Images of a few captions, some of the wrong colour, with their manifest."""
+    folder.mkdir()
+    rows = []
+    for index, spec in enumerate(pictures.HELD_OUT[:8]):
+        other = next(name for name in pictures.COLOURS if name not in (spec.colour, spec.background))
+        shown = pictures.Spec(spec.size, other, spec.shape, spec.background) if index < faulty else spec
+        Image.fromarray(pictures.render(shown, (16.0, 16.0))).save(folder / f"{index}.png")
+        rows.append({"prompt": spec.caption, "gen_image_path": f"{index}.png", "raw_image_path": "", "metadata": {}})
+    (folder / "manifest.json").write_text(json.dumps(rows))
+    return folder / "manifest.json"
+
+
+def test_missing_scores_are_computed_once_and_several_runs_give_a_matrix(tmp_path, capsys):
+    manifests = {
+        label: picture_run(tmp_path / label, faulty) for label, faulty in (("good", 0), ("fair", 3), ("bad", 6))
+    }
+    named = [
+        "--label_a",
+        "good",
+        "--json_a",
+        str(manifests["good"]),
+        "--label_b",
+        "fair",
+        "--json_b",
+        str(manifests["fair"]),
+    ]
+    command = [*named, "--more", f"bad={manifests['bad']}", "--metrics", "Pixels", "--outdir", str(tmp_path / "out")]
+    eval_vs.main(command)
+    scores = [json.loads(line) for line in (tmp_path / "fair" / "scores.jsonl").read_text().splitlines()]
+    assert [row["Pixels"] for row in scores] == pytest.approx([0.8] * 3 + [1.0] * 5)
+    (summary,) = (json.loads(path.read_text()) for path in (tmp_path / "out").glob("good_vs_bad_*/summary.json"))
+    assert summary["metrics"][0]["win_rate_a_over_b"] == (6 + 2 / 2) / 8
+    assert len(list((tmp_path / "out").glob("matrix_*.json"))) == 1
+    (tmp_path / "fair" / "0.png").unlink()  # its score is kept, so the image is not needed again
+    before = (tmp_path / "fair" / "scores.jsonl").read_bytes()
+    eval_vs.main([*command[:-1], str(tmp_path / "again")])
+    assert (tmp_path / "fair" / "scores.jsonl").read_bytes() == before
+    assert "good" in capsys.readouterr().out
+
+
+def test_a_changed_image_is_scored_again(tmp_path):
+    manifests = [picture_run(tmp_path / label, 0) for label in "ab"]
+    named = [
+        "--label_a",
+        "a",
+        "--json_a",
+        str(manifests[0]),
+        "--label_b",
+        "b",
+        "--json_b",
+        str(manifests[1]),
+        "--metrics",
+        "Pixels",
+    ]
+    eval_vs.main([*named, "--outdir", str(tmp_path / "one")])
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "b" / "0.png")
+    eval_vs.main([*named, "--outdir", str(tmp_path / "two")])
+    rates = [
+        json.loads(path.read_text())["metrics"][0]["win_rate_a_over_b"]
+        for out in ("one", "two")
+        for path in (tmp_path / out).glob("*/summary.json")
+    ]
+    assert rates == [0.5, (1 + 7 / 2) / 8]
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--label_b", "x/y"], "label 'x/y' cannot name"),
+        (["--json_b", "/nowhere.json"], "/nowhere.json"),
+        (["--more", "C"], "--more C: expected NAME=VALUE"),
+        (["--metrics", "Pixels"], "neither in the working directory nor in the manifest"),
+    ],
+)
+def test_bad_input_is_one_sentence(official, more, message):
+    with pytest.raises(InputError, match=message) as error:
+        eval_vs.main(flags(official, *more))
+    assert "\n" not in str(error.value)

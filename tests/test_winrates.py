@@ -1,0 +1,516 @@
+"""Manifests, score files and win rates against the official code's files, closed forms and scipy."""
+
+import json
+import os
+import subprocess
+import sys
+from datetime import datetime
+from itertools import product
+from math import comb
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from sdpo.config import InputError
+from sdpo.manifest import (
+    Entry,
+    append_scores,
+    check_labels,
+    drop_stale,
+    find_score,
+    image_digest,
+    read_manifest,
+    read_scores,
+    require_images,
+    write_manifest,
+    write_scores,
+)
+from sdpo.winrates import (
+    METRICS,
+    Run,
+    bootstrap_interval,
+    collect_run,
+    compare,
+    compare_all,
+    format_comparison,
+    format_matrix,
+    holm,
+    pair_by_prompt,
+    sign_test,
+    wilson_interval,
+    win_matrix,
+    write_comparison,
+    write_matrix,
+)
+
+OFFICIAL = Path(__file__).parent / "data" / "winrate_simple"
+NOON = datetime(2026, 3, 9, 12, 0, 5)
+
+
+def official(name):
+    return json.loads((OFFICIAL / name).read_text())
+
+
+def official_run(side):
+    """A run of the official example: its manifest and the scores that its pair files hold."""
+    results = {metric: official(f"pair_{metric.lower()}.json")["results"] for metric in METRICS}
+    scores = {metric: [row[f"score_{side}"] for row in rows] for metric, rows in results.items()}
+    label = official("summary.json")["pair"][f"model_{side}"]
+    return Run(label, read_manifest(OFFICIAL / f"{side.upper()}.json"), scores)
+
+
+def make_run(label, prompts, scores, metric="CLIP"):
+    entries = [
+        Entry(prompt, f"{label}/{i}.png", Path(f"/{label}/{i}.png"), f"{label}.json, entry {i}")
+        for i, prompt in enumerate(prompts)
+    ]
+    return Run(label, entries, {metric: scores})
+
+
+def random_runs(labels, pairs=50, seed=0):
+    draw = np.random.default_rng(seed)
+    entries = make_run("x", [f"prompt {i}" for i in range(pairs)], [0.0] * pairs).entries
+    return [Run(label, entries, {m: draw.integers(0, 5, pairs) / 4 for m in METRICS[:3]}) for label in labels]
+
+
+def official_part(ours, theirs):
+    """Ours without the keys that theirs lacks, all the way down; the order of keys is kept."""
+    if isinstance(theirs, dict):
+        return {key: official_part(value, theirs[key]) for key, value in ours.items() if key in theirs}
+    if isinstance(theirs, list):
+        return [official_part(a, b) for a, b in zip(ours, theirs, strict=True)]
+    return ours
+
+
+# The official example
+
+
+def test_official_files_are_reproduced(tmp_path):
+    folder = write_comparison(compare(official_run("a"), official_run("b")), tmp_path, NOON)
+    assert folder == tmp_path / "model-A_vs_model-B_0309-120005"
+    names = sorted(path.name for path in OFFICIAL.glob("*.json") if path.stem not in ("A", "B"))
+    assert sorted(path.name for path in folder.iterdir()) == names
+    for name in names:
+        theirs = (OFFICIAL / name).read_text()
+        ours = official_part(json.loads((folder / name).read_text()), json.loads(theirs))
+        assert json.dumps(ours, indent=2) == theirs.rstrip()
+
+
+def test_manifest_round_trip(tmp_path):
+    """Written from the least that is needed, the official manifest comes out byte for byte; further keys are kept."""
+    rows = official("A.json")
+    least = [{"gen_image_path": row["gen_image_path"], "prompt": row["prompt"]} for row in rows]
+    write_manifest(tmp_path / "A.json", least)
+    assert (tmp_path / "A.json").read_text() == (OFFICIAL / "A.json").read_text().rstrip()
+    write_manifest(tmp_path / "more.json", [{**row, "seed": 0, "metadata": {"n": 1}} for row in rows])
+    assert json.loads((tmp_path / "more.json").read_text()) == [
+        {**row, "seed": 0, "metadata": {"n": 1}} for row in rows
+    ]
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_scores_on_file_make_the_same_summary(tmp_path):
+    """Through scores.jsonl, one line per image and metric, as scorers that run one after another leave them."""
+    runs = []
+    for side in "ab":
+        run = official_run(side)
+        for metric in METRICS:
+            rows = zip(run.entries, run.scores[metric], strict=True)
+            append_scores(tmp_path / side, [{"image": e.image, "prompt": e.prompt, metric: s} for e, s in rows])
+        runs.append(collect_run(run.label, run.entries, read_scores(tmp_path / side)))
+    assert compare(*runs) == compare(official_run("a"), official_run("b"))
+
+
+def test_torch_is_not_needed():
+    code = "import sys, sdpo.winrates; print([m for m in ('torch', 'transformers', 'PIL') if m in sys.modules])"
+    root = Path(__file__).parents[1]
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+# Statistics
+
+
+@pytest.mark.parametrize("trials", [1, 7, 27, 46, 487, 3200])
+def test_wilson_interval_equals_scipy(trials):
+    for successes in {0, 1, trials // 3, trials}:
+        expected = stats.binomtest(successes, trials).proportion_ci(0.95, method="wilson")
+        low, high = wilson_interval(successes, trials)
+        assert (low, high) == pytest.approx(tuple(expected), abs=1e-12)
+        assert 0 <= low < high <= 1
+
+
+@pytest.mark.parametrize("successes, trials", [(0.5, 1), (2.5, 7), (243.5, 487)])
+def test_wilson_bounds_lie_two_standard_errors_from_a_rate_with_halves(successes, trials):
+    for bound in wilson_interval(successes, trials, confidence=0.9544997361036416):
+        standard_error = (bound * (1 - bound) / trials) ** 0.5
+        assert abs(successes / trials - bound) == pytest.approx(2 * standard_error, rel=1e-9)
+
+
+@pytest.mark.parametrize("win, tie", [(0.4, 0.2), (0.3, 0.4), (0.5, 0.1), (0.05, 0.9), (0.7, 0.2)])
+def test_wilson_interval_with_ties_covers_the_rate(win, tie):
+    """Exact coverage, summed over all outcomes of 40 pairs; without ties it is 0.93 at a rate of 0.8."""
+    trials, rate, covered = 40, win + tie / 2, 0.0
+    for wins, ties in product(range(trials + 1), repeat=2):
+        low, high = wilson_interval(wins + ties / 2, trials) if wins + ties <= trials else (1, 0)
+        if low <= rate <= high:
+            covered += stats.multinomial.pmf([wins, ties, trials - wins - ties], trials, [win, tie, 1 - win - tie])
+    assert covered >= 0.95
+
+
+@pytest.mark.parametrize("wins_a, wins_b", [(0, 0), (1, 2), (0, 9), (14, 5), (7, 7)])
+def test_sign_test_counts_coin_tosses(wins_a, wins_b):
+    tosses = wins_a + wins_b
+    tail = sum(comb(tosses, k) for k in range(min(wins_a, wins_b) + 1)) / 2**tosses
+    assert sign_test(wins_a, wins_b) == pytest.approx(min(1, 2 * tail))
+
+
+def test_holm_of_a_worked_example():
+    """R: p.adjust(c(0.01, 0.04, 0.03, 0.005), "holm")."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1, 1]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_holm_rejects_what_the_procedure_rejects(seed):
+    """Smallest p first, each against alpha / (hypotheses left), until one fails."""
+    p_values = np.random.default_rng(seed).beta(0.3, 3, 6)
+    corrected = holm(p_values)
+    for alpha in (0.001, 0.01, 0.05, 0.2):
+        left, rejected = sorted(range(6), key=lambda i: p_values[i]), set()
+        while left and p_values[left[0]] <= alpha / len(left):
+            rejected.add(left.pop(0))
+        assert rejected == {i for i in range(6) if corrected[i] <= alpha}
+
+
+def test_bootstrap_resamples_pairs():
+    draw = np.random.default_rng(0)
+    a = draw.normal(size=60)
+    b = a + draw.normal(0.1, 0.2, 60)  # so that resampling A and B apart would give a far wider interval
+    expected = stats.bootstrap(
+        (a, b), lambda x, y, axis: x.mean(axis) - y.mean(axis), paired=True, method="percentile", batch=500,
+        n_resamples=2000, rng=np.random.default_rng(7),
+    ).confidence_interval  # fmt: skip
+    assert bootstrap_interval(a - b, seed=7, resamples=2000) == pytest.approx((expected.low, expected.high))
+    assert bootstrap_interval(a - b, seed=7) == bootstrap_interval(a - b, seed=7) != bootstrap_interval(a - b, seed=8)
+
+
+def test_bootstrap_interval_is_students_on_many_pairs():
+    differences = np.random.default_rng(1).normal(0.3, 1, 2000)
+    expected = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
+    assert bootstrap_interval(differences) == pytest.approx((expected.low, expected.high), abs=0.004)
+
+
+def test_bootstrap_interval_covers_the_mean():
+    draw = np.random.default_rng(2)
+    intervals = [bootstrap_interval(draw.exponential(size=80), seed, resamples=500) for seed in range(300)]
+    assert 0.9 < np.mean([low <= 1 <= high for low, high in intervals]) < 0.98
+
+
+def test_bootstrap_of_one_pair_and_of_equal_differences():
+    assert bootstrap_interval([0.5]) is None
+    assert bootstrap_interval([0.5, 0.5, 0.5]) == (0.5, 0.5)
+
+
+# Ties and pairs
+
+
+@pytest.mark.parametrize("ties, rate", [("half", 0.5), ("loss_for_a", 0.25)])
+def test_ties_policies(ties, rate):
+    a, b = make_run("a", "wxyz", [1.0, 0.0, 0.5, 0.5]), make_run("b", "wxyz", [0.0, 1.0, 0.5, 0.5])
+    summary = compare(a, b, ties=ties).summary
+    (row,) = summary["metrics"]
+    assert summary["pair"]["ties_policy"] == ties
+    assert (row["wins_a"], row["wins_b"], row["ties"], row["win_rate_a_over_b"]) == (1, 1, 2, rate)
+    assert row["win_rate_ci95"] == wilson_interval(4 * rate, 4)
+
+
+def test_equal_floats_tie_and_neighbours_do_not():
+    scores = np.float32([0.1, 0.1])
+    detail = compare(make_run("a", "xy", scores), make_run("b", "xy", [scores[0], np.nextafter(scores[1], 1)]))
+    assert [result["winner"] for result in detail.details["CLIP"]["results"]] == ["tie", "b"]
+
+
+def test_pairs_are_sorted_and_duplicates_pair_in_file_order():
+    a, b = ["dog", "cat", "dog", "Ému", "dog"], ["cat", "dog", "bird", "dog", "cat"]
+    assert pair_by_prompt(a, b) == [(1, 0), (0, 1), (2, 3)]
+    comparison = compare(make_run("a", a, [1, 2, 3, 4, 5]), make_run("b", b, [2, 0, 9, 4, 9]))
+    results = comparison.details["CLIP"]["results"]
+    assert [(r["prompt"], r["image_a"], r["image_b"], r["winner"]) for r in results] == [
+        ("cat", "a/1.png", "b/0.png", "tie"), ("dog", "a/0.png", "b/1.png", "a"), ("dog", "a/2.png", "b/3.png", "b"),
+    ]  # fmt: skip
+    pairing = comparison.summary["pairing"]
+    assert (pairing["dropped_a"], pairing["dropped_b"]) == (["Ému", "dog"], ["bird", "cat"])
+    assert "a: 2 without a partner dropped" in format_comparison(comparison)
+
+
+def test_prompts_pair_by_their_exact_text():
+    assert pair_by_prompt(["cat ", "cat"], ["cat", "Cat"]) == [(1, 0)]
+
+
+def test_index_pairing_must_be_asked_for():
+    a, b = make_run("a", ["x", "y", "z"], [1, 1, 1]), make_run("b", ["u", "y2"], [0, 2])
+    with pytest.raises(InputError, match=r"no prompt in common \(a.json, entry 0: 'x'; b.json, entry 0: 'u'\).*index"):
+        compare(a, b)
+    comparison = compare(a, b, pair_by="index")
+    results = comparison.details["CLIP"]["results"]
+    assert [(r["prompt"], r["prompt_b"], r["winner"]) for r in results] == [("x", "u", "a"), ("y", "y2", "b")]
+    assert comparison.summary["pairing"] == {"by": "index", "dropped_a": ["z"], "dropped_b": []}
+
+
+def test_averages_and_correction_over_metrics():
+    a, b = random_runs("ab")
+    summary = compare(a, b).summary
+    rates = [row["win_rate_a_over_b"] for row in summary["metrics"]]
+    for average in summary["averages"].values():
+        assert average == pytest.approx(sum(rates) / 3)
+    p_values = [row["sign_test_p"] for row in summary["metrics"]]
+    assert [row["sign_test_p_holm"] for row in summary["metrics"]] == holm(p_values)
+
+
+def test_further_metrics_follow_the_official_ones():
+    a, b = (make_run(label, "xy", [0, 1]) for label in "ab")
+    for run in (a, b):
+        run.scores.update({"PixelCheck": [1, 1], "PickScore": [0, 0]})
+    comparison = compare(a, b)
+    assert [row["metric"] for row in comparison.summary["metrics"]] == ["PickScore", "CLIP", "PixelCheck"]
+
+
+# Several runs, files, console
+
+
+@pytest.mark.parametrize("ties", ["half", "loss_for_a"])
+def test_matrix_agrees_with_comparisons_both_ways(ties):
+    runs = random_runs(["one", "two", "three"])
+    comparisons = compare_all(runs, ties=ties)
+    matrix = win_matrix(comparisons)
+    assert matrix["labels"] == ["one", "two", "three"]
+    for (i, a), (j, b) in product(enumerate(runs), repeat=2):
+        for metric, matrices in matrix["metrics"].items():
+            rows = compare(a, b, ties=ties).summary["metrics"] if i != j else []
+            expected = [row["win_rate_a_over_b"] for row in rows if row["metric"] == metric] or [None]
+            assert matrices["win_rate"][i][j] == expected[0]
+    p_values = [row["sign_test_p"] for c in comparisons for row in c.summary["metrics"]]
+    cells = [m["p_holm"][i][j] for i, j in ((0, 1), (0, 2), (1, 2)) for m in matrix["metrics"].values()]
+    assert cells == holm(p_values)
+
+
+def test_matrix_on_file_and_console(tmp_path):
+    matrix = win_matrix(compare_all(random_runs(["one", "two", "three"])))
+    path = write_matrix(matrix, tmp_path / "new", NOON)
+    assert path.name == "matrix_0309-120005.json"
+    assert json.loads(path.read_text()) == matrix
+    text = format_matrix(matrix)
+    for metric in METRICS[:3]:
+        rate = matrix["metrics"][metric]["win_rate"][0][1]
+        first = text.split(f"{metric} ")[1].splitlines()[1].split()
+        assert (first[0], first[1], first[2].lstrip("*")) == ("one", "-", f"{rate:.1%}")
+
+
+def test_console_table_shows_percent():
+    text = format_comparison(compare(official_run("a"), official_run("b")))
+    lines = {line.split()[0]: line.split() for line in text.splitlines()}
+    for metric in METRICS:
+        expected = official(f"pair_{metric.lower()}.json")["win_rate_a_over_b"]
+        assert lines[metric][1] == f"{expected:.1%}"
+    assert text.splitlines()[-1] == "average over metrics: macro 42.5%, micro 42.5%"
+
+
+def test_comparison_folder_is_whole_and_never_overwritten(tmp_path):
+    comparison = compare(official_run("a"), official_run("b"))
+    left_by_a_crash = tmp_path / "model-A_vs_model-B_0309-120005.partial"
+    left_by_a_crash.mkdir()
+    (left_by_a_crash / "pair_old.json").write_text("{")
+    folder = write_comparison(comparison, tmp_path, NOON)
+    assert not left_by_a_crash.exists()
+    assert not (folder / "pair_old.json").exists()
+    (folder / "summary.json").write_text("mine")
+    with pytest.raises(InputError, match="exists already"):
+        write_comparison(comparison, tmp_path, NOON)
+    assert (folder / "summary.json").read_text() == "mine"
+
+
+# Manifests: paths and bad input
+
+
+def image_manifest(folder, images):
+    """A manifest in the folder that lists these image paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_manifest(folder / "m.json", [{"prompt": f"p{i}", "gen_image_path": im} for i, im in enumerate(images)])
+    return folder / "m.json"
+
+
+def test_images_are_found_from_the_working_directory_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    manifest = image_manifest(run, ["0.png", "run/1.png", "2.png", str(run / "3.png"), ["", None, "4.png", "5.png"]])
+    for place in ("0.png", "run/0.png", "run/1.png", "run/2.png", "run/3.png", "run/4.png"):
+        (tmp_path / place).touch()
+    places = ["0.png", "run/1.png", "run/2.png", "run/3.png", "run/4.png"]
+    for spelling in (manifest, "run/m.json", "../" + tmp_path.name + "/run/m.json"):
+        entries = read_manifest(spelling)
+        require_images(entries)
+        assert [entry.path for entry in entries] == [tmp_path / place for place in places]
+    assert entries[4].image == "4.png"
+
+
+def test_an_official_output_folder_outside_the_working_directory(tmp_path, monkeypatch):
+    """Official paths are relative to the directory the tool ran in, and may climb out of it; absolute ones always may."""
+    work, out = tmp_path / "work", tmp_path / "out"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    manifest = image_manifest(out, ["../out/images/0.png", str(tmp_path / "images" / "0.png")])
+    for folder in (out, tmp_path):
+        (folder / "images").mkdir()
+        (folder / "images" / "0.png").touch()
+    require_images(read_manifest(os.path.relpath(manifest)))
+
+
+GOOD = {"prompt": "p", "gen_image_path": "0.png"}
+
+
+@pytest.mark.parametrize(
+    "content, sentence",
+    [
+        (None, r"m\.json is not a file; give the manifest"),
+        ("", r"m\.json is not valid JSON \(.*line 1.*\); generate again"),
+        ('[{"prompt": "p", "gen_', r"m\.json is not valid JSON"),
+        (b'["\xff"]', r"m\.json is not valid JSON \(.*utf-8.*\)"),
+        ({"pair": {}}, r"m\.json is not a JSON list of entries; give a manifest"),
+        ([], r"m\.json is an empty list; generate its images first"),
+        ([GOOD, "p"], r"m\.json, entry 1 \(counted from 0\): not an object; write"),
+        ([GOOD, {"gen_image_path": "0.png"}], r'entry 1 .*: has no text under "prompt"; add the prompt'),
+        ([GOOD, {**GOOD, "prompt": ["p"]}], r'entry 1 .*: has no text under "prompt"'),
+        ([GOOD, {"prompt": "p"}], r'entry 1 .*: has no path under "gen_image_path"; add'),
+        ([GOOD, {**GOOD, "gen_image_path": ["", None]}], r'entry 1 .*: has no path under "gen_image_path"'),
+        ([GOOD, {**GOOD, "gen_image_path": 3}], r'entry 1 .*: has no path under "gen_image_path"'),
+        ([GOOD, {**GOOD, "gen_image_path": "../../x.png"}], r"entry 1 .*: image \.\./\.\./x\.png leads out of .* absolute"),
+    ],
+)  # fmt: skip
+def test_bad_manifests_are_refused_in_one_sentence(tmp_path, monkeypatch, content, sentence):
+    (tmp_path / "deep").mkdir()
+    monkeypatch.chdir(tmp_path / "deep")
+    path = tmp_path / "deep" / "m.json"
+    if content is not None:
+        text = content if isinstance(content, str | bytes) else json.dumps(content)
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+    with pytest.raises(InputError, match=sentence) as caught:
+        read_manifest(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_images_are_named_and_counted(tmp_path):
+    manifest = image_manifest(tmp_path, ["0.png", "1.png", "2.png"])
+    (tmp_path / "0.png").touch()
+    with pytest.raises(InputError, match=r"m\.json, entry 1 .*: image 1\.png \(and 1 more\) is neither .* generate"):
+        require_images(read_manifest(manifest))
+
+
+@pytest.mark.parametrize(
+    "labels, sentence",
+    [
+        (["a/b", "c"], r"label 'a/b' cannot name an output folder"),
+        (["a", "..\\c"], "cannot name an output folder"),
+        (["a", ".."], "cannot name an output folder"),
+        (["", "c"], "cannot name an output folder"),
+        (["a", "c\n"], "cannot name an output folder"),
+        (["a" * 61, "c"], "cannot name an output folder"),
+        (["a", "tie"], "'tie' is what a draw is called"),
+        (["a", "c", "a"], "labels must differ, got a, c, a"),
+    ],
+)
+def test_bad_labels_are_refused(labels, sentence):
+    with pytest.raises(InputError, match=sentence):
+        check_labels(labels)
+    check_labels(["sd1.5 dpo", "Émile_2"])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None, True, "0.2"])
+def test_scores_that_are_not_numbers_are_refused_with_the_image(tmp_path, value):
+    with pytest.raises(InputError, match=r"b\.json, entry 1: CLIP of b/1\.png is .*, not a finite number"):
+        compare(make_run("a", "xy", [0, 0]), make_run("b", "xy", [0, value]))
+    with pytest.raises(InputError, match=r"CLIP of 0\.png is .*, not a finite number"):
+        append_scores(tmp_path / "s.jsonl", [{"image": "0.png", "prompt": "p", "CLIP": value}])
+    assert not (tmp_path / "s.jsonl").exists()
+
+
+def test_runs_that_were_not_scored_alike_are_refused():
+    with pytest.raises(InputError, match="only one of a and b has CLIP, HPSv2; score both"):
+        compare(make_run("a", "xy", [0, 0]), make_run("b", "xy", [0, 0], metric="HPSv2"))
+    entries = make_run("a", "xyz", [0, 0, 0]).entries
+    scores = {entries[0].key: {"CLIP": 0.1}}
+    with pytest.raises(InputError, match=r"a has no CLIP for 2 of 3 images, the first is a/1.png \(a.json, entry 1\)"):
+        collect_run("a", entries, scores, ["CLIP"])
+
+
+# Score files
+
+
+def rows(count):
+    return [{"image": f"{i}.png", "prompt": f"größe {i}", "CLIP": i / 7} for i in range(count)]
+
+
+def test_a_crash_at_any_byte_costs_only_the_last_line(tmp_path):
+    path = tmp_path / "scores.jsonl"
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows(3)]  # cuts fall inside characters, too
+    path.write_text("".join(lines), encoding="utf-8")
+    whole, content = read_scores(path), path.read_bytes()
+    start = len(b"".join(content.splitlines(keepends=True)[:2]))
+    for size in range(start, len(content) + 1):
+        path.write_bytes(content[:size])
+        kept = 3 if size >= len(content) - 1 else 2  # a line that lacks only its line feed is whole
+        assert read_scores(path) == dict(list(whole.items())[:kept])
+        append_scores(path, rows(3)[kept:] + rows(4)[3:])
+        assert list(read_scores(path).values()) == rows(4)
+        assert len(path.read_text(encoding="utf-8").splitlines()) == 4
+
+
+def test_lines_of_an_image_complete_each_other(tmp_path):
+    path, about = tmp_path / "new" / "scores.jsonl", {"image": "0.png", "prompt": "p"}
+    append_scores(path, [{**about, "CLIP": 0.1, "HPSv2": 0.2, "models": {"CLIP": "old", "HPSv2": "v2.0"}}])
+    append_scores(path, [{**about, "CLIP": 0.3}, {**about, "prompt": "q", "CLIP": 0.4}])
+    expected = {**about, "CLIP": 0.3, "HPSv2": 0.2, "models": {"HPSv2": "v2.0"}}
+    assert list(read_scores(path).values()) == [expected, {**about, "prompt": "q", "CLIP": 0.4}]
+    write_scores(path, read_scores(path))
+    assert [json.loads(line) for line in path.read_text().splitlines()] == list(read_scores(path).values())
+    append_scores(path, [{**about, "sha256": "another image", "PickScore": 0.5}])
+    assert read_scores(path)["0.png", "p"].keys() == {"image", "prompt", "sha256", "PickScore"}
+
+
+def test_scores_serve_only_the_image_and_model_they_were_made_for(tmp_path):
+    (entry,) = read_manifest(image_manifest(tmp_path, ["0.png"]))
+    entry.path.write_bytes(b"first picture")
+    row = {"image": "0.png", "prompt": "p0", "HPSv2": 0.2, "CLIP": 0.1, "models": {"HPSv2": "v2.0"}}
+    scores = {entry.key: {**row, "sha256": image_digest(entry.path)}}
+    assert [find_score(entry, scores, "HPSv2", model) for model in (None, "v2.0", "v2.1")] == [0.2, 0.2, None]
+    assert find_score(entry, scores, "CLIP", "any") == 0.1
+    assert find_score(entry, scores, "PickScore") is None
+    assert drop_stale([entry], scores) == scores
+    entry.path.write_bytes(b"second picture")
+    assert drop_stale([entry], scores) == {}
+    entry.path.unlink()  # a published score file without its images
+    assert drop_stale([entry], scores) == scores
+
+
+@pytest.mark.parametrize(
+    "line, sentence",
+    [
+        ('{"image": "0.png", "pro', r"line 2: not valid JSON \(.*\); delete the line"),
+        ("[1]", 'line 2: not an object with "image" and "prompt"'),
+        ('{"image": "0.png"}', 'line 2: not an object with "image" and "prompt"'),
+        ('{"image": "0.png", "prompt": "p", "models": "CLIP"}', 'line 2: "models" is not an object'),
+        ('{"image": "0.png", "prompt": "p", "CLIP": NaN}', r"line 2: CLIP of 0\.png is nan, not a finite number"),
+    ],
+)
+def test_bad_lines_of_a_score_file_are_refused(tmp_path, line, sentence):
+    path = tmp_path / "scores.jsonl"
+    first, last = (json.dumps(row) for row in rows(2))
+    path.write_text(f"{first}\n{line}\n{last}\n")
+    with pytest.raises(InputError, match=r"scores\.jsonl, " + sentence):
+        read_scores(path)
+
+
+def test_no_score_file_is_no_scores(tmp_path):
+    assert read_scores(tmp_path / "none.jsonl") == {}
