@@ -10,7 +10,7 @@ import sys
 
 from sdpo.config import InputError
 from sdpo.manifest import check_labels
-from sdpo.scoring import METRICS, score_manifest
+from sdpo.scoring import METRICS, score_manifest, split_pairs
 from sdpo.winrates import (
     METRICS as OFFICIAL,
 )
@@ -42,14 +42,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--metrics", nargs="+", choices=METRICS, default=list(OFFICIAL), help="what to compare")
     parser.add_argument("--weights", nargs="*", default=[], metavar="METRIC.PART=SOURCE", help="local path or hub file")
     return parser.parse_args(arguments)
-
-
-def split_pairs(texts: list[str], flag: str) -> list[tuple[str, str]]:
-    """(name, value) of NAME=VALUE texts; raises InputError for one without an equals sign."""
-    for text in texts:
-        if "=" not in text:
-            raise InputError(f"{flag} {text}: expected NAME=VALUE")
-    return [tuple(text.split("=", 1)) for text in texts]
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from diffusers import EulerDiscreteScheduler
 from torch import Tensor, nn
 
-from sdpo.families import StableDiffusion
+from sdpo.families import Conditioning, StableDiffusion
 
 GUIDANCE = {
     "standard": lambda cond, uncond, scale: uncond + scale * (cond - uncond),
     "official": lambda cond, uncond, scale: cond + scale * (cond - uncond),  # its 7.5 is 8.5 in the standard convention
 }
+
+
+def draw_noise(shape: tuple[int, ...], seeds: Iterable[int], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Standard normal noise (N, *shape), row i from a generator on the device seeded with the i-th seed.
+
+    A seed means other numbers on a CPU than on a GPU, and in bf16 than in fp32.
+    """
+    draws = (torch.Generator(device).manual_seed(seed) for seed in seeds)
+    return torch.cat([torch.randn(1, *shape, generator=draw, device=device, dtype=dtype) for draw in draws])
+
+
+def encode_guided(family: StableDiffusion, captions: list[str], resolution: int, dtype: torch.dtype) -> Conditioning:
+    """Conditioning of 2 N rows: N captions, then as often the empty one."""
+    count = len(captions)
+    rows = torch.tensor([*range(count), *[count] * count], device=family.device)
+    encoded = family.encode_captions([*captions, ""], resolution)
+    return {name: value[rows].to(dtype) for name, value in encoded.items()}
 
 
 @torch.no_grad()
@@ -25,15 +44,21 @@ def sample(
     guidance_scale: float,
     convention: str = "standard",
 ) -> np.ndarray:
-    """Images (N, H, W, 3) uint8 for N captions from standard normal `noise` (N, C, h, w), guided away from ""."""
+    """Images (N, H, W, 3) uint8 for N captions from standard normal `noise` (N, C, h, w), guided away from "".
+
+    Guidance and latents have the dtype of `noise`, fp32 or the UNet's own; the latter is what the official code does.
+    Images are decoded one at a time, which bounds the memory.
+    """
     scheduler = EulerDiscreteScheduler.from_config(family.scheduler.config)
     scheduler.set_timesteps(steps, device=family.device)
     resolution = noise.shape[-1] * 2 ** (len(family.vae.config.block_out_channels) - 1)
-    conditioning = family.encode_captions(captions + [""] * len(captions), resolution)
+    conditioning = encode_guided(family, captions, resolution, unet.dtype)
     latents = noise.to(family.device) * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
-        inputs = scheduler.scale_model_input(latents, timestep).repeat(2, 1, 1, 1)
-        cond, uncond = family.predict(unet, inputs, timestep.expand(len(inputs)), conditioning).chunk(2)
-        latents = scheduler.step(GUIDANCE[convention](cond, uncond, guidance_scale), timestep, latents).prev_sample
-    pixels = (family.decode_latents(latents) / 2 + 0.5).clamp(0, 1) * 255
+        inputs = scheduler.scale_model_input(latents, timestep).repeat(2, 1, 1, 1).to(unet.dtype)
+        prediction = family.predict(unet, inputs, timestep.expand(len(inputs)), conditioning).to(latents.dtype)
+        guided = GUIDANCE[convention](*prediction.chunk(2), guidance_scale)
+        latents = scheduler.step(guided, timestep, latents).prev_sample
+    pixels = torch.cat([family.decode_latents(row) for row in latents.float().split(1)])
+    pixels = (pixels / 2 + 0.5).clamp(0, 1) * 255
     return pixels.round().permute(0, 2, 3, 1).byte().cpu().numpy()  # NCHW => NHWC

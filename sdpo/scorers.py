@@ -22,13 +22,13 @@ import torch
 import torch.nn.functional as F
 import transformers
 from accelerate import init_empty_weights
-from huggingface_hub import hf_hub_download
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision import transforms as T
 
 from sdpo.config import InputError
+from sdpo.hub import fetch, first_line
 from sdpo.tiny import pictures
 
 IN_TURN_BLOCK = 512  # images kept prepared (0.6 MB each and preprocessing) while the models take turns
@@ -44,18 +44,7 @@ def locate(source: str) -> str:
     repository, _, name = source.partition(":")
     if not name:
         raise InputError(f"weights file {source} does not exist; give a file, or owner/repository:file of the hub")
-    try:
-        return hf_hub_download(repository, name)
-    except Exception as error:  # connection, cache, access and naming errors have no ancestor in common
-        raise InputError(
-            f"cannot fetch {name} of {repository}: {first_line(error)} "
-            "Download it where the hub can be reached and give its path."
-        ) from error
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or the error's name."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return str(fetch(repository, name))
 
 
 def load_state(module: nn.Module, source: str, rename: Callable[[str], str | None] = str) -> None:

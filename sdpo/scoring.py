@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from sdpo.config import InputError
 from sdpo.manifest import (
     Entry,
     Scores,
@@ -26,6 +27,14 @@ METRICS = {
     "ImageReward": "imagereward",
     "Pixels": "pixels",
 }
+
+
+def split_pairs(texts: Sequence[str], flag: str) -> list[tuple[str, str]]:
+    """(name, value) of NAME=VALUE texts; raises InputError for one without an equals sign."""
+    for text in texts:
+        if "=" not in text:
+            raise InputError(f"{flag} {text}: expected NAME=VALUE")
+    return [tuple(text.split("=", 1)) for text in texts]
 
 
 def score_manifest(

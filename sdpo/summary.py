@@ -43,7 +43,7 @@ def format_summary(rows: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
-def write_summary(rows: Sequence[dict], folder: str | Path, size: int) -> str:
+def write_summary(rows: Sequence[dict], folder: str | Path, size: int | str) -> str:
     """Write summary.json, summary.csv and joint_test_{size}.log into a folder; returns the console text."""
     folder, text, table = Path(folder), format_summary(rows), io.StringIO()
     writer = csv.DictWriter(table, ["group", "metric", "mean", "standard_error", "n"], lineterminator="\n")

@@ -1,0 +1,76 @@
+"""Make the images of the evaluation prompts from a UNet, score them, and sum up the scores.
+
+Run with `accelerate launch eval_generate.py ...` or one of scripts/eval/test_*.sh; `python eval_generate.py --help`
+lists the flags. The same command run again makes what is missing.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import diffusers
+import transformers
+from accelerate import Accelerator
+from transformers import HfArgumentParser
+
+from sdpo.config import InputError
+from sdpo.generation import EvalConfig, generate
+from sdpo.scoring import score_manifest, split_pairs
+from sdpo.summary import summarise, write_summary
+
+
+def parse_config(arguments: list[str] | None = None) -> EvalConfig:
+    """EvalConfig from arguments (sys.argv by default); raises InputError for values that cannot be used."""
+    parser = HfArgumentParser(EvalConfig, description=__doc__.splitlines()[0], allow_abbrev=False)
+    config, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    if unknown:
+        raise InputError(f"unknown flag {unknown[0]}: `python eval_generate.py --help` lists the flags")
+    return config
+
+
+def start_accelerator() -> Accelerator:
+    """Accelerate, and console logging on rank 0."""
+    accelerator = Accelerator()
+    level = logging.INFO if accelerator.is_main_process else logging.ERROR
+    logging.basicConfig(format="%(message)s", level=level, force=True)
+    for name in ("httpx", "accelerate", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # what fails in the end is said once, by InputError
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()
+    return accelerator
+
+
+def score(config: EvalConfig, manifests: dict[str, Path], device: str) -> None:
+    """Score every group's images in the chosen metrics, print the summary and write it beside the manifests."""
+    metrics = [metric for metric in config.metrics if metric != "none"]
+    if not metrics:
+        return
+    options = {"sources": dict(split_pairs(config.weights, "--weights")), "batch_size": config.score_batch_size}
+    groups = {group: score_manifest(path, metrics, device=device, **options) for group, path in manifests.items()}
+    folder = next(iter(manifests.values())).parent
+    size = next(iter(manifests.values())).stem.split("_")[-3].split("x")[0]  # {group}_seed{S}_{H}x{W}_{steps}s_{cfg}cfg
+    logging.info(write_summary(summarise(groups, metrics), folder, size))
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Path]:
+    """Generate and score as the command line says; returns the manifest's path by group."""
+    config = parse_config(arguments)
+    accelerator = start_accelerator()
+    manifests = generate(config, accelerator)
+    main_process, device = accelerator.is_main_process, str(accelerator.device)
+    accelerator.end_training()  # one process scores, the others need not wait for it
+    if main_process:
+        for path in manifests.values():
+            logging.info(f"manifest       {path}")
+        score(config, manifests, device)
+    return manifests
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")

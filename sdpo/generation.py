@@ -1,0 +1,436 @@
+"""Images of prompt groups from a UNet, with their manifests: batched, dealt out to ranks, resumable.
+
+Image i of a group depends on prompt, settings and weights only, so it may be made in any batch, order or process. What
+exists is not made again; fingerprint.json beside the images says what they were made with and keeps others out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import zipfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import diffusers
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from diffusers import UNet2DConditionModel
+from PIL import ExifTags, Image
+from torch import nn
+from tqdm.auto import tqdm
+
+from sdpo.checkpoint import write_file
+from sdpo.config import InputError, flag
+from sdpo.families import FAMILIES, StableDiffusion, load_family, load_part
+from sdpo.hub import fetch
+from sdpo.manifest import write_manifest
+from sdpo.prompts import GROUPS, OFFICIAL, Prompt, read_prompts
+from sdpo.sampling import draw_noise, sample
+from sdpo.scoring import METRICS
+from sdpo.winrates import METRICS as OFFICIAL_METRICS
+
+HUB = "AIDC-AI/Diffusion-SDPO"
+RELEASED = {  # short names of the published checkpoints
+    f"sdpo-{base}-{method}": f"{HUB}:{base}/{method}/unet.pth"
+    for base in ("sd1.5", "sdxl")
+    for method in ("diffusion-dpo", "dspo", "dmpo")
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CPU_PIXELS = 128 * 128  # batch on a CPU: larger ones only pay for tiny images
+GPU_SHARE, GPU_IMAGES = 0.8, 32  # batch on a GPU: share of its free memory, and what is enough to keep it busy
+FINGERPRINT = "fingerprint.json"
+log = logging.getLogger("generation")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Flags of eval_generate.py. Names and defaults of the official implementation are kept where they exist."""
+
+    # Model
+    unet_path: str = flag(
+        "",
+        "what to evaluate: unet.pth, .safetensors, a diffusers folder, an output folder of train.py, a hub id, "
+        f"owner/repository:file on the hub, {', '.join(RELEASED)}, or base for the base model itself",
+    )
+    pretrain_path: str = flag("", "base model: a hub id or a local diffusers folder")
+    vae_path: str | None = flag(None, "another VAE: a hub id or a local folder")
+    revision: str | None = flag(None, "revision of the base model on the hub")
+    cache_dir: str | None = flag(None, "where downloaded models are kept")
+
+    # Prompts
+    groups: list[str] = field(
+        default_factory=list,
+        metadata={"help": f"of {', '.join(GROUPS)}; {', '.join(OFFICIAL)} by default unless --test_json is given"},
+    )
+    test_json: list[str] = field(
+        default_factory=list, metadata={"help": "JSON, JSONL or TXT files with prompts, each a group of its own"}
+    )
+
+    # Sampling
+    resolution: int | None = flag(None, "side of the square images in pixels; the base model's own by default")
+    steps: int = flag(50, "Euler steps")
+    cfg: float = flag(7.5, "guidance scale")
+    guidance: Literal["official", "standard"] = flag(
+        "official", "rule: cond + cfg (cond - uncond), official, whose 7.5 is 8.5 in the standard uncond + cfg (...)"
+    )
+    seed: int = flag(0, "seed of the noise")
+    noise: Literal["shared", "per-prompt"] = flag(
+        "shared", "every prompt starts from the noise of the seed (official), or prompt i from that of seed + i"
+    )
+    dtype: Literal["bf16", "fp32", "fp16"] = flag("bf16", "of UNet, text encoders and noise; the VAE decodes in fp32")
+    latents_dtype: Literal["bf16", "fp32", "fp16"] | None = flag(
+        None, "of latents and guidance between UNet calls; that of --dtype by default (official), fp32 is more exact"
+    )
+    batch_size: int | None = flag(
+        None,
+        "images at a time and process; by default as many as fit 0.8 of the GPU's free memory, 32 at most, or on a "
+        "CPU as many as fill 128 x 128 pixels",
+    )
+
+    # Scores
+    metrics: list[str] = field(
+        default_factory=lambda: list(OFFICIAL_METRICS),
+        metadata={"help": f"of {', '.join(METRICS)}, computed after the images; none makes images only"},
+    )
+    weights: list[str] = field(
+        default_factory=list,
+        metadata={"help": "METRIC.PART=SOURCE: a local path or hub file in place of the official one"},
+    )
+    score_batch_size: int = flag(64, "images per step of a scorer")
+
+    # Output
+    output_path: str | None = flag(
+        None, "folder of image folders and manifests; that of --unet_path, output/eval/NAME for a hub reference"
+    )
+    zip: bool = flag(False, "also pack the images of each group into a zip file")
+
+    def __post_init__(self):
+        for wrong, message in self._checks():
+            if wrong:
+                raise InputError(message)
+
+    def _checks(self):
+        """Pairs (is wrong, what to do about it)."""
+        yield not self.unet_path, "--unet_path is missing: give a unet.pth, or base for the base model itself"
+        yield not self.pretrain_path, "--pretrain_path is missing: give the base model, a hub id or a diffusers folder"
+        for group in self.groups:
+            yield group not in GROUPS, f"--groups {group}: known are {', '.join(GROUPS)}; give files with --test_json"
+        names = [*self.groups, *(Path(path).stem for path in self.test_json)]
+        yield len(set(names)) < len(names), f"groups must have different names, got {', '.join(names)}"
+        for metric in self.metrics:
+            yield metric not in (*METRICS, "none"), f"--metrics {metric}: known are {', '.join(METRICS)}, or none"
+        for name in ("resolution", "steps", "batch_size", "score_batch_size"):
+            value = getattr(self, name)
+            yield value is not None and value < 1, f"--{name} must be at least 1, got {value}"
+        yield not 0 <= self.seed < 2**63, f"--seed must lie in [0, 2^63), got {self.seed}"
+        yield not math.isfinite(self.cfg), f"--cfg must be a number, got {self.cfg}"
+
+    def load_groups(self) -> dict[str, list[Prompt]]:
+        """Prompts by group name, official groups fetched if need be; raises InputError."""
+        groups = self.groups or ([] if self.test_json else list(OFFICIAL))
+        return {name: GROUPS[name]() for name in groups} | {Path(p).stem: read_prompts(p) for p in self.test_json}
+
+
+# The model
+
+
+def locate_unet(config: EvalConfig) -> tuple[str, Path]:
+    """(file, folder or hub id of the UNet, empty for the base's own; folder the results belong in).
+
+    Raises InputError where a file is missing or cannot be fetched.
+    """
+    reference = RELEASED.get(config.unet_path, config.unet_path)
+    path, hub_folder = Path(reference), Path("output/eval")
+    if reference == "base":
+        return "", hub_folder / f"base-{Path(config.pretrain_path).name}"
+    if path.is_dir():
+        return str(path / "unet.pth" if (path / "unet.pth").is_file() else path), path
+    if path.is_file():
+        return reference, path.parent
+    repository, _, name = reference.partition(":")
+    if repository.count("/") != 1 or Path(repository).suffix in (".pth", ".pt", ".bin", ".safetensors"):
+        raise InputError(f"--unet_path {reference} is neither a file nor a folder, nor base or one of {list(RELEASED)}")
+    folder = hub_folder / "--".join([*repository.split("/"), *name.split("/")[:-1]])
+    return str(fetch(repository, name, cache_dir=config.cache_dir)) if name else reference, folder
+
+
+def load_base(config: EvalConfig) -> StableDiffusion:
+    """The base model's frozen parts as the family whose pipeline it holds; raises InputError."""
+    base, options = config.pretrain_path, {"revision": config.revision, "cache_dir": config.cache_dir}
+    index = Path(base, "model_index.json")
+    found = json.loads((index if index.is_file() else fetch(base, index.name, **options)).read_text())["_class_name"]
+    families = {family.pipeline_class.__name__: name for name, family in FAMILIES.items()}
+    if found not in families:
+        raise InputError(f"{base} holds a {found}; supported are {', '.join(families)}")
+    return load_family(families[found], base, vae=config.vae_path, **options)
+
+
+def load_unet(family: StableDiffusion, source: str) -> UNet2DConditionModel:
+    """The UNet of a file, folder or hub id in fp32; raises InputError unless it has the base's architecture."""
+    if not source or Path(source).is_file():
+        return family.load_unet(source)  # names and shapes are checked there
+    bare = Path(source, "config.json").is_file()  # the folder of the UNet itself, not of a pipeline
+    unet = load_part(UNet2DConditionModel, source, None).float() if bare else family.load_unet(source)
+    base = UNet2DConditionModel.load_config(family.source, subfolder="unet", **family.options)
+    for name in ("in_channels", "block_out_channels", "cross_attention_dim", "addition_embed_type"):
+        theirs, own = unet.config.get(name), base.get(name, unet.config.get(name))
+        if json.dumps(theirs) != json.dumps(own):  # tuples and lists are one in JSON
+            raise InputError(
+                f"{source} belongs to another architecture: {name} is {theirs}, {own} in {family.source}; "
+                "give the base model it was trained from"
+            )
+    return unet
+
+
+def hash_weights(models: Iterable[nn.Module]) -> str:
+    """The sha256 over names and fp32 values of all parameters and buffers, whatever file they came from."""
+    digest = hashlib.sha256()
+    for model in models:
+        for name, value in sorted(model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.float().cpu().flatten().numpy())
+    return digest.hexdigest()
+
+
+@dataclass
+class Run:
+    """A model ready to sample, and where its images go."""
+
+    config: EvalConfig
+    accelerator: Accelerator
+    family: StableDiffusion
+    unet: UNet2DConditionModel
+    output: Path
+    resolution: int  # pixels
+    made_with: dict[str, object]  # what determines every image, prompts excepted
+    batch_size: int = 1
+
+    def folder(self, group: str) -> Path:
+        """The folder of a group's images; its name is the official one."""
+        config, side = self.config, self.resolution
+        return self.output / f"{group}_seed{config.seed}_{side}x{side}_{config.steps}s_{config.cfg}cfg"
+
+    def image(self, group: str, index: int) -> Path:
+        """The file of one image."""
+        return self.folder(group) / f"{index}_{self.resolution}x{self.resolution}.png"
+
+    def beside(self, group: str, suffix: str) -> Path:
+        """The manifest (.json) or zip file of a group, beside the folder of its images."""
+        folder = self.folder(group)
+        return folder.with_name(folder.name + suffix)
+
+    def seed(self, index: int) -> int:
+        """The seed of one image's noise."""
+        return self.config.seed + (index if self.config.noise == "per-prompt" else 0)
+
+
+def choose_resolution(config: EvalConfig, family: StableDiffusion, unet: UNet2DConditionModel) -> int:
+    """Side of the images in pixels; raises InputError unless latents of it have the official size."""
+    factor = 2 ** (len(family.vae.config.block_out_channels) - 1)
+    side = config.resolution or unet.config.sample_size * factor
+    if side % (2 * factor):  # then 2 * ceil(side / (2 * factor)), the official size of latents, is side / factor
+        raise InputError(f"--resolution must be a multiple of {2 * factor}, got {side}")
+    return side
+
+
+def describe(config: EvalConfig, family: StableDiffusion, unet: nn.Module, device: torch.device) -> dict[str, object]:
+    """Everything but prompts and resolution that determines the images; weights by their sha256."""
+    defaults = family.scheduler.config.get("_use_default_values", ())  # of the library, not of the base model
+    scheduler = {k: v for k, v in family.scheduler.config.items() if k not in defaults and not k.startswith("_")}
+    base = hash_weights([family.vae, *family.text_encoders]) + json.dumps(scheduler, sort_keys=True)
+    settings = {name: getattr(config, name) for name in ("steps", "cfg", "guidance", "seed", "noise", "dtype")}
+    return {
+        "checkpoint": hash_weights([unet]),
+        "base": hashlib.sha256(base.encode()).hexdigest(),
+        **settings,
+        "latents_dtype": config.latents_dtype or config.dtype,
+        "device": device.type,  # a seed means other noise on another kind
+    }
+
+
+def load_run(config: EvalConfig, accelerator: Accelerator) -> Run:
+    """Models on the device in their dtypes, weights hashed, batch size chosen; raises InputError."""
+    device, dtype = accelerator.device, DTYPES[config.dtype]
+    source, folder = locate_unet(config)
+    family = load_base(config)
+    unet = load_unet(family, source).requires_grad_(False).eval()
+    broken = next((name for name, value in unet.state_dict().items() if not value.isfinite().all()), None)
+    if broken:
+        raise InputError(f"{config.unet_path} holds numbers that are not finite (in {broken}): its training diverged")
+    resolution = choose_resolution(config, family, unet)
+    made_with = {**describe(config, family, unet, device), "resolution": resolution}
+    family.to(device, torch.float32)  # the VAE stays so
+    for model in (unet, *family.text_encoders):
+        model.to(device, dtype)
+    run = Run(config, accelerator, family, unet, Path(config.output_path or folder), resolution, made_with)
+    run.batch_size = config.batch_size or choose_batch_size(run)
+    return run
+
+
+# The images
+
+
+def sample_images(run: Run, captions: list[str], seeds: list[int], steps: int) -> np.ndarray:
+    """Images (N, H, W, 3) uint8 of captions, each from the noise of its seed; raises InputError if memory runs out."""
+    config, family = run.config, run.family
+    noise = draw_noise(family.latent_shape(run.resolution), seeds, run.accelerator.device, DTYPES[config.dtype])
+    noise = noise.to(DTYPES[config.latents_dtype or config.dtype])
+    try:
+        return sample(family, run.unet, captions, noise, steps, config.cfg, config.guidance)
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"{len(captions)} images of {run.resolution} pixels at a time do not fit the GPU's memory; "
+            "what was made is kept, run again with a smaller --batch_size or on a larger GPU"
+        ) from error
+
+
+def choose_batch_size(run: Run) -> int:
+    """Images that fit: on a GPU by the memory that a trial image of one step takes, on a CPU by pixels."""
+    device = run.accelerator.device
+    if device.type != "cuda":
+        return max(1, CPU_PIXELS // run.resolution**2)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    sample_images(run, [""], [0], steps=1)
+    per_image = torch.cuda.max_memory_allocated(device) - before
+    torch.cuda.empty_cache()
+    free, _total = torch.cuda.mem_get_info(device)
+    return min(GPU_IMAGES, max(1, int(GPU_SHARE * free / per_image)))
+
+
+def save_image(path: Path, image: np.ndarray, prompt: str) -> None:
+    """Write pixels (H, W, 3) uint8 as PNG, whole or not at all; EXIF ImageDescription is the prompt in UTF-8."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.ImageDescription] = prompt.encode()
+    write_file(path, lambda partial: Image.fromarray(image).save(partial, format="PNG", exif=exif))
+
+
+def find_damage(path: Path, side: int) -> str:
+    """What is wrong with an existing PNG, checked by its size and checksums; empty if nothing is."""
+    try:
+        with Image.open(path) as image:
+            size = image.size
+            image.verify()
+    except Exception as error:  # a broken file may raise anything
+        return str(error).splitlines()[0] if str(error) else repr(error)
+    return "" if size == (side, side) else f"{size[0]} x {size[1]} pixels"
+
+
+def claim_folder(run: Run, group: str, prompts: list[Prompt]) -> None:
+    """Write the fingerprint of a group's folder; raises InputError if images there were made with other settings."""
+    folder = run.folder(group)
+    path, texts = folder / FINGERPRINT, json.dumps([prompt.text for prompt in prompts])
+    settings = {**run.made_with, "prompts": hashlib.sha256(texts.encode()).hexdigest()}
+    fix = "choose another --output_path, or remove the folder"
+    if not path.exists():
+        if any(folder.glob("*.png")):
+            raise InputError(f"{folder} holds images but no {FINGERPRINT} that says what made them: {fix}")
+        about = {"unet_path": run.config.unet_path, "pretrain_path": run.config.pretrain_path}
+        about |= {"torch": torch.__version__, "diffusers": diffusers.__version__}
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"settings": settings, "about": about}, indent=2) + "\n"
+        write_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    try:
+        then = dict(json.loads(path.read_text(encoding="utf-8"))["settings"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{path} does not say what made the images in its folder: {fix}") from None
+    differ = [
+        f"{name} was {str(then.get(name))[:12]}, is {str(settings.get(name))[:12]}"
+        for name in sorted(then.keys() | settings.keys())
+        if then.get(name) != settings.get(name)
+    ]
+    if differ:
+        raise InputError(f"{folder} holds images made otherwise ({'; '.join(differ)}): {fix}")
+
+
+def find_missing(run: Run, group: str, count: int) -> list[int]:
+    """Indices to make, the same on every rank: images that do not exist, and damaged ones, which are named."""
+    rank, ranks = run.accelerator.process_index, run.accelerator.num_processes
+    there = [index for index in range(rank, count, ranks) if run.image(group, index).exists()]
+    found = gather_object([(index, find_damage(run.image(group, index), run.resolution)) for index in there])
+    damaged = {index: damage for index, damage in sorted(found) if damage}
+    for index, damage in damaged.items():
+        log.warning(f"CAUTION: {run.image(group, index)} is damaged ({damage}) and will be made again")
+    return sorted(set(range(count)) - {index for index, damage in found if not damage})
+
+
+def make_images(run: Run, group: str, prompts: list[Prompt], missing: list[int]) -> None:
+    """Sample and write this rank's share of the missing images, with a progress bar on the main one."""
+    accelerator, size = run.accelerator, run.batch_size
+    share = missing[accelerator.process_index :: accelerator.num_processes]
+    hidden = not accelerator.is_main_process or not share
+    label = group if accelerator.num_processes == 1 else f"{group}, process 1 of {accelerator.num_processes}"
+    with tqdm(total=len(share), desc=label, unit="image", disable=hidden) as bar, ThreadPoolExecutor() as pool:
+        writes = []
+        for batch in (share[start : start + size] for start in range(0, len(share), size)):
+            captions, seeds = [prompts[i].text for i in batch], [run.seed(i) for i in batch]
+            images = sample_images(run, captions, seeds, run.config.steps)
+            for write in writes:  # those of the batch before; a full disk stops the run
+                write.result()
+            files = [run.image(group, i) for i in batch]
+            writes = [pool.submit(save_image, *image) for image in zip(files, images, captions, strict=True)]
+            bar.update(len(batch))
+        for write in writes:
+            write.result()
+
+
+def write_results(run: Run, group: str, prompts: list[Prompt]) -> None:
+    """Write the manifest of the images that exist, their paths as --output_path spells them, and the zip file."""
+    about = {"guidance": run.config.guidance, "checkpoint": run.made_with["checkpoint"]}
+    images = [(index, path) for index in range(len(prompts)) if (path := run.image(group, index)).is_file()]
+    entries = [
+        {
+            "prompt": prompts[index].text,
+            "gen_image_path": str(path),
+            "raw_image_path": prompts[index].raw_image_path,
+            "metadata": prompts[index].metadata,
+            "seed": run.seed(index),
+            **about,
+        }
+        for index, path in images
+    ]
+    write_manifest(run.beside(group, ".json"), entries)
+    if run.config.zip:
+        write_file(run.beside(group, ".zip"), lambda partial: pack((path for _, path in images), partial))
+
+
+def pack(files: Iterable[Path], path: Path) -> None:
+    """Write a zip file of files under their bare names; PNGs are compressed already."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for file in files:
+            archive.write(file, file.name)
+
+
+def generate(config: EvalConfig, accelerator: Accelerator) -> dict[str, Path]:
+    """Make what is missing of every group's images and write the manifests; every rank calls this.
+
+    Returns the manifest's path by group. Raises InputError for input that cannot be used; images made until then stay.
+    """
+    with accelerator.main_process_first():
+        groups = config.load_groups()
+    run = load_run(config, accelerator)
+    with accelerator.main_process_first():
+        for group, prompts in groups.items():
+            claim_folder(run, group, prompts)
+            if any(prompt.negative for prompt in prompts):
+                log.warning(f"CAUTION: negative prompts of {group} are not used: the empty caption is")
+    for group, prompts in groups.items():
+        missing = find_missing(run, group, len(prompts))
+        log.info(
+            f"{group}: {len(prompts)} prompts, {len(prompts) - len(missing)} images there, {len(missing)} to make "
+            f"(processes: {accelerator.num_processes}, batch size: {run.batch_size}) in {run.folder(group)}"
+        )
+        make_images(run, group, prompts, missing)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            write_results(run, group, prompts)
+    accelerator.wait_for_everyone()
+    return {group: run.beside(group, ".json") for group in groups}

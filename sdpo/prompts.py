@@ -1,0 +1,138 @@
+"""Prompt groups: the official three, fetched once from a pinned commit; two of our own; and any file.
+
+A file is a JSON list or JSON lines of prompts or objects with `prompt`, or a text with a prompt per line.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pooch
+
+from sdpo.config import InputError
+from sdpo.tiny import pictures
+
+SOURCE = "https://raw.githubusercontent.com/AIDC-AI/Diffusion-SDPO/84fb241c1b89705a247da8b0d6047798ca49830d/prompts"
+FOLDER = Path(__file__).resolve().parents[1] / "prompts"
+OFFICIAL = {  # group: sha256 of its JSON file
+    "papv2": "531f3ca923035b5f17dbcbc60a7d7dfa476219e59b0e99617bb3f0afabf5663b",
+    "hpsv2": "417a2ce00b3307780402c1d27528a0e41ed26651384687bbf3aa06c4c7e559fd",
+    "partiprompts": "b11d46a91c4202461d6d1df69da0b9af5070851403574de6efd6736ccad22291",
+}
+log = logging.getLogger("prompts")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One entry of a group; what a manifest repeats of it."""
+
+    text: str
+    negative: str = ""  # kept for the record: sampling is always guided away from the empty caption
+    raw_image_path: str = ""
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+# The groups
+
+
+def fetch_official(group: str) -> list[Prompt]:
+    """Prompts of an official group, downloaded on first use and checked; raises InputError where that fails."""
+    path, url, digest = FOLDER / f"{group}.json", f"{SOURCE}/{group}.json", OFFICIAL[group]
+    if not path.exists():
+        pooch.get_logger().setLevel(logging.WARNING)
+        try:
+            pooch.retrieve(url, known_hash=f"sha256:{digest}", fname=path.name, path=FOLDER)
+        except (OSError, ValueError) as error:  # of the network or the disk; another sha256
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(
+                f"cannot fetch the prompts of {group}: download {url} where the network can be reached "
+                f"and put it at {path} ({reason})"
+            ) from error
+        log.info(f"fetched        {path} from {url}, sha256 as pinned")
+    if pooch.file_hash(str(path)) != digest:
+        raise InputError(
+            f"{path} is not the official file (sha256 {digest[:12]}...): remove it to have it fetched, "
+            "or rename it and give it with --test_json"
+        )
+    return read_prompts(path)
+
+
+GROUPS = {
+    **{group: partial(fetch_official, group) for group in OFFICIAL},
+    "smoke": lambda: read_prompts(FOLDER / "smoke.json"),  # written for this project
+    "tiny": lambda: [Prompt(spec.caption) for spec in pictures.HELD_OUT],  # captions the tiny base was not trained on
+}
+
+
+# Files
+
+
+def read_prompts(path: str | Path) -> list[Prompt]:
+    """Prompts of a .json, .jsonl or .txt file in file order; raises InputError naming file and entry."""
+    path = Path(path)
+    if path.suffix not in READERS:
+        raise InputError(f"{path}: prompts are read from {', '.join(READERS)} files")
+    try:
+        rows = list(READERS[path.suffix](path, path.read_text(encoding="utf-8-sig")))
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read ({error.strerror}); groups known by name: {', '.join(GROUPS)}"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
+    if not rows:
+        raise InputError(f"{path} holds no prompts")
+    return [parse_prompt(row, where) for where, row in rows]
+
+
+def _read_json(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    rows = _decode(text, str(path))
+    if not isinstance(rows, list):
+        raise InputError(f'{path} is not a JSON list; write [{{"prompt": ...}}, ...]')
+    yield from ((f"{path}, entry {number} (counted from 0)", row) for number, row in enumerate(rows))
+
+
+def _read_lines(path: Path, text: str) -> Iterator[tuple[str, str]]:
+    lines = enumerate(text.split("\n"), 1)  # splitlines() would also split at separators inside a prompt
+    yield from ((f"{path}, line {number}", line) for number, line in lines if line.strip())
+
+
+def _read_jsonl(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    yield from ((where, _decode(line, where)) for where, line in _read_lines(path, text))
+
+
+def _read_txt(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    yield from ((where, line.strip()) for where, line in _read_lines(path, text))
+
+
+READERS = {".json": _read_json, ".jsonl": _read_jsonl, ".txt": _read_txt}
+
+
+def _decode(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{where}: not valid JSON ({error})") from None
+
+
+def parse_prompt(row: Any, where: str) -> Prompt:
+    """A prompt from a string or an object with `prompt`; raises InputError, saying where, for anything else."""
+    row = {"prompt": row} if isinstance(row, str) else row
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
+        raise InputError(f'{where}: has no text under "prompt"; write {{"prompt": "..."}} or remove it')
+    prompt = Prompt(
+        row["prompt"], row.get("neg_prompt") or "", row.get("raw_image_path") or "", row.get("metadata") or {}
+    )
+    if not (isinstance(prompt.negative, str) and isinstance(prompt.raw_image_path, str)):
+        raise InputError(f'{where}: "neg_prompt" and "raw_image_path" must be text')
+    if not isinstance(prompt.metadata, dict):
+        raise InputError(f'{where}: "metadata" must be an object')
+    if any("\ud800" <= character <= "\udfff" for character in prompt.text):
+        raise InputError(f"{where}: the prompt holds half a surrogate pair, which is no character; write it again")
+    return prompt

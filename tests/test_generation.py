@@ -1,0 +1,395 @@
+"""Images of prompt groups: equal to stock pipelines, independent of how they are split, resumed, never mixed."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, EulerDiscreteScheduler
+from PIL import Image
+from safetensors.torch import save_file
+
+import eval_generate
+from sdpo.config import InputError
+from sdpo.families import load_family
+from sdpo.generation import RELEASED, EvalConfig, locate_unet
+from sdpo.manifest import read_manifest, require_images
+from sdpo.sampling import draw_noise, sample
+from sdpo.tiny import compare, pictures
+
+ROOT = Path(__file__).parents[1]
+PROMPTS = [
+    "a small red circle on a blue background",
+    "un pêcheur 🍂",
+    "a large white square on a red background ",
+    "x",
+    "a y",
+]
+NAME = "few_seed0_32x32_4s_7.5cfg"
+
+
+@pytest.fixture
+def arguments(bases, tmp_path):
+    """Flags of a short run over PROMPTS: `run/NAME` holds its images."""
+    (tmp_path / "few.json").write_text(json.dumps(PROMPTS))
+
+    def build(*flags, family="sd15", out="run", unet="base"):
+        common = {
+            "unet_path": unet, "pretrain_path": bases[family, "epsilon"], "test_json": tmp_path / "few.json",
+            "steps": 4, "dtype": "fp32", "output_path": tmp_path / out,
+        }  # fmt: skip
+        return [*(f"--{name}={value}" for name, value in common.items()), "--metrics", "none", *flags]
+
+    return build
+
+
+def pixels(folder, count=5):
+    return np.stack([np.asarray(Image.open(folder / f"{i}_32x32.png")) for i in range(count)]).astype(int)
+
+
+def change_weights(bases, family="sd15", by=0.01):
+    unet = load_family(family, str(bases[family, "epsilon"])).load_unet()
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter += by
+    return unet
+
+
+# Sampling
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_official_guidance_is_the_stock_pipeline_at_one_more(bases, family):
+    model = load_family(family, str(bases[family, "epsilon"]))
+    pipeline = DiffusionPipeline.from_pretrained(bases[family, "epsilon"])
+    pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    noise = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    ours = {
+        rule: sample(model, model.load_unet(), PROMPTS[:3], noise, 10, 7.5, rule) for rule in ("official", "standard")
+    }
+    stock = {}
+    for scale in (7.5, 8.5):
+        options = {"negative_prompt": [""] * 3, "num_inference_steps": 10, "guidance_scale": scale, "output_type": "np"}
+        images = pipeline(PROMPTS[:3], latents=noise.clone(), height=32, width=32, **options).images
+        stock[scale] = (images * 255).round()
+    assert abs(ours["official"] - stock[8.5]).max() <= 1 and abs(ours["standard"] - stock[7.5]).max() <= 1
+    assert abs(ours["official"] - stock[7.5]).max() > 1  # the two rules can be told apart
+    assert stock[8.5].std() > 5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_bf16_is_the_official_arithmetic_to_the_bit(bases, family):
+    model = load_family(family, str(bases[family, "epsilon"]))
+    unet = model.load_unet().to(torch.bfloat16)
+    for encoder in model.text_encoders:
+        encoder.to(torch.bfloat16)
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.bfloat16)
+    ours = sample(model, unet, PROMPTS[:3], noise.expand(3, -1, -1, -1), 10, 7.5, "official")
+
+    scheduler = EulerDiscreteScheduler.from_config(model.scheduler.config)
+    for prompt, image in zip(PROMPTS, ours, strict=False):  # one at a time, everything in bf16 but the decoder
+        states = [model.encode_captions([text], 32) for text in (prompt, "")]
+        cond = {name: torch.cat([s[name] for s in states]).bfloat16() for name in states[0]}
+        text = cond.pop("encoder_hidden_states")
+        scheduler.set_timesteps(10)
+        latents = noise * scheduler.init_noise_sigma
+        for t in scheduler.timesteps:
+            inputs = scheduler.scale_model_input(latents, t).repeat(2, 1, 1, 1)
+            with_text, without = unet(inputs, t, text, added_cond_kwargs=cond, return_dict=False)[0].chunk(2)
+            latents = scheduler.step(with_text + 7.5 * (with_text - without), t, latents, return_dict=False)[0]
+        decoded = model.vae.decode(latents.float() / model.vae.config.scaling_factor).sample
+        expected = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1).byte().numpy()
+        assert np.array_equal(image, expected[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_noise_of_a_seed_is_drawn_anew_for_each_image(dtype):
+    noise = draw_noise((4, 8, 8), [5, 5, 6], torch.device("cpu"), dtype)
+    expected = [torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(s), dtype=dtype) for s in (5, 5, 6)]
+    assert torch.equal(noise, torch.cat(expected)) and noise.dtype == dtype
+
+
+CONFIGS = {  # of base models on the hub, which leave out what diffusers has defaults for
+    "pndm": {"_class_name": "PNDMScheduler", "set_alpha_to_one": False, "skip_prk_steps": True, "clip_sample": False},
+    "euler": {"_class_name": "EulerDiscreteScheduler", "interpolation_type": "linear", "timestep_spacing": "leading"},
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_euler_follows_the_base_models_own_scheduler(bases, tmp_path, name):
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    base = tmp_path / "base"
+    (base / "scheduler").mkdir(parents=True)
+    for path in bases["sd15", "epsilon"].iterdir():
+        if path.name != "scheduler":
+            (base / path.name).symlink_to(path)
+    (base / "scheduler" / "scheduler_config.json").write_text(json.dumps({**CONFIGS[name], **betas}))
+    ours = EulerDiscreteScheduler.from_config(load_family("sd15", str(base)).scheduler.config)
+    stock = EulerDiscreteScheduler.from_pretrained(base, subfolder="scheduler")
+    for scheduler in (ours, stock):
+        scheduler.set_timesteps(50)
+    assert torch.equal(ours.timesteps, stock.timesteps) and torch.equal(ours.sigmas, stock.sigmas)
+    assert ours.timesteps[0] == {"pndm": 999, "euler": 981}[name]
+
+
+def test_precision_is_as_asked(arguments, bases, tmp_path, monkeypatch):
+    seen = {}
+
+    def record(family, unet, captions, noise, *_):
+        seen.update(unet=unet.dtype, text=family.text_encoders[0].dtype, vae=family.vae, noise=noise)
+        return np.zeros((len(captions), 32, 32, 3), np.uint8)
+
+    monkeypatch.setattr("sdpo.generation.sample", record)  # records what sampling is given
+    eval_generate.main(arguments("--dtype=bf16", "--latents_dtype=fp32", "--batch_size=5"))
+    assert seen["unet"] == seen["text"] == torch.bfloat16
+    drawn = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.bfloat16)
+    assert torch.equal(seen["noise"], drawn.float().expand(5, -1, -1, -1))  # official noise, kept in fp32
+    original = load_family("sd15", str(bases["sd15", "epsilon"])).vae.state_dict()
+    assert all(torch.equal(value, original[name]) for name, value in seen["vae"].state_dict().items())
+    eval_generate.main(arguments("--dtype=bf16", "--batch_size=5", out="other"))
+    assert seen["noise"].dtype == torch.bfloat16
+
+
+# Groups
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_files_are_the_official_ones(arguments, tmp_path, family):
+    manifests = eval_generate.main(arguments("--zip", family=family))
+    folder = tmp_path / "run" / NAME
+    assert manifests == {"few": tmp_path / "run" / f"{NAME}.json"}
+    names = [f"{i}_32x32.png" for i in range(len(PROMPTS))]
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*names, "fingerprint.json"])
+    rows = json.loads(manifests["few"].read_text())
+    assert [row["prompt"] for row in rows] == PROMPTS
+    assert [row["gen_image_path"] for row in rows] == [str(folder / name) for name in names]
+    checkpoint = json.loads((folder / "fingerprint.json").read_text())["settings"]["checkpoint"]
+    extra = {"raw_image_path": "", "metadata": {}, "seed": 0, "guidance": "official", "checkpoint": checkpoint}
+    assert all({key: row[key] for key in extra} == extra for row in rows)
+    require_images(read_manifest(manifests["few"]))
+    for name, prompt in zip(names, PROMPTS, strict=True):
+        with Image.open(folder / name) as image:
+            assert image.size == (32, 32) and image.mode == "RGB"
+            assert image.getexif()[270].encode("latin-1").decode() == prompt  # Pillow reads bytes as Latin-1
+    with zipfile.ZipFile(tmp_path / "run" / f"{NAME}.zip") as archive:
+        assert archive.namelist() == names and archive.testzip() is None
+
+
+def test_images_do_not_depend_on_batch_order_or_ranks(arguments, tmp_path):
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "eval_generate.py")]
+    flags = ["--noise=per-prompt", "--seed=3"]
+    result = subprocess.run(
+        [sys.executable, *command, *arguments("--batch_size=2", *flags, out="two")],
+        capture_output=True, text=True, env={**os.environ, "ACCELERATE_USE_CPU": "true"}, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "5 prompts, 0 images there, 5 to make (processes: 2, batch size: 2)" in result.stderr
+    name = NAME.replace("seed0", "seed3")
+    two = pixels(tmp_path / "two" / name)
+    for size in (1, 4):
+        eval_generate.main(arguments(f"--batch_size={size}", *flags, out=f"batch-{size}"))
+        assert abs(pixels(tmp_path / f"batch-{size}" / name) - two).max() <= 1
+    (tmp_path / "few.json").write_text(json.dumps(PROMPTS[1:]))  # the first image comes to the second prompt
+    eval_generate.main(arguments("--noise=per-prompt", "--seed=4", out="rest"))
+    rest = pixels(tmp_path / "rest" / NAME.replace("seed0", "seed4"), 4)
+    assert abs(rest - two[1:]).max() <= 1
+    rows = json.loads((tmp_path / "two" / f"{name}.json").read_text())
+    assert [row["seed"] for row in rows] == [3, 4, 5, 6, 7]
+    assert all(abs(a - b).max() > 1 for a, b in itertools.pairwise(two))
+
+
+def test_only_what_is_missing_is_made(arguments, tmp_path, capsys):
+    eval_generate.main(arguments())
+    folder = tmp_path / "run" / NAME
+    files = [folder / f"{i}_32x32.png" for i in range(len(PROMPTS))]
+    whole = [path.read_bytes() for path in files]
+    files[0].unlink()
+    files[1].write_bytes(whole[1][:-100])  # cut off
+    files[2].write_bytes(whole[2][:300] + bytes([whole[2][300] ^ 1]) + whole[2][301:])  # one bit of its pixels
+    Image.new("RGB", (8, 8)).save(files[3])
+    (folder / "4_32x32.png.partial").write_bytes(b"half")
+    before = files[4].stat().st_mtime_ns
+    capsys.readouterr()
+    eval_generate.main(arguments("--batch_size=3"))
+    said = capsys.readouterr().err
+    assert files[4].stat().st_mtime_ns == before
+    again = pixels(folder)
+    for path, content in zip(files, whole, strict=True):
+        path.write_bytes(content)
+    assert abs(again - pixels(folder)).max() <= 1
+    assert "1 images there, 4 to make" in said
+    damaged = [line for line in said.splitlines() if "is damaged" in line]
+    assert [str(files[i]) in text for i, text in enumerate(damaged, 1)] == [True] * 3
+    assert "8 x 8 pixels" in damaged[2]
+
+
+def test_other_settings_or_weights_are_refused(arguments, bases, tmp_path):
+    eval_generate.main(arguments())
+    folder = tmp_path / "run" / NAME
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.*") if path.is_file()}
+    torch.save(change_weights(bases).state_dict(), tmp_path / "unet.pth")
+    for flags, message in {
+        ("--guidance=standard",): "guidance was official, is standard",
+        ("--noise=per-prompt",): "noise was shared, is per-prompt",
+        ("--dtype=bf16",): "dtype was fp32, is bf16; latents_dtype was fp32, is bf16",
+        (f"--unet_path={tmp_path / 'unet.pth'}",): r"\(checkpoint was [0-9a-f]{12}, is [0-9a-f]{12}\)",
+        (f"--pretrain_path={bases['sd15', 'v_prediction']}",): "base was",
+    }.items():
+        with pytest.raises(
+            InputError, match=rf"{NAME} holds images made otherwise .*{message}.* another --output_path"
+        ):
+            eval_generate.main(arguments(*flags))
+    (tmp_path / "few.json").write_text(json.dumps(PROMPTS[::-1]))
+    with pytest.raises(InputError, match="prompts was"):
+        eval_generate.main(arguments())
+    assert {path: path.read_bytes() for path in before} == before
+    (folder / "fingerprint.json").write_text("[]")
+    with pytest.raises(InputError, match="does not say what made the images"):
+        eval_generate.main(arguments())
+    (folder / "fingerprint.json").unlink()  # as in a folder of the official code
+    with pytest.raises(InputError, match=rf"{NAME} holds images but no fingerprint\.json"):
+        eval_generate.main(arguments())
+
+
+def test_a_killed_run_leaves_whole_images_and_is_resumed(tmp_path):
+    flags = ["--output_path", str(tmp_path / "out"), "--batch_size", "1", "--steps", "12"]
+    environment = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    command = ["bash", str(ROOT / "scripts" / "eval" / "test_tiny.sh"), "base", *flags]
+    folder = tmp_path / "out" / "tiny_seed0_32x32_12s_1.0cfg"
+    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as run:
+        while len(list(folder.glob("*.png"))) < 3:
+            assert run.poll() is None
+            time.sleep(0.01)
+        os.kill(run.pid, signal.SIGKILL)
+    made = sorted(folder.glob("*.png"))
+    assert 3 <= len(made) < 20 and not (folder.parent / f"{folder.name}.json").exists()
+    for path in made:
+        Image.open(path).load()
+    before = {path: path.stat().st_mtime_ns for path in made}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert f"{len(made)} images there, {20 - len(made)} to make" in result.stderr
+    assert {path: path.stat().st_mtime_ns for path in made} == before
+    assert len(json.loads((folder.parent / f"{folder.name}.json").read_text())) == 20
+
+
+# What is evaluated
+
+
+def test_a_unet_is_found_in_every_form(arguments, bases, tmp_path):
+    unet = change_weights(bases)
+    state, forms = unet.state_dict(), tmp_path / "forms"
+    for name in ("file", "tensors", "trained"):
+        (forms / name).mkdir(parents=True)
+    torch.save(state, forms / "file" / "unet.pth")
+    save_file(state, forms / "tensors" / "unet.safetensors")
+    torch.save(state, forms / "trained" / "unet.pth")
+    pipeline = DiffusionPipeline.from_pretrained(bases["sd15", "epsilon"])
+    pipeline.save_pretrained(forms / "trained")  # unet.pth comes first
+    pipeline.unet = unet
+    pipeline.save_pretrained(forms / "diffusers")
+    unet.save_pretrained(forms / "bare")
+    sources = ["file/unet.pth", "tensors/unet.safetensors", "trained", "diffusers", "bare"]
+    checkpoints = set()
+    for source in sources:
+        given = [a for a in arguments("--steps=1", unet=forms / source) if not a.startswith("--output_path")]
+        manifest = eval_generate.main(given)["few"]
+        assert manifest.parent == (forms / source if (forms / source).is_dir() else (forms / source).parent)
+        checkpoints |= {row["checkpoint"] for row in json.loads(manifest.read_text())}
+    assert len(checkpoints) == 1
+    base = json.loads(eval_generate.main(arguments("--steps=1"))["few"].read_text())[0]["checkpoint"]
+    assert base not in checkpoints
+
+
+def test_published_checkpoints_have_short_names():
+    assert len(RELEASED) == 6
+    assert RELEASED["sdpo-sd1.5-diffusion-dpo"] == "AIDC-AI/Diffusion-SDPO:sd1.5/diffusion-dpo/unet.pth"
+    assert RELEASED["sdpo-sdxl-dmpo"] == "AIDC-AI/Diffusion-SDPO:sdxl/dmpo/unet.pth"
+
+
+def test_a_hub_reference_is_read_from_the_cache(tmp_path):
+    file = tmp_path / "models--AIDC-AI--Diffusion-SDPO" / "snapshots" / ("0" * 40) / "sd1.5" / "dspo" / "unet.pth"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"weights")
+    refs = tmp_path / "models--AIDC-AI--Diffusion-SDPO" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("0" * 40)
+    for reference in ("sdpo-sd1.5-dspo", RELEASED["sdpo-sd1.5-dspo"]):
+        found, folder = locate_unet(EvalConfig(reference, "base", cache_dir=str(tmp_path)))
+        assert Path(found) == file and folder == Path("output/eval/AIDC-AI--Diffusion-SDPO--sd1.5--dspo")
+
+
+def test_unusable_input_is_named(arguments, bases, tmp_path):
+    other = change_weights(bases, "sdxl")
+    torch.save(other.state_dict(), tmp_path / "other.pth")
+    other.save_pretrained(tmp_path / "other")
+    torch.save(change_weights(bases, by=float("nan")).state_dict(), tmp_path / "nan.pth")
+    (tmp_path / "words.pth").write_text("no weights")
+    (tmp_path / "empty").mkdir()
+    for flags, message in {
+        ("--unet_path=",): "--unet_path is missing",
+        ("--pretrain_path=",): "--pretrain_path is missing",
+        ("--unet_path=runs/7/unet.pth",): "runs/7/unet.pth is neither a file nor a folder, nor base or one of",
+        ("--unet_path=runs/unet.pth",): "runs/unet.pth is neither a file nor a folder",
+        ("--unet_path=sdpo-sdxl-dspo", f"--cache_dir={tmp_path}"): "cannot fetch sdxl/dspo/unet.pth of AIDC-AI/.* give its path",
+        ("--unet_path=owner/model", f"--cache_dir={tmp_path}"): "cannot load unet of 'owner/model'",
+        (f"--unet_path={tmp_path / 'other.pth'}",): r"other\.pth belongs to another architecture",
+        (f"--unet_path={tmp_path / 'other'}",): "other belongs to another architecture: cross_attention_dim is 32, 16 in",
+        (f"--unet_path={tmp_path / 'words.pth'}",): r"words\.pth cannot be read as a state dict",
+        (f"--unet_path={tmp_path / 'nan.pth'}",): r"nan\.pth holds numbers that are not finite \(in ",
+        (f"--unet_path={tmp_path / 'empty'}",): "cannot load unet of .*empty",
+        (f"--pretrain_path={tmp_path / 'empty'}",): "cannot fetch model_index.json of .*empty",
+        ("--resolution=36",): "--resolution must be a multiple of 8, got 36",
+        ("--steps=0",): "--steps must be at least 1",
+        ("--batch_size=0",): "--batch_size must be at least 1",
+        ("--seed=-1",): "--seed must lie in",
+        ("--cfg=nan",): "--cfg must be a number",
+        ("--groups=papv3",): "--groups papv3: known are papv2, hpsv2",
+        ("--test_json", f"{tmp_path}/few.json", f"{tmp_path}/few.json"): "groups must have different names, got few, few",
+        ("--stepz=3",): "unknown flag --stepz=3",
+    }.items():  # fmt: skip
+        with pytest.raises(InputError, match=message) as error:
+            eval_generate.main(arguments(*flags))
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_launchers_say_what_is_missing(tmp_path):
+    environment = {**os.environ, "PYTHON": sys.executable, "HF_HUB_CACHE": str(tmp_path)}
+    scripts = ROOT / "scripts" / "eval"
+    for name in ("test_sd15.sh", "test_sdxl.sh", "test_tiny.sh"):
+        result = subprocess.run(["bash", scripts / name], env=environment, capture_output=True, text=True)
+        assert result.returncode == 1 and "name the UNet first" in result.stderr
+    command = ["bash", scripts / "test_sdxl.sh", "base", "--groups", "smoke"]
+    result = subprocess.run(command, env={**environment, "GPUS": "1"}, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: cannot fetch model_index.json of stabilityai/stable-diffusion-xl-base-1.0")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_generated_images_are_scored_and_summed_up(tmp_path):
+    """The tiny base end to end: images, scores on file, summary; a second run computes nothing anew."""
+    flags = ["--unet_path=base", f"--pretrain_path={compare.BASE}", "--groups", "tiny", "--steps=4", "--dtype=fp32"]
+    flags += ["--guidance=standard", "--cfg=1", "--metrics", "Pixels", f"--output_path={tmp_path}"]
+    manifest = eval_generate.main(flags)["tiny"]
+    entries = json.loads(manifest.read_text())
+    scores = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    expected = [pictures.score(np.asarray(Image.open(row["gen_image_path"])), row["prompt"]) for row in entries]
+    assert [row["Pixels"] for row in scores] == pytest.approx(expected)
+    (row,) = json.loads((tmp_path / "summary.json").read_text())
+    assert (row["group"], row["metric"], row["n"]) == ("tiny", "Pixels", len(pictures.HELD_OUT))
+    assert row["mean"] == pytest.approx(np.mean(expected))
+    line = f"FinalResults Pixels for tiny : {np.mean(expected):.4f}"
+    assert line in (tmp_path / "joint_test_32.log").read_text().splitlines()
+    before = (tmp_path / "scores.jsonl").stat().st_mtime_ns
+    eval_generate.main(flags)
+    assert (tmp_path / "scores.jsonl").stat().st_mtime_ns == before
