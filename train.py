@@ -173,6 +173,8 @@ def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
     }
     family = load_family(config.family, config.pretrained_model_name_or_path, **options)
     with accelerator.main_process_first():
+        if config.choice_model and accelerator.is_main_process:
+            label_pairs(config, accelerator)
         pairs, held_out_pairs, notes = prepare_pairs(config, seed)
     plan = Plan.of(config, accelerator.num_processes, len(pairs))
     accelerator.gradient_accumulation_steps = plan.accumulation
@@ -193,6 +195,13 @@ def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
         run.step = checkpoints.load_checkpoint(accelerator, ema, resume)
         log.info(f"resumed        {resume}, after {run.step} updates")
     return run, dataset, hold_out(run, held_out_pairs)
+
+
+def label_pairs(config: TrainConfig, accelerator: Accelerator) -> None:
+    """Write the choice model's labels into the output folder, unless they are there."""
+    from sdpo.relabel import RelabelConfig, relabel  # the scorers need open_clip, which training does not
+
+    log.info(relabel(RelabelConfig.of(config, str(accelerator.device))))
 
 
 def hold_out(run: Run, pairs: Pairs | None) -> HeldOutPairs | None:

@@ -21,11 +21,20 @@ def flag(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
+CHOICE_MODELS = {  # value of --choice_model -> row of sdpo.scorers.SCORERS
+    "aes": "aesthetics",
+    "clip": "clip",
+    "hps": "hpsv2",
+    "hpsv21": "hpsv21",
+    "imagereward": "imagereward",
+    "pickscore": "pickscore",
+    "pixels": "pixels",
+}
 LIMITS = {  # flags -> what their value must satisfy, and how that is said
     "train_batch_size num_train_epochs gradient_accumulation_steps global_batch_size validation_steps logging_steps "
     "max_train_samples checkpoints_total_limit": (lambda value: value >= 1, "must be at least 1"),
     "max_train_steps lr_warmup_steps dataloader_num_workers max_grad_norm validation_pairs max_unreadable_images "
-    "checkpointing_steps learning_rate seed noise_offset input_perturbation adam_weight_decay": (
+    "checkpointing_steps choice_margin learning_rate seed noise_offset input_perturbation adam_weight_decay": (
         lambda value: 0 <= value < math.inf,
         "must not be negative",
     ),
@@ -65,7 +74,14 @@ class TrainConfig:
     caption_column: str = flag("caption", "column of the caption or list of captions")
     max_train_samples: int | None = flag(None, "train on this many pairs, drawn with the seed")
     dreamlike_pairs_only: bool = flag(False, "keep pairs whose model_0 and model_1 both name a dreamlike model")
-    choice_model: str = flag("", "relabel pairs with a scorer")
+    labels_file: str | None = flag(None, "labels made by `python -m sdpo.relabel`, in place of the training data's own")
+    choice_model: str = flag(
+        "",
+        f"label the training pairs with a scorer before the start: {', '.join(CHOICE_MODELS)}; "
+        "kept in output_dir. For much data on several GPUs run `python -m sdpo.relabel` first",
+    )
+    choice_margin: float = flag(0.0, "with --choice_model: pairs whose scores differ by this or less are ties")
+    choice_weights: str = flag("", "with --choice_model: METRIC.PART=SOURCE,... for weights that lie elsewhere")
     resolution: int | None = flag(None, "side of the square training images in pixels; the base model's own by default")
     random_crop: bool = flag(False, "crop at random instead of at the centre")
     no_hflip: bool = flag(False, "never flip images")
@@ -172,8 +188,17 @@ class TrainConfig:
             "no data: give --dataset_name (hub id or folder) or --train_data_dir (local folder)",
         )
         yield (
-            self.choice_model,
-            "--choice_model comes with the scorers, not part of this version; drop it to use the data's own labels",
+            self.choice_model and self.choice_model not in CHOICE_MODELS,
+            f"--choice_model {self.choice_model!r}: choose from {', '.join(CHOICE_MODELS)}, "
+            "or drop it to use the data's own labels",
+        )
+        yield (
+            self.choice_model and self.labels_file,
+            "--choice_model and --labels_file exclude each other: both say which image won",
+        )
+        yield (
+            (self.choice_margin or self.choice_weights) and not self.choice_model,
+            "--choice_margin and --choice_weights go with --choice_model; drop them or name a scorer",
         )
         yield (
             self.validation_split == self.split and not self.validation_data_dir,
@@ -201,6 +226,12 @@ class TrainConfig:
     def method(self) -> str:
         """The training method after --sft."""
         return "sft" if self.sft else self.train_method
+
+    @property
+    def labels_path(self) -> Path | None:
+        """The label file of the training split, given or made by the choice model; None if its own labels count."""
+        made = Path(self.output_dir, f"labels_{self.choice_model}.parquet") if self.choice_model else None
+        return Path(self.labels_file) if self.labels_file else made
 
     @property
     def holds_out(self) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from torch import Tensor
@@ -219,20 +220,21 @@ def load_pairs(config: TrainConfig, split: str, folder: str | None = None) -> tu
             f"{source} has single images; held-out errors need pairs: "
             "drop --validation_pairs, --validation_split and --validation_data_dir"
         )
+    labels_path = config.labels_path if split == config.split and not folder else None
+    if single and labels_path:
+        raise InputError(f"{source} has single images, which need no labels: drop --choice_model and --labels_file")
     columns = (config.image_column,) if single else IMAGES
-    needed = (
-        [config.caption_column, *columns]
-        + ([] if single else ["label_0"])
-        + (["model_0", "model_1"] if config.dreamlike_pairs_only else [])
-    )
+    needed = [config.caption_column, *columns]
+    needed += [] if single or labels_path else ["label_0"]
+    needed += ["model_0", "model_1"] if config.dreamlike_pairs_only else []
     missing = [name for name in needed if name not in table.column_names]
     if missing:
         raise InputError(
             f"{source}: column {', '.join(missing)} missing (it has {', '.join(table.column_names)}); "
             "rename columns to Pick-a-Pic's caption, jpg_0, jpg_1, label_0, or give --caption_column"
         )
-    notes = [f"{source}: {len(table):,} rows"]
-    labels = np.ones(len(table)) if single else read_labels(column(table, "label_0"), source)
+    notes = [f"{source}: {len(table):,} rows" + (f", labels of {labels_path}" if labels_path else "")]
+    labels = np.ones(len(table)) if single else find_labels(table, labels_path, source)
     keep = labels != 0.5
     if not single:
         notes.append(f"dropped {len(keep) - keep.sum():,} ties")
@@ -263,6 +265,11 @@ def check_captions(captions: list, name: str, source: str, first: int = 0) -> No
             raise InputError(f"{source} row {row}: {name} is {caption!r}, but must be a text or a list of texts")
 
 
+def find_labels(table: datasets.Dataset, path: Path | None, source: str) -> np.ndarray:
+    """Labels (rows,) of the file at `path`, else the table's own."""
+    return read_label_file(path, len(table), source) if path else read_labels(column(table, "label_0"), source)
+
+
 def read_labels(labels: list, source: str) -> np.ndarray:
     """Labels as (n,) floats; raises InputError naming the first row whose label is not 0, 0.5 or 1."""
     values = np.array([as_number(label) for label in labels])
@@ -273,6 +280,21 @@ def read_labels(labels: list, source: str) -> np.ndarray:
             f"or 0.5 (tie); {len(wrong)} such row(s) in all: correct or remove them"
         )
     return values
+
+
+def read_label_file(path: Path, rows: int, source: str) -> np.ndarray:
+    """Labels (rows,) that `python -m sdpo.relabel` wrote; raises InputError for a file of other data or none at all."""
+    try:
+        labels = pq.read_table(path, columns=["label_0"])["label_0"].to_pylist()
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"cannot read labels from {path}: {reason}; make it with python -m sdpo.relabel") from error
+    if len(labels) != rows:
+        raise InputError(
+            f"{path} has labels of {len(labels):,} rows, but {source} has {rows:,} rows: "
+            "make it again from this data with python -m sdpo.relabel"
+        )
+    return read_labels(labels, str(path))
 
 
 def as_number(label: object) -> float:

@@ -172,8 +172,17 @@ def test_official_flags_are_taken(name):
 
 def test_choice_model_answers():
     assert parse().choice_model == ""
-    with pytest.raises(InputError, match=r"--choice_model .*scorers"):
-        parse("--choice_model=aes")
+    for name in ("aes", "clip", "hps", "pickscore", "imagereward", "pixels"):
+        assert parse(f"--choice_model={name}").labels_path.name == f"labels_{name}.parquet"
+    with pytest.raises(InputError, match=r"--choice_model 'blip': choose from aes"):
+        parse("--choice_model=blip")
+    with pytest.raises(InputError, match="exclude each other"):
+        parse("--choice_model=aes", "--labels_file=labels.parquet")
+    for alone in ("--choice_margin=0.1", "--choice_weights=clip.checkpoint=x"):
+        with pytest.raises(InputError, match="go with --choice_model"):
+            parse(alone)
+    with pytest.raises(InputError, match="must not be negative"):
+        parse("--choice_model=aes", "--choice_margin=-1")
 
 
 @pytest.mark.parametrize(

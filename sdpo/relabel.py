@@ -1,0 +1,202 @@
+"""Label pairs with a scorer: `python -m sdpo.relabel --train_data_dir DIR --metric pickscore --out labels.parquet`.
+
+Both images of every row are scored once; `train.py --labels_file labels.parquet` trains on the labels. The file has a
+line per row of the data: row, score_0, score_1, label_0 (1: jpg_0 won, 0: jpg_1 won, 0.5: tie), and in its metadata
+what it was made from. The same command run again makes what is missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from sdpo.checkpoint import write_file
+from sdpo.config import CHOICE_MODELS, InputError, TrainConfig, flag
+from sdpo.data import IMAGES, check_captions, column, read_table
+from sdpo.scorers import load_scorers, score_rows
+
+METADATA = b"sdpo"  # key of the JSON object that says what a label file was made from
+
+
+@dataclass(frozen=True)
+class RelabelConfig:
+    """Flags of `python -m sdpo.relabel`; those of the data are train.py's and are read as there."""
+
+    dataset_name: str | None = flag(None, "pairs in Pick-a-Pic columns: a hub id or a local folder")
+    dataset_config_name: str | None = flag(None, "config of the data set on the hub")
+    train_data_dir: str | None = flag(None, "local pairs, in any form that train.py reads")
+    split: str = flag("train", "split to label")
+    caption_column: str = flag("caption", "column of the caption; of a list of captions the first is scored")
+    cache_dir: str | None = flag(None, "where downloaded data sets are kept")
+    metric: str = flag("", f"scorer: {', '.join(CHOICE_MODELS)}")
+    margin: float = flag(0.0, "pairs whose scores differ by this or less are ties")
+    weights: list[str] = field(
+        default_factory=list, metadata={"help": "METRIC.PART=SOURCE: local path or hub file of a scorer's part"}
+    )
+    device: str = flag("cpu", "where scores are computed: cpu, cuda, cuda:1, ...")
+    batch_size: int = flag(64, "images per step of the scorer")
+    out: str = flag("labels.parquet", "label file to write")
+
+    def __post_init__(self):
+        if not (self.dataset_name or self.train_data_dir):
+            raise InputError("no data: give --dataset_name (hub id or folder) or --train_data_dir (local folder)")
+        if self.metric not in CHOICE_MODELS:
+            raise InputError(f"--metric {self.metric!r}: choose from {', '.join(CHOICE_MODELS)}")
+        if not 0 <= self.margin < float("inf"):
+            raise InputError(f"--margin must not be negative, got {self.margin}")
+        if self.batch_size < 1:
+            raise InputError(f"--batch_size must be at least 1, got {self.batch_size}")
+
+    @classmethod
+    def of(cls, config: TrainConfig, device: str) -> RelabelConfig:
+        """What --choice_model of train.py asks for."""
+        names = ("dataset_name", "dataset_config_name", "train_data_dir", "split", "caption_column", "cache_dir")
+        data = {name: getattr(config, name) for name in names}
+        weights = [text for text in config.choice_weights.split(",") if text]
+        choice = {"metric": config.choice_model, "margin": config.choice_margin, "weights": weights}
+        return cls(**data, **choice, device=device, out=str(config.labels_path))
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Replaced parts of scorers, as load_scorers takes them; raises InputError for a text without '='."""
+        for text in self.weights:
+            if "=" not in text:
+                raise InputError(f"weights {text}: expected METRIC.PART=SOURCE")
+        return dict(text.split("=", 1) for text in self.weights)
+
+
+class NamedBytes(io.BytesIO):
+    """An encoded image that error messages can name."""
+
+    def __init__(self, content: bytes, name: str):
+        super().__init__(content)
+        self.name = name
+
+    def __str__(self):
+        return self.name
+
+
+def make_labels(scores: np.ndarray, margin: float) -> np.ndarray:
+    """Labels (n,) of scores (n, 2): 1 where the first image scores higher, 0.5 where they differ by <= margin."""
+    difference = scores[:, 0] - scores[:, 1]
+    return np.where(np.abs(difference) <= margin, 0.5, (difference > 0).astype(float))
+
+
+def relabel(config: RelabelConfig) -> str:
+    """Score and label every row of the data into config.out, unless it is there already; returns a sentence about it.
+
+    The file appears when it is complete; scores made so far are kept beside it and reused by the same command.
+    Raises InputError for data, weights and images that cannot be used.
+    """
+    table = read_table(config, config.split)
+    about, out = describe(config, table), Path(config.out)
+    if read_about(out) == about:
+        return f"labels by {config.metric} reused from {out}"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    kept = out.with_name(out.name + ".scores.jsonl")
+    scores = np.array(score_table(config, table, about, kept), float).reshape(-1, 2)  # (n, 2)
+    labels = make_labels(scores, config.margin)
+    columns = {"row": np.arange(len(scores)), "score_0": scores[:, 0], "score_1": scores[:, 1], "label_0": labels}
+    labelled = pa.table(columns).replace_schema_metadata({METADATA: json.dumps(about)})
+    write_file(out, lambda partial: pq.write_table(labelled, partial))
+    kept.unlink(missing_ok=True)
+    return f"labels by {config.metric}: {len(labels):,} rows, {(labels == 0.5).sum():,} ties; written to {out}"
+
+
+def describe(config: RelabelConfig, table: datasets.Dataset) -> dict:
+    """What a label file is made from; raises InputError if the data has no pairs or captions."""
+    source = f"{config.dataset_name or config.train_data_dir} ({config.split})"
+    missing = [name for name in (config.caption_column, *IMAGES) if name not in table.column_names]
+    if missing:
+        has = ", ".join(table.column_names)
+        raise InputError(f"{source}: column {', '.join(missing)} missing (it has {has}); labels are of pairs of images")
+    captions = column(table, config.caption_column)
+    check_captions(captions, config.caption_column, source)
+    return {
+        "source": source,
+        "config": config.dataset_config_name,
+        "rows": len(table),
+        "captions": hashlib.sha256(json.dumps(captions).encode()).hexdigest(),
+        "metric": config.metric,
+        "margin": config.margin,
+        "weights": config.sources,
+    }
+
+
+def read_about(path: Path) -> dict | None:
+    """What a label file says it was made from; None if there is no such file, or it does not say."""
+    try:
+        return json.loads(pq.read_schema(path).metadata[METADATA])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def score_table(config: RelabelConfig, table: datasets.Dataset, about: dict, kept: Path) -> list[list[float]]:
+    """[score of jpg_0, score of jpg_1] of every row; those in the file `kept` are reused, new ones appended to it."""
+    scores = read_kept(kept, about)
+    lines = [json.dumps(row) + "\n" for row in (about, *scores)]
+    write_file(kept, lambda partial: partial.write_text("".join(lines)))  # without a line that was cut off
+    name = CHOICE_MODELS[config.metric]
+    images = iterate_images(table, config.caption_column, len(scores))
+    results = score_rows(
+        images, load_scorers([name], config.sources), batch_size=config.batch_size, device=config.device
+    )
+    values = (result[name] for result in results)
+    progress = tqdm(desc=config.metric, unit="pair", initial=len(scores), total=len(table))
+    with progress, kept.open("a") as file:
+        for pair in zip(values, values, strict=True):
+            file.write(json.dumps(pair) + "\n")
+            file.flush()
+            scores.append(list(pair))
+            progress.update()
+    return scores
+
+
+def read_kept(kept: Path, about: dict) -> list[list[float]]:
+    """Scores that an earlier run for the same labels left, up to a line that was cut off."""
+    lines = kept.read_text().split("\n")[:-1] if kept.is_file() else []
+    rows = [json.loads(line) for line in lines]
+    return rows[1:] if rows and rows[0] == about else []
+
+
+def iterate_images(table: datasets.Dataset, caption_column: str, first: int) -> Iterator[tuple[str | io.BytesIO, str]]:
+    """(image, prompt) of jpg_0 and jpg_1 of each row from `first` on."""
+    table = table.select_columns([*IMAGES, caption_column])
+    for number in range(first, len(table)):
+        row = table[number]
+        caption = row[caption_column]
+        prompt = caption if isinstance(caption, str) else caption[0]
+        for name in IMAGES:
+            image = row[name]
+            if isinstance(image, dict):
+                image = image["bytes"] if image.get("bytes") is not None else image["path"]
+            yield NamedBytes(image, f"{name} of row {number}") if isinstance(image, bytes) else image, prompt
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Label as the command line says."""
+    parser = HfArgumentParser(RelabelConfig, description=__doc__.splitlines()[0], allow_abbrev=False)
+    config, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    if unknown:
+        raise InputError(f"unknown flag {unknown[0]}: `python -m sdpo.relabel --help` lists the flags")
+    datasets.utils.logging.disable_progress_bar()
+    print(relabel(config))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")

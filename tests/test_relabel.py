@@ -1,0 +1,208 @@
+"""Labels by a scorer: which image wins, what is kept and refused, and training on them."""
+
+import io
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+import train
+from sdpo import relabel as module
+from sdpo.config import InputError, TrainConfig
+from sdpo.data import load_pairs
+from sdpo.relabel import RelabelConfig, main, make_labels, relabel
+from sdpo.tiny import pictures
+
+
+def expected_scores(folder, split="train"):
+    """(n, 2), by the pictures' own score."""
+    rows = pq.read_table(folder / f"{split}.parquet").to_pylist()
+    return np.array([[score(row[name], row["caption"]) for name in ("jpg_0", "jpg_1")] for row in rows])
+
+
+def score(png, caption):
+    return pictures.score(np.array(Image.open(io.BytesIO(png)).convert("RGB")), caption)
+
+
+def made(folder, out, *flags):
+    main([f"--train_data_dir={folder}", "--metric=pixels", f"--out={out}", *flags])
+    return pq.read_table(out)
+
+
+def test_the_image_with_the_higher_score_wins(pairs_folder, tmp_path):
+    table = made(pairs_folder, tmp_path / "labels.parquet", "--batch_size=7")
+    scores = expected_scores(pairs_folder)
+    assert table.column_names == ["row", "score_0", "score_1", "label_0"]
+    assert table["row"].to_pylist() == list(range(120))
+    found = np.column_stack([table["score_0"], table["score_1"]])
+    np.testing.assert_allclose(found, scores, atol=1e-6)
+    wanted = [1.0 if first > second else 0.0 if first < second else 0.5 for first, second in scores]
+    assert table["label_0"].to_pylist() == wanted
+    assert {0.0, 0.5, 1.0} == set(wanted)  # the pictures hold every case
+    about = json.loads(table.schema.metadata[b"sdpo"])
+    assert about["source"] == f"{pairs_folder} (train)"
+    assert (about["rows"], about["metric"], about["margin"]) == (120, "pixels", 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["labels.parquet"]
+
+
+def test_another_split_is_labelled(pairs_folder, tmp_path):
+    table = made(pairs_folder, tmp_path / "labels.parquet", "--split=validation")
+    scores = expected_scores(pairs_folder, "validation")
+    assert table["label_0"].to_pylist() == (0.5 + 0.5 * np.sign(scores[:, 0] - scores[:, 1])).tolist()
+
+
+@pytest.mark.parametrize("margin, labels", [(0, [1, 0, 0.5, 1]), (0.25, [0.5, 0, 0.5, 1]), (1, [0.5] * 4)])
+def test_ties_are_those_within_the_margin(margin, labels):
+    scores = np.array([[0.5, 0.25], [0.25, 0.75], [0.5, 0.5], [1.0, 0.0]])
+    assert make_labels(scores, margin).tolist() == labels
+
+
+def test_the_margin_reaches_the_file(pairs_folder, tmp_path):
+    scores = expected_scores(pairs_folder)
+    gaps = np.abs(scores[:, 0] - scores[:, 1])
+    ties = np.array(made(pairs_folder, tmp_path / "labels.parquet", "--margin=0.6")["label_0"]) == 0.5
+    assert ties.tolist() == (gaps <= 0.6).tolist()
+    assert (gaps[ties] > 0).any() and not ties.all()
+
+
+def test_labels_are_made_again_only_for_something_else(pairs_folder, tmp_path, monkeypatch):
+    out = tmp_path / "labels.parquet"
+    made(pairs_folder, out)
+    before = out.stat().st_mtime_ns
+    made(pairs_folder, out)
+    assert out.stat().st_mtime_ns == before
+    assert json.loads(made(pairs_folder, out, "--margin=0.6").schema.metadata[b"sdpo"])["margin"] == 0.6
+    assert made(pairs_folder, out, "--split=validation").num_rows == 24
+
+
+def test_scores_of_a_run_that_was_cut_off_are_reused(pairs_folder, tmp_path, monkeypatch):
+    whole = made(pairs_folder, tmp_path / "whole.parquet")
+    score_rows, asked = module.score_rows, []
+
+    def cut(rows, *arguments, **options):
+        for number, row in enumerate(score_rows(rows, *arguments, **options)):
+            if number == 41:  # between the images of a pair
+                raise KeyboardInterrupt
+            yield row
+
+    def count(rows, *arguments, **options):
+        return score_rows((asked.append(row) or row for row in rows), *arguments, **options)
+
+    monkeypatch.setattr(module, "score_rows", cut)
+    with pytest.raises(KeyboardInterrupt):
+        made(pairs_folder, tmp_path / "cut.parquet")
+    assert not (tmp_path / "cut.parquet").exists()
+    with (tmp_path / "cut.parquet.scores.jsonl").open("a") as file:
+        file.write("[0.5, 0.")
+    monkeypatch.setattr(module, "score_rows", count)
+    assert made(pairs_folder, tmp_path / "cut.parquet").equals(whole)
+    assert len(asked) == 2 * (120 - 20)
+
+
+def test_a_broken_image_is_named(pairs_folder, tmp_path):
+    rows = pq.read_table(pairs_folder / "train.parquet").to_pylist()[:3]
+    rows[1]["jpg_1"] = b"no image"
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
+    with pytest.raises(InputError, match="jpg_1 of row 1 cannot be scored"):
+        made(tmp_path, tmp_path / "labels" / "labels.parquet")
+
+
+@pytest.mark.parametrize(
+    "flags, match",
+    [
+        (["--metric=blip"], "--metric 'blip': choose from aes"),
+        (["--margin=-1"], "margin must not be negative"),
+        (["--batch_size=0"], "batch_size must be at least 1"),
+        (["--weights", "pixels"], "expected METRIC.PART=SOURCE"),
+        (["--caption_column=text"], "column text missing"),
+        (["--nonsense"], "unknown flag --nonsense"),
+    ],
+)
+def test_bad_input_is_refused(pairs_folder, tmp_path, flags, match):
+    with pytest.raises(InputError, match=match):
+        made(pairs_folder, tmp_path / "labels.parquet", *flags)
+
+
+# Training on them
+
+
+def config(folder, **options):
+    return TrainConfig(pretrained_model_name_or_path="base", train_data_dir=str(folder), **options)
+
+
+def test_training_reads_the_file_in_place_of_the_datas_labels(pairs_folder, tmp_path):
+    out = tmp_path / "labels.parquet"
+    made(pairs_folder, out)
+    pairs, notes = load_pairs(config(pairs_folder, labels_file=str(out)), "train")
+    scores = expected_scores(pairs_folder)
+    decided = np.flatnonzero(scores[:, 0] != scores[:, 1])
+    assert pairs.rows.tolist() == decided.tolist()
+    assert pairs.first_won.tolist() == (scores[decided, 0] > scores[decided, 1]).tolist()
+    assert any(str(out) in note for note in notes)
+    winners = [score(_png(pairs.load(i, 2)[0][0]), pairs.caption(i)) for i in range(len(pairs))]
+    assert winners == scores[decided].max(1).tolist()
+    own, _ = load_pairs(config(pairs_folder), "train")
+    assert own.rows.tolist() != pairs.rows.tolist()
+    held_out, _ = load_pairs(config(pairs_folder, labels_file=str(out)), "validation")  # its own labels
+    assert held_out.first_won.tolist() == load_pairs(config(pairs_folder), "validation")[0].first_won.tolist()
+
+
+def _png(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_data_without_labels_can_be_labelled(pairs_folder, tmp_path):
+    table = pq.read_table(pairs_folder / "train.parquet").drop_columns(["label_0"])
+    (tmp_path / "data").mkdir()
+    pq.write_table(table, tmp_path / "data" / "train.parquet")
+    made(tmp_path / "data", tmp_path / "labels.parquet")
+    assert len(load_pairs(config(tmp_path / "data", labels_file=str(tmp_path / "labels.parquet")), "train")[0])
+
+
+def test_label_files_of_other_data_or_none_are_refused(pairs_folder, tmp_path):
+    out = tmp_path / "labels.parquet"
+    made(pairs_folder, out, "--split=validation")
+    with pytest.raises(InputError, match=r"labels of 24 rows, but .* has 120 rows"):
+        load_pairs(config(pairs_folder, labels_file=str(out)), "train")
+    (tmp_path / "text.parquet").write_text("no parquet")
+    pq.write_table(pa.table({"score": [1.0] * 120}), tmp_path / "other.parquet")
+    for name in ("text", "other", "absent"):
+        path = tmp_path / f"{name}.parquet"
+        with pytest.raises(InputError, match=f"cannot read labels from {path}"):
+            load_pairs(config(pairs_folder, labels_file=str(path)), "train")
+
+
+def test_single_images_need_no_labels(pairs_folder, tmp_path):
+    rows = pq.read_table(pairs_folder / "train.parquet").to_pylist()[:4]
+    (tmp_path / "data").mkdir()
+    table = pa.table({"caption": [row["caption"] for row in rows], "image": [row["jpg_0"] for row in rows]})
+    pq.write_table(table, tmp_path / "data" / "train.parquet")
+    with pytest.raises(InputError, match="single images, which need no labels"):
+        load_pairs(config(tmp_path / "data", sft=True, labels_file="labels.parquet"), "train")
+    with pytest.raises(InputError, match="column jpg_0, jpg_1 missing"):
+        relabel(RelabelConfig(train_data_dir=str(tmp_path / "data"), metric="pixels", out=str(tmp_path / "l.parquet")))
+
+
+@pytest.mark.parametrize("method", ["diffusion-dpo", "sft"])
+def test_train_labels_at_the_start_and_once(bases, pairs_folder, tmp_path, monkeypatch, caplog, method):
+    flags = [
+        f"--pretrained_model_name_or_path={bases['sd15', 'epsilon']}", f"--train_data_dir={pairs_folder}",
+        "--resolution=32", "--train_batch_size=2", "--lr_warmup_steps=1", "--mixed_precision=no", "--seed=7",
+        "--report_to=none", f"--output_dir={tmp_path}", f"--train_method={method}", "--checkpointing_steps=1",
+    ]  # fmt: skip
+    chosen = ["--choice_model=pixels", "--choice_margin=0.1"]
+    train.main([*flags, *chosen, "--max_train_steps=1"])
+    labels = np.array(pq.read_table(tmp_path / "labels_pixels.parquet")["label_0"])
+    scores = expected_scores(pairs_folder)
+    gaps = scores[:, 0] - scores[:, 1]
+    assert labels.tolist() == np.where(np.abs(gaps) <= 0.1, 0.5, gaps > 0).tolist()
+    plan = json.loads((tmp_path / "config.json").read_text())["plan"]
+    assert plan["pairs"] == (np.abs(gaps) > 0.1).sum()
+    monkeypatch.setattr(module, "score_rows", None)  # resuming scores nothing
+    train.main([*flags, *chosen, "--max_train_steps=2"])
+    assert (tmp_path / "checkpoint-2").is_dir()
