@@ -1,4 +1,4 @@
-"""Random pipelines of both families in the hub's own format, and pairs, made offline once per test session."""
+"""Random pipelines of both families in the hub's own format, and pairs, made offline once for all tests."""
 
 import os
 

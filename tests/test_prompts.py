@@ -14,7 +14,7 @@ from sdpo.config import InputError
 from sdpo.prompts import GROUPS, OFFICIAL, Prompt, read_prompts
 from sdpo.tiny import pictures
 
-SHARED = Path("/work/shared/data/prompts")
+SHARED = Path(__file__).parents[2] / "shared" / "data" / "prompts"  # copies of the official files, where there are some
 ROW = {"prompt": "雪 ", "neg_prompt": "rain", "raw_image_path": "a.png", "metadata": {"style": "photo"}}
 CONTENTS = {
     "a.json": json.dumps([{"prompt": "a cat "}, "a dog", ROW]),
