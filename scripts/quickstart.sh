@@ -19,10 +19,12 @@ export OMP_NUM_THREADS=1 # on so small a model one thread per run and two runs s
 source scripts/train/launch.sh && tiny_pairs
 run plain --use_winner_preserving false --winner_preserving_mu 0 &
 run safeguard &
-wait -n && wait -n
+wait -n
+wait -n
 run constant --use_winner_preserving false --winner_preserving_mu 0 --constant_loser_scale 0.2 &
 run winner_only --use_winner_preserving false --winner_preserving_mu 0 --constant_loser_scale 0 &
-wait -n && wait -n
+wait -n
+wait -n
 
 unset OMP_NUM_THREADS
 echo "sampling held-out captions"
