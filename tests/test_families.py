@@ -23,24 +23,23 @@ def random_inputs(family, samples=4):
 
 
 @pytest.mark.parametrize("key", KEYS, ids="-".join)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 def test_margin_of_equal_models_is_exactly_zero(bases, key, dtype):
     family = load_family(key[0], str(bases[key])).to(torch.device("cpu"), dtype)
     policy = family.load_unet()
     reference = hold_matmul_weights(copy.deepcopy(policy).requires_grad_(False), dtype)
     noisy, timesteps, conditioning, target = random_inputs(family)
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+    low = dtype != torch.float32
+    with torch.autocast("cpu", dtype if low else torch.bfloat16, enabled=low):
         prediction = family.predict(policy, noisy, timesteps, conditioning)
         with torch.no_grad():
             frozen = family.predict(reference, noisy, timesteps, conditioning)
     terms = pair_terms(prediction, frozen, target, beta=5000.0)
     assert terms.margin.abs().max() == 0
-    if (
-        dtype == torch.bfloat16
-    ):  # most weights are in fact held in low precision, and casting all of them breaks the equality
-        low = sum(p.numel() for p in reference.parameters() if p.dtype == torch.bfloat16)
-        assert low > 0.95 * sum(p.numel() for p in reference.parameters())
-        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+    if low:  # most weights are in fact held in low precision, and casting all of them breaks the equality
+        held = sum(p.numel() for p in reference.parameters() if p.dtype == dtype)
+        assert held > 0.95 * sum(p.numel() for p in reference.parameters())
+        with torch.autocast("cpu", dtype), torch.no_grad():
             cast = family.predict(copy.deepcopy(policy).to(dtype), noisy, timesteps, conditioning)
         assert not torch.equal(cast, frozen)
 
