@@ -17,8 +17,10 @@ from transformers import HfArgumentParser
 
 from sdpo.config import InputError
 from sdpo.generation import EvalConfig, generate
-from sdpo.scoring import score_manifest, split_pairs
+from sdpo.report import write_report
+from sdpo.scoring import ScoringOptions, score_manifest, split_pairs
 from sdpo.summary import summarise, write_summary
+from sdpo.winrates import collect_run
 
 
 def parse_config(arguments: list[str] | None = None) -> EvalConfig:
@@ -44,15 +46,18 @@ def start_accelerator() -> Accelerator:
 
 
 def score(config: EvalConfig, manifests: dict[str, Path], device: str) -> None:
-    """Score every group's images in the chosen metrics, print the summary and write it beside the manifests."""
+    """Score every group's images in the chosen metrics, write summary and report beside the manifests."""
     metrics = [metric for metric in config.metrics if metric != "none"]
-    if not metrics:
-        return
-    options = {"sources": dict(split_pairs(config.weights, "--weights")), "batch_size": config.score_batch_size}
-    groups = {group: score_manifest(path, metrics, device=device, **options) for group, path in manifests.items()}
+    sources = dict(split_pairs(config.weights, "--weights"))
+    options = ScoringOptions(sources, config.score_dtype, device, config.score_batch_size)
+    groups = {group: score_manifest(path, metrics, options) for group, path in manifests.items()}
     folder = next(iter(manifests.values())).parent
     size = next(iter(manifests.values())).stem.split("_")[-3].split("x")[0]  # {group}_seed{S}_{H}x{W}_{steps}s_{cfg}cfg
-    logging.info(write_summary(summarise(groups, metrics), folder, size))
+    if metrics:
+        logging.info(write_summary(summarise(groups, metrics), folder, size))
+    runs = [collect_run(group, entries, scores, metrics) for group, (entries, scores) in groups.items()]
+    report = write_report(folder / "report.html", runs, title=config.unet_path)
+    logging.info(f"report         {report}")
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Path]:

@@ -10,7 +10,8 @@ import sys
 
 from sdpo.config import InputError
 from sdpo.manifest import check_labels
-from sdpo.scoring import METRICS, score_manifest, split_pairs
+from sdpo.report import write_report
+from sdpo.scoring import METRICS, ScoringOptions, check_models, score_manifest, split_pairs
 from sdpo.winrates import (
     METRICS as OFFICIAL,
 )
@@ -41,6 +42,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pair_by", choices=PAIRINGS, default="prompt", help="how images of two runs are paired")
     parser.add_argument("--metrics", nargs="+", choices=METRICS, default=list(OFFICIAL), help="what to compare")
     parser.add_argument("--weights", nargs="*", default=[], metavar="METRIC.PART=SOURCE", help="local path or hub file")
+    parser.add_argument("--score_dtype", choices=["fp32", "bf16"], default="fp32", help="of the scorers' backbones")
     return parser.parse_args(arguments)
 
 
@@ -50,19 +52,22 @@ def main(arguments: list[str] | None = None) -> None:
     named = [(args.label_a, args.json_a), (args.label_b, args.json_b), *split_pairs(args.more, "--more")]
     check_labels([label for label, _ in named])
     sources = dict(split_pairs(args.weights, "--weights"))
-    runs = []
-    for label, manifest in named:
-        options = {"sources": sources, "device": args.device, "batch_size": args.batch_size}
-        entries, scores = score_manifest(manifest, args.metrics, **options)
-        runs.append(collect_run(label, entries, scores, args.metrics))
+    options = ScoringOptions(sources, args.score_dtype, args.device, args.batch_size)
+    scored = {label: score_manifest(manifest, args.metrics, options) for label, manifest in named}
+    check_models(scored, args.metrics)
+    runs = [collect_run(label, *pair, args.metrics) for label, pair in scored.items()]
     ties = "loss_for_a" if args.ties_as_loss_for_a else "half"
     comparisons = compare_all(runs, ties=ties, pair_by=args.pair_by)
     for comparison in comparisons:
         folder = write_comparison(comparison, args.outdir)
         print(f"{format_comparison(comparison)}\nwritten to {folder}\n")
+    page = folder / "report.html"
     if len(runs) > 2:
         matrix = win_matrix(comparisons)
-        print(f"{format_matrix(matrix)}\nwritten to {write_matrix(matrix, args.outdir)}")
+        path = write_matrix(matrix, args.outdir)
+        print(f"{format_matrix(matrix)}\nwritten to {path}\n")
+        page = path.with_name(path.stem.replace("matrix", "report") + ".html")
+    print(f"report: {write_report(page, runs, comparisons)}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Install into .venv and run every check: linter, then tests (no GPU, no network beyond pip).
+# Install into .venv and run every check: linter, then tests (no GPU, no network beyond pip; those of the report need Chromium).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh
-"$PYTHON" -m pip install --quiet "pytest>=8" "ruff>=0.9"
+"$PYTHON" -m pip install --quiet "pytest>=8" "ruff>=0.9" "playwright>=1.50"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-"$PYTHON" -m pytest -q "$@"
+"$PYTHON" -m pytest -q -rs "$@"

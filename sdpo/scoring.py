@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sdpo.config import InputError
@@ -18,10 +20,13 @@ from sdpo.manifest import (
     require_images,
 )
 
+OFFICIAL_MODEL = "official"  # a metric's own weights in fp32, in rows of scores
+
 # Name of a metric in files -> row of sdpo.scorers.SCORERS
 METRICS = {
     "PickScore": "pickscore",
     "HPSv2": "hpsv2",
+    "HPSv2.1": "hpsv21",
     "Aesthetics": "aesthetics",
     "CLIP": "clip",
     "ImageReward": "imagereward",
@@ -37,40 +42,92 @@ def split_pairs(texts: Sequence[str], flag: str) -> list[tuple[str, str]]:
     return [tuple(text.split("=", 1)) for text in texts]
 
 
+@dataclass(frozen=True)
+class ScoringOptions:
+    """How scores are computed where they are missing."""
+
+    sources: Mapping[str, str] = field(default_factory=dict)  # "metric.part" -> local path or hub reference
+    dtype: str = "fp32"  # of the backbones, fp32 or bf16
+    device: str = "cpu"
+    batch_size: int = 64
+
+    def model(self, metric: str) -> str:
+        """What rows of scores say about the model of a metric: "official", or what differs from it."""
+        prefix = METRICS[metric] + "."
+        parts = [
+            f"{name.removeprefix(prefix)}={os.path.abspath(source) if os.path.exists(source) else source}"
+            for name, source in sorted(self.sources.items())
+            if name.startswith(prefix)
+        ]
+        return ", ".join([*parts, *([self.dtype] if self.dtype != "fp32" else [])]) or OFFICIAL_MODEL
+
+    def accepts(self, metric: str) -> str | None:
+        """The model that existing scores of a metric must be from; None, any one, if nothing was said about it."""
+        model = self.model(metric)
+        return None if model == OFFICIAL_MODEL else model
+
+
 def score_manifest(
-    manifest: str | Path,
-    metrics: Sequence[str],
-    *,
-    sources: Mapping[str, str] | None = None,
-    device: str = "cpu",
-    batch_size: int = 64,
+    manifest: str | Path, metrics: Sequence[str], options: ScoringOptions | None = None
 ) -> tuple[list[Entry], Scores]:
     """Entries of a manifest and their scores in `metrics` (names of METRICS), the missing ones computed and kept.
 
     Images are needed, and torch is imported, only if a score is missing. Rows are appended as they come, so a run that
     was cut off goes on where it was. Raises InputError for missing images, weights or unusable scores.
     """
+    options = options or ScoringOptions()
     entries, path = read_manifest(manifest), Path(manifest).parent / "scores.jsonl"
     scores = drop_stale(entries, read_scores(path))
     todo: dict[tuple[str, ...], list[Entry]] = {}
     for entry in entries:
-        lacking = tuple(metric for metric in metrics if find_score(entry, scores, metric) is None)
+        lacking = tuple(m for m in metrics if find_score(entry, scores, m, options.accepts(m)) is None)
         if lacking:
             todo.setdefault(lacking, []).append(entry)
     for lacking, missing in todo.items():
         require_images(missing)
-        _compute(missing, lacking, path, sources, device, batch_size)
-    return entries, read_scores(path)
+        _compute(missing, lacking, path, options)
+    scores = read_scores(path)
+    for metric in metrics:
+        find_model(entries, scores, metric, str(path))
+    return entries, scores
 
 
-def _compute(entries, metrics, path, sources, device, batch_size) -> None:
-    from tqdm.auto import tqdm  # these need torch, which existing scores do not
+def find_model(entries: Sequence[Entry], scores: Scores, metric: str, where: str) -> str | None:
+    """The model that gave all scores of a metric, None if no row says so; raises InputError for more than one."""
+    models = {scores.get(entry.key, {}).get("models", {}).get(metric) for entry in entries} - {None}
+    if len(models) > 1:
+        raise InputError(
+            f"{where}: scores of {metric} come from different models ({'; '.join(sorted(models))}); "
+            "say which one with --weights or --score_dtype, or delete the file to score all images again"
+        )
+    return next(iter(models), None)
+
+
+def _compute(entries: Sequence[Entry], metrics: Sequence[str], path: Path, options: ScoringOptions) -> None:
+    import torch  # existing scores need none of these
+    from tqdm.auto import tqdm
 
     from sdpo.scorers import load_scorers, score_rows
 
-    scorers = load_scorers([METRICS[metric] for metric in metrics], sources)
-    rows = score_rows(((entry.path, entry.prompt) for entry in entries), scorers, device=device, batch_size=batch_size)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
+    scorers = load_scorers([METRICS[metric] for metric in metrics], options.sources, dtype)
+    images = ((entry.path, entry.prompt) for entry in entries)
+    rows = score_rows(images, scorers, device=options.device, batch_size=options.batch_size)
+    models = {metric: options.model(metric) for metric in metrics}
     for entry, row in zip(tqdm(entries, desc="scoring", unit="image"), rows, strict=True):
         values = {metric: row[METRICS[metric]] for metric in metrics}
         about = {"image": entry.image, "prompt": entry.prompt, "sha256": image_digest(entry.path)}
-        append_scores(path, [{**about, **values}])
+        append_scores(path, [{**about, **values, "models": models}])
+
+
+def check_models(scored: Mapping[str, tuple[Sequence[Entry], Scores]], metrics: Sequence[str]) -> None:
+    """Raises InputError if rows say that a metric's scores of two runs, by label, come from different models."""
+    for metric in metrics:
+        models = {label: find_model(*run, metric, f"scores of {label}") for label, run in scored.items()}
+        known = {label: model for label, model in models.items() if model}
+        if len(set(known.values())) > 1:
+            said = ", ".join(f"{label}: {model}" for label, model in known.items())
+            raise InputError(
+                f"scores of {metric} come from different models ({said}); score all runs alike with --weights or "
+                "--score_dtype"
+            )

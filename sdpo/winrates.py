@@ -54,20 +54,11 @@ class Comparison:
     details: dict[str, dict[str, Any]]  # by metric, pair_{metric}.json
 
 
-def collect_run(
-    label: str,
-    entries: Sequence[Entry],
-    scores: Scores,
-    metrics: Sequence[str] = METRICS,
-    models: Mapping[str, str] | None = None,
-) -> Run:
-    """A run from score rows (sdpo.manifest.read_scores), `models` naming the weights that must have given a metric.
-
-    Raises InputError if an entry has no score.
-    """
+def collect_run(label: str, entries: Sequence[Entry], scores: Scores, metrics: Sequence[str] = METRICS) -> Run:
+    """A run from score rows (sdpo.manifest.read_scores); raises InputError if an entry has no score."""
     table = {}
     for metric in metrics:
-        table[metric] = [find_score(entry, scores, metric, (models or {}).get(metric)) for entry in entries]
+        table[metric] = [find_score(entry, scores, metric) for entry in entries]
         missing = [entry for entry, score in zip(entries, table[metric], strict=True) if score is None]
         if missing:
             raise InputError(

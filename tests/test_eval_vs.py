@@ -11,6 +11,7 @@ from PIL import Image
 
 import eval_vs
 from sdpo.config import InputError
+from sdpo.scoring import ScoringOptions
 from sdpo.tiny import pictures
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +52,10 @@ def test_official_results_from_existing_scores_without_torch(official):
     for row, wanted in zip(summary["metrics"], expected["metrics"], strict=True):
         assert wanted.items() <= row.items()
     assert summary["averages"] == expected["averages"]
+    assert all(
+        f'"prompt":{json.dumps(row["prompt"])}' in (folder / "report.html").read_text()
+        for row in json.loads((OFFICIAL / "A.json").read_text())
+    )
 
 
 def picture_run(folder, faulty):
@@ -87,6 +92,8 @@ def test_missing_scores_are_computed_once_and_several_runs_give_a_matrix(tmp_pat
     (summary,) = (json.loads(path.read_text()) for path in (tmp_path / "out").glob("good_vs_bad_*/summary.json"))
     assert summary["metrics"][0]["win_rate_a_over_b"] == (6 + 2 / 2) / 8
     assert len(list((tmp_path / "out").glob("matrix_*.json"))) == 1
+    (report,) = (path.read_text() for path in (tmp_path / "out").glob("report_*.html"))
+    assert all(f"Win rates of {a} over {b}" in report for a, b in (("good", "fair"), ("good", "bad"), ("fair", "bad")))
     (tmp_path / "fair" / "0.png").unlink()  # its score is kept, so the image is not needed again
     before = (tmp_path / "fair" / "scores.jsonl").read_bytes()
     eval_vs.main([*command[:-1], str(tmp_path / "again")])
@@ -117,6 +124,39 @@ def test_a_changed_image_is_scored_again(tmp_path):
         for path in (tmp_path / out).glob("*/summary.json")
     ]
     assert rates == [0.5, (1 + 7 / 2) / 8]
+
+
+def test_scores_of_other_models_are_made_again_and_not_mixed(tmp_path, monkeypatch):
+    manifests = {label: picture_run(tmp_path / label, 2) for label in "ab"}
+    named = [text for label in "ab" for text in (f"--label_{label}", label, f"--json_{label}", str(manifests[label]))]
+    command = [*named, "--metrics", "Pixels", "--outdir", str(tmp_path / "out")]
+    path = tmp_path / "a" / "scores.jsonl"
+
+    def models():
+        return [json.loads(line)["models"]["Pixels"] for line in path.read_text().splitlines()]
+
+    eval_vs.main(command)
+    assert models() == ["official"] * 8
+    eval_vs.main([*command, "--score_dtype", "bf16", "--outdir", str(tmp_path / "low")])
+    assert models() == ["official"] * 8 + ["bf16"] * 8
+    eval_vs.main([*command, "--outdir", str(tmp_path / "again")])  # nothing was said, so what exists is used
+    assert len(models()) == 16
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:8]))
+    with pytest.raises(InputError, match=r"different models \(a: official, b: bf16\); score all runs alike"):
+        eval_vs.main(command)
+    path.write_text("".join(lines[:12]))
+    with pytest.raises(InputError, match=r"different models \(bf16; official\); say which one with --weights"):
+        eval_vs.main(command)
+
+
+def test_model_names_the_weights_of_a_metric(tmp_path, monkeypatch):
+    (tmp_path / "x.pt").touch()
+    monkeypatch.chdir(tmp_path)
+    options = ScoringOptions({"hpsv2.checkpoint": "x.pt", "clip.checkpoint": "me/clip:y.bin"}, "bf16")
+    assert options.model("HPSv2") == f"checkpoint={tmp_path / 'x.pt'}, bf16"
+    assert options.model("CLIP") == "checkpoint=me/clip:y.bin, bf16"
+    assert (options.model("HPSv2.1"), ScoringOptions().model("HPSv2")) == ("bf16", "official")
 
 
 @pytest.mark.parametrize(

@@ -390,6 +390,7 @@ def test_generated_images_are_scored_and_summed_up(tmp_path):
     assert row["mean"] == pytest.approx(np.mean(expected))
     line = f"FinalResults Pixels for tiny : {np.mean(expected):.4f}"
     assert line in (tmp_path / "joint_test_32.log").read_text().splitlines()
+    assert (tmp_path / "report.html").read_text().count('.png"') == len(entries)
     before = (tmp_path / "scores.jsonl").stat().st_mtime_ns
     eval_generate.main(flags)
     assert (tmp_path / "scores.jsonl").stat().st_mtime_ns == before
