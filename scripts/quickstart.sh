@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Without GPU, hub or data set: install into .venv, then train plain Diffusion-DPO, the safeguard and two controls on the embedded tiny model
-# and compare them. Results: output/quickstart/. The training takes the same path as the launchers for SD1.5 and SDXL.
+# Without GPU, hub or data set: install into .venv, train plain Diffusion-DPO, the safeguard and two controls on the embedded tiny model and compare
+# them; then generate, score and compare pictures of the first two with the evaluation scripts. Results: output/quickstart/. Training and
+# evaluation take the same path as the launchers for SD1.5 and SDXL.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh
@@ -30,4 +31,14 @@ unset OMP_NUM_THREADS
 echo "sampling held-out captions"
 "$PYTHON" -m sdpo.tiny.compare --out "$out" "plain DPO=$out/plain" "safeguard mu 0.9=$out/safeguard" \
   "constant 0.2=$out/constant" "winner only=$out/winner_only"
+
+echo
+for name in plain safeguard; do
+  rm -rf "$out/$name/eval" # images of an earlier training
+  bash scripts/eval/test_tiny.sh "$out/$name/unet.pth" --output_path "$out/$name/eval" >"$out/$name-eval.log" 2>&1 ||
+    { echo "evaluating $name failed:"; tail -n 20 "$out/$name-eval.log"; exit 1; }
+done
+group=tiny_seed0_32x32_20s_1.0cfg.json
+bash scripts/eval/test_vs.sh --json_a "$out/safeguard/eval/$group" --json_b "$out/plain/eval/$group" --label_a safeguard --label_b plain \
+  --metrics Pixels --outdir "$out/vs"
 echo "took $((SECONDS - began)) s after the installation"

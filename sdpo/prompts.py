@@ -25,6 +25,7 @@ OFFICIAL = {  # group: sha256 of its JSON file
     "hpsv2": "417a2ce00b3307780402c1d27528a0e41ed26651384687bbf3aa06c4c7e559fd",
     "partiprompts": "b11d46a91c4202461d6d1df69da0b9af5070851403574de6efd6736ccad22291",
 }
+TINY_REPEATS = 4
 log = logging.getLogger("prompts")
 
 
@@ -66,7 +67,8 @@ def fetch_official(group: str) -> list[Prompt]:
 GROUPS = {
     **{group: partial(fetch_official, group) for group in OFFICIAL},
     "smoke": lambda: read_prompts(FOLDER / "smoke.json"),  # written for this project
-    "tiny": lambda: [Prompt(spec.caption) for spec in pictures.HELD_OUT],  # captions the tiny base was not trained on
+    # captions the tiny base was not trained on, several times each: 20 pictures would hardly tell two models apart
+    "tiny": lambda: [Prompt(spec.caption) for spec in pictures.HELD_OUT for _ in range(TINY_REPEATS)],
 }
 
 

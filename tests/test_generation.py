@@ -261,25 +261,25 @@ def test_other_settings_or_weights_are_refused(arguments, bases, tmp_path):
 
 
 def test_a_killed_run_leaves_whole_images_and_is_resumed(tmp_path):
-    flags = ["--output_path", str(tmp_path / "out"), "--batch_size", "1", "--steps", "12"]
+    flags = ["--output_path", str(tmp_path / "out"), "--batch_size", "1", "--steps", "4"]
     environment = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
     command = ["bash", str(ROOT / "scripts" / "eval" / "test_tiny.sh"), "base", *flags]
-    folder = tmp_path / "out" / "tiny_seed0_32x32_12s_1.0cfg"
+    folder = tmp_path / "out" / "tiny_seed0_32x32_4s_1.0cfg"
     with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as run:
         while len(list(folder.glob("*.png"))) < 3:
             assert run.poll() is None
             time.sleep(0.01)
         os.kill(run.pid, signal.SIGKILL)
     made = sorted(folder.glob("*.png"))
-    assert 3 <= len(made) < 20 and not (folder.parent / f"{folder.name}.json").exists()
+    assert 3 <= len(made) < 80 and not (folder.parent / f"{folder.name}.json").exists()
     for path in made:
         Image.open(path).load()
     before = {path: path.stat().st_mtime_ns for path in made}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert f"{len(made)} images there, {20 - len(made)} to make" in result.stderr
+    assert f"{len(made)} images there, {80 - len(made)} to make" in result.stderr
     assert {path: path.stat().st_mtime_ns for path in made} == before
-    assert len(json.loads((folder.parent / f"{folder.name}.json").read_text())) == 20
+    assert len(json.loads((folder.parent / f"{folder.name}.json").read_text())) == 80
 
 
 # What is evaluated
@@ -386,7 +386,7 @@ def test_generated_images_are_scored_and_summed_up(tmp_path):
     expected = [pictures.score(np.asarray(Image.open(row["gen_image_path"])), row["prompt"]) for row in entries]
     assert [row["Pixels"] for row in scores] == pytest.approx(expected)
     (row,) = json.loads((tmp_path / "summary.json").read_text())
-    assert (row["group"], row["metric"], row["n"]) == ("tiny", "Pixels", len(pictures.HELD_OUT))
+    assert (row["group"], row["metric"], row["n"]) == ("tiny", "Pixels", 4 * len(pictures.HELD_OUT))
     assert row["mean"] == pytest.approx(np.mean(expected))
     line = f"FinalResults Pixels for tiny : {np.mean(expected):.4f}"
     assert line in (tmp_path / "joint_test_32.log").read_text().splitlines()
