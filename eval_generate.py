@@ -45,16 +45,15 @@ def start_accelerator() -> Accelerator:
     return accelerator
 
 
-def score(config: EvalConfig, manifests: dict[str, Path], device: str) -> None:
-    """Score every group's images in the chosen metrics, write summary and report beside the manifests."""
+def score(config: EvalConfig, manifests: dict[str, Path], side: int, device: str) -> None:
+    """Score every group's images of `side` pixels in the chosen metrics; summary and report go beside the manifests."""
     metrics = [metric for metric in config.metrics if metric != "none"]
     sources = dict(split_pairs(config.weights, "--weights"))
     options = ScoringOptions(sources, config.score_dtype, device, config.score_batch_size)
     groups = {group: score_manifest(path, metrics, options) for group, path in manifests.items()}
     folder = next(iter(manifests.values())).parent
-    size = next(iter(manifests.values())).stem.split("_")[-3].split("x")[0]  # {group}_seed{S}_{H}x{W}_{steps}s_{cfg}cfg
     if metrics:
-        logging.info(write_summary(summarise(groups, metrics), folder, size))
+        logging.info(write_summary(summarise(groups, metrics), folder, side))
     runs = [collect_run(group, entries, scores, metrics) for group, (entries, scores) in groups.items()]
     report = write_report(folder / "report.html", runs, title=config.unet_path)
     logging.info(f"report         {report}")
@@ -64,13 +63,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Path]:
     """Generate and score as the command line says; returns the manifest's path by group."""
     config = parse_config(arguments)
     accelerator = start_accelerator()
-    manifests = generate(config, accelerator)
+    manifests, side = generate(config, accelerator)
     main_process, device = accelerator.is_main_process, str(accelerator.device)
     accelerator.end_training()  # one process scores, the others need not wait for it
     if main_process:
         for path in manifests.values():
             logging.info(f"manifest       {path}")
-        score(config, manifests, device)
+        score(config, manifests, side, device)
     return manifests
 
 

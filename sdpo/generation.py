@@ -412,10 +412,10 @@ def pack(files: Iterable[Path], path: Path) -> None:
             archive.write(file, file.name)
 
 
-def generate(config: EvalConfig, accelerator: Accelerator) -> dict[str, Path]:
+def generate(config: EvalConfig, accelerator: Accelerator) -> tuple[dict[str, Path], int]:
     """Make what is missing of every group's images and write the manifests; every rank calls this.
 
-    Returns the manifest's path by group. Raises InputError for input that cannot be used; images made until then stay.
+    Returns the manifest's path by group, and the images' side in pixels. Raises InputError for input that cannot be used; images made until then stay.
     """
     with accelerator.main_process_first():
         groups = config.load_groups()
@@ -436,4 +436,4 @@ def generate(config: EvalConfig, accelerator: Accelerator) -> dict[str, Path]:
         if accelerator.is_main_process:
             write_results(run, group, prompts)
     accelerator.wait_for_everyone()
-    return {group: run.beside(group, ".json") for group in groups}
+    return {group: run.beside(group, ".json") for group in groups}, run.resolution
