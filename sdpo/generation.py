@@ -415,7 +415,8 @@ def pack(files: Iterable[Path], path: Path) -> None:
 def generate(config: EvalConfig, accelerator: Accelerator) -> tuple[dict[str, Path], int]:
     """Make what is missing of every group's images and write the manifests; every rank calls this.
 
-    Returns the manifest's path by group, and the images' side in pixels. Raises InputError for input that cannot be used; images made until then stay.
+    Returns the manifest's path by group, and the images' side in pixels. Raises InputError for input that cannot
+    be used; images made until then stay.
     """
     with accelerator.main_process_first():
         groups = config.load_groups()
