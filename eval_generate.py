@@ -7,29 +7,18 @@ lists the flags. The same command run again makes what is missing.
 from __future__ import annotations
 
 import logging
-import sys
 from pathlib import Path
 
 import diffusers
 import transformers
 from accelerate import Accelerator
-from transformers import HfArgumentParser
 
-from sdpo.config import InputError
+from sdpo.config import parse_flags, run_command
 from sdpo.generation import EvalConfig, generate
 from sdpo.report import write_report
 from sdpo.scoring import ScoringOptions, score_manifest, split_pairs
 from sdpo.summary import summarise, write_summary
 from sdpo.winrates import collect_run
-
-
-def parse_config(arguments: list[str] | None = None) -> EvalConfig:
-    """EvalConfig from arguments (sys.argv by default); raises InputError for values that cannot be used."""
-    parser = HfArgumentParser(EvalConfig, description=__doc__.splitlines()[0], allow_abbrev=False)
-    config, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
-    if unknown:
-        raise InputError(f"unknown flag {unknown[0]}: `python eval_generate.py --help` lists the flags")
-    return config
 
 
 def start_accelerator() -> Accelerator:
@@ -61,7 +50,7 @@ def score(config: EvalConfig, manifests: dict[str, Path], side: int, device: str
 
 def main(arguments: list[str] | None = None) -> dict[str, Path]:
     """Generate and score as the command line says; returns the manifest's path by group."""
-    config = parse_config(arguments)
+    config = parse_flags(EvalConfig, __doc__.splitlines()[0], "python eval_generate.py", arguments)
     accelerator = start_accelerator()
     manifests, side = generate(config, accelerator)
     main_process, device = accelerator.is_main_process, str(accelerator.device)
@@ -74,7 +63,4 @@ def main(arguments: list[str] | None = None) -> dict[str, Path]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

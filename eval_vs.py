@@ -6,9 +6,8 @@ Scores are read from scores.jsonl beside each manifest and computed only where t
 from __future__ import annotations
 
 import argparse
-import sys
 
-from sdpo.config import InputError
+from sdpo.config import run_command
 from sdpo.manifest import check_labels
 from sdpo.report import write_report
 from sdpo.scoring import METRICS, ScoringOptions, check_models, score_manifest, split_pairs
@@ -71,7 +70,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

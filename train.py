@@ -11,9 +11,7 @@ import dataclasses
 import json
 import logging
 import secrets
-import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -24,40 +22,23 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from diffusers.optimization import get_scheduler
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from sdpo import checkpoint as checkpoints
-from sdpo.config import InputError, Plan, TrainConfig, parse_config
-from sdpo.data import Batch, PairDataset, Pairs, Transform, prepare_pairs, train_loader
+from sdpo.config import InputError, Plan, TrainConfig, parse_flags, run_command
+from sdpo.data import PairDataset, Transform, train_loader
 from sdpo.families import StableDiffusion, hold_matmul_weights, load_family
 from sdpo.heldout import HeldOutPairs
-from sdpo.inputs import make_inputs
-from sdpo.losses import PAIR_LOSSES, pair_terms, sft
-from sdpo.metrics import Meter, MetricsLog, pair_metrics
+from sdpo.metrics import Meter, MetricsLog
+from sdpo.pairs import Pairs, prepare_pairs
 from sdpo.rng import normal
 from sdpo.sampling import sample
+from sdpo.step import Run, update
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 log = logging.getLogger("train")
-
-
-@dataclass
-class Run:
-    """Everything one training run is made of."""
-
-    config: TrainConfig
-    accelerator: Accelerator
-    family: StableDiffusion
-    plan: Plan
-    seed: int
-    unet: nn.Module  # the policy: fp32 weights, prepared by accelerate
-    reference: nn.Module | None  # frozen; None where nothing is compared with it
-    ema: AveragedModel | None
-    optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler
-    step: int = 0  # updates made
 
 
 # Setting up
@@ -234,46 +215,6 @@ def start_logs(run: Run) -> MetricsLog:
 # Training
 
 
-def compute_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """(mean loss of a micro-batch, its metrics): policy and reference see the same inputs under the same autocast."""
-    config, family = run.config, run.family
-    inputs = make_inputs(family, batch)
-    with run.accelerator.autocast():
-        prediction = family.predict(run.unet, inputs.noisy, inputs.timesteps, inputs.conditioning)
-    if config.method == "sft":
-        loss = sft(prediction, inputs.target).mean()
-        return loss, {"train_loss": loss}
-    with run.accelerator.autocast(), torch.no_grad():
-        reference = family.predict(run.reference, inputs.noisy, inputs.timesteps, inputs.conditioning)
-    mu = config.winner_preserving_mu if config.use_winner_preserving else None
-    scaling = {"mu": mu, "per_pair": config.winner_preserving_per == "pair", "constant": config.constant_loser_scale}
-    terms = pair_terms(prediction, reference, inputs.target, config.beta_dpo, **scaling)
-    form = family.dspo_form if config.dspo_form == "auto" else config.dspo_form
-    method = f"dspo-{form}" if config.method == "dspo" else config.method
-    loss = PAIR_LOSSES[method](terms, config.beta_dpo, config.dmpo_alpha).mean()
-    return loss, {"train_loss": loss, **pair_metrics(terms, config.beta_dpo)}
-
-
-def update(run: Run, micro_batches, meter: Meter) -> None:
-    """One optimizer step over the accumulated micro-batches, the schedule's and the average's."""
-    for _ in range(run.plan.accumulation):
-        batch = next(micro_batches)
-        meter.count_unreadable(batch.unreadable, run.config.max_unreadable_images)
-        with run.accelerator.accumulate(run.unet):
-            loss, values = compute_loss(run, batch.to(run.accelerator.device))
-            run.accelerator.backward(loss)
-            if run.accelerator.sync_gradients:
-                limit = run.config.max_grad_norm or float("inf")
-                values["grad_norm"] = run.accelerator.clip_grad_norm_(run.unet.parameters(), limit)
-            run.optimizer.step()
-            run.optimizer.zero_grad()
-        meter.add(values)
-    run.schedule.step()
-    if run.ema:
-        run.ema.update_parameters(run.accelerator.unwrap_model(run.unet))
-    run.step += 1
-
-
 def train(run: Run, dataset: PairDataset, held_out: HeldOutPairs | None) -> None:
     """Update until the run's last step; log, measure held-out pairs and write checkpoints on the way."""
     config, plan, metrics, meter = run.config, run.plan, start_logs(run), Meter(run.accelerator)
@@ -354,7 +295,8 @@ def save_model(run: Run) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Train as the command line says."""
-    run, dataset, held_out = set_up(parse_config(arguments))
+    config = parse_flags(TrainConfig, __doc__.splitlines()[0], "python train.py", arguments)
+    run, dataset, held_out = set_up(config)
     train(run, dataset, held_out)
     save_model(run)
     run.accelerator.wait_for_everyone()
@@ -362,7 +304,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

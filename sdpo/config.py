@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +16,15 @@ class InputError(ValueError):
 
     def __init__(self, message: str):
         super().__init__(message.split("InputError: ")[-1].strip())  # workers of a data loader wrap it in a traceback
+
+
+def run_command(main: Callable[[], Any]) -> Any:
+    """What a command's main function returns; what the user must correct is said in one sentence, with exit code 2."""
+    try:
+        return main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)  # as argparse does; in a multi-rank run every rank for itself
 
 
 def flag(default: Any, text: str) -> Any:
@@ -293,18 +304,18 @@ class TrainConfig:
         )
 
 
-def parse_config(arguments: list[str] | None = None) -> TrainConfig:
-    """TrainConfig from arguments (sys.argv by default); raises InputError for values that cannot be used."""
+def parse_flags(cls: type, description: str, command: str, arguments: list[str] | None = None) -> Any:
+    """An instance of the dataclass `cls` from arguments (sys.argv by default); InputError for what does not fit."""
     from transformers import HfArgumentParser
 
-    parser = HfArgumentParser(
-        TrainConfig,
-        description="Preference alignment of diffusion models with a winner-preserving safeguard.",
-        allow_abbrev=False,
-    )
+    class Parser(HfArgumentParser):
+        def error(self, message: str):
+            raise InputError(f"{message}; `{command} --help` lists the flags")
+
+    parser = Parser(cls, description=description, allow_abbrev=False)
     config, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
     if unknown:
-        raise InputError(f"unknown flag {unknown[0]}: `python train.py --help` lists the flags")
+        raise InputError(f"unknown flag {unknown[0]}; `{command} --help` lists the flags")
     return config
 
 

@@ -6,7 +6,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from sdpo.data import PairDataset, collate
+from sdpo.batch import collate
+from sdpo.data import PairDataset
 from sdpo.families import StableDiffusion
 from sdpo.inputs import Inputs, make_inputs
 from sdpo.losses import sample_mean

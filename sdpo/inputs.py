@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sdpo.data import Batch
+from sdpo.batch import Batch
 from sdpo.families import Conditioning, StableDiffusion
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +19,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
 from sdpo.checkpoint import write_file
-from sdpo.config import CHOICE_MODELS, InputError, TrainConfig, flag
-from sdpo.data import IMAGES, check_captions, column, read_table
+from sdpo.config import CHOICE_MODELS, InputError, TrainConfig, flag, parse_flags, run_command
+from sdpo.pairs import IMAGES, check_captions, column, read_table
 from sdpo.scorers import load_scorers, score_rows
 
 METADATA = b"sdpo"  # key of the JSON object that says what a label file was made from
@@ -187,16 +185,10 @@ def iterate_images(table: datasets.Dataset, caption_column: str, first: int) -> 
 
 def main(arguments: list[str] | None = None) -> None:
     """Label as the command line says."""
-    parser = HfArgumentParser(RelabelConfig, description=__doc__.splitlines()[0], allow_abbrev=False)
-    config, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
-    if unknown:
-        raise InputError(f"unknown flag {unknown[0]}: `python -m sdpo.relabel --help` lists the flags")
+    config = parse_flags(RelabelConfig, __doc__.splitlines()[0], "python -m sdpo.relabel", arguments)
     datasets.utils.logging.disable_progress_bar()
     print(relabel(config))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

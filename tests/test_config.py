@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sdpo.config import InputError, Plan, TrainConfig, parse_config
+from sdpo.config import InputError, Plan, TrainConfig, parse_flags
 
 LAUNCHERS = Path(__file__).parents[1] / "scripts" / "train"
 NEEDED = ("--pretrained_model_name_or_path=model", "--dataset_name=pairs")
@@ -88,6 +88,10 @@ GIVEN = {  # a value to give where the default's type does not say what is allow
     "lr_scheduler": "cosine",
     "train_method": "dspo",
 }
+
+
+def parse_config(flags):
+    return parse_flags(TrainConfig, "", "python train.py", flags)
 
 
 def parse(*flags):

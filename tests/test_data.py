@@ -15,18 +15,10 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
+from sdpo.batch import collate
 from sdpo.config import InputError, Plan, TrainConfig
-from sdpo.data import (
-    PairDataset,
-    Pairs,
-    RankSampler,
-    Transform,
-    collate,
-    load_pairs,
-    prepare_pairs,
-    split_by_prompt,
-    train_loader,
-)
+from sdpo.data import PairDataset, RankSampler, Transform, train_loader
+from sdpo.pairs import Pairs, load_pairs, prepare_pairs, split_by_prompt
 
 LABELS = (1.0, 0.0, 0.5, 0.0, 1.0, 1.0)  # one tie
 DECIDED = (0, 1, 3, 4, 5)

@@ -368,10 +368,10 @@ def test_launchers_say_what_is_missing(tmp_path):
     scripts = ROOT / "scripts" / "eval"
     for name in ("test_sd15.sh", "test_sdxl.sh", "test_tiny.sh"):
         result = subprocess.run(["bash", scripts / name], env=environment, capture_output=True, text=True)
-        assert result.returncode == 1 and "name the UNet first" in result.stderr
+        assert result.returncode == 2 and "name the UNet first" in result.stderr
     command = ["bash", scripts / "test_sdxl.sh", "base", "--groups", "smoke"]
     result = subprocess.run(command, env={**environment, "GPUS": "1"}, capture_output=True, text=True)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert result.stderr.startswith("error: cannot fetch model_index.json of stabilityai/stable-diffusion-xl-base-1.0")
     assert len(result.stderr.splitlines()) == 1
 

@@ -12,7 +12,7 @@ from PIL import Image
 import train
 from sdpo import relabel as module
 from sdpo.config import InputError, TrainConfig
-from sdpo.data import load_pairs
+from sdpo.pairs import load_pairs
 from sdpo.relabel import RelabelConfig, main, make_labels, relabel
 from sdpo.tiny import pictures
 

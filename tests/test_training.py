@@ -204,7 +204,7 @@ def test_bad_input_is_refused_before_training(arguments, tmp_path, flags, messag
 def test_errors_are_one_sentence_on_the_command_line(arguments):
     command = [sys.executable, str(ROOT / "train.py"), *arguments("--winner_preserving_mu=1.5")]
     result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert result.stderr.strip().splitlines()[-1] == "error: --winner_preserving_mu must lie in [0, 1], got 1.5"
     assert "Traceback" not in result.stderr
 

@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from PIL import Image, ImageOps
 
-from sdpo.config import InputError
+from sdpo.config import InputError, run_command
 from sdpo.manifest import read_manifest, require_images
 from sdpo.scorers import SCORERS, load_scorers, locate, score_rows
 from sdpo.scoring import METRICS, split_pairs
@@ -114,7 +114,4 @@ def main(arguments: list[str] | None = None) -> bool:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(0 if main() else 1)
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(0 if run_command(main) else 1)

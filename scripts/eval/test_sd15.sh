@@ -6,7 +6,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/../train/launch.sh"
 generate() { # UNET FLAGS...: eval_generate.py on every GPU of this machine, or on the CPU where there is none
   if [[ -z "${1:-}" || "$1" == -* ]]; then
     echo "error: name the UNet first: $0 PATH/unet.pth [flags]" >&2
-    exit 1
+    exit 2
   fi
   local unet=$1 gpus=${GPUS:-$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')}
   set -- "$ROOT/eval_generate.py" --unet_path "$unet" "${MODEL[@]}" "${@:2}"

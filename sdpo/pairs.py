@@ -1,0 +1,352 @@
+"""Preference pairs: read, checked, selected, set aside."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+from PIL import Image
+
+from sdpo.config import InputError, TrainConfig
+from sdpo.rng import draw
+
+IMAGES = ("jpg_0", "jpg_1")
+
+
+# Reading
+
+
+def read_table(config: TrainConfig, split: str, folder: str | None = None) -> datasets.Dataset:
+    """One split of the configured data, or of another local folder, images undecoded; other splits are not read."""
+    source = folder or config.dataset_name or config.train_data_dir
+    path = Path(source)
+    if not path.exists() and (folder or not config.dataset_name):
+        raise InputError(f"data folder {source} does not exist")
+    if path.suffix == ".parquet" and path.is_file():
+        raise InputError(f"{source} is a file: give the folder that holds it")
+    pair_file = find_pair_file(path)
+    if pair_file:
+        refuse_split(pair_file, split)
+        return read_pair_file(pair_file, config.caption_column)
+    try:
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            return undecoded(read_saved(path, split))
+        return undecoded(read_split(source, None if folder else config.dataset_config_name, split, config.cache_dir))
+    except InputError:
+        raise
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"cannot read pairs from {source!r}: {reason} "
+            "Give a local folder, or a hub data set where the hub can be reached."
+        ) from error
+
+
+def read_split(source: str, name: str | None, split: str, cache_dir: str | None) -> datasets.Dataset:
+    """A split of a hub data set or of a folder of parquet, arrow or similar files; fetches only its own files."""
+    builder = datasets.load_dataset_builder(source, name, cache_dir=cache_dir)
+    files = builder.config.data_files
+    if not files:  # a data set with a loading scheme of its own
+        return datasets.load_dataset(source, name, split=split, cache_dir=cache_dir)
+    if split not in files:
+        raise no_such_split(source, split, files)
+    return datasets.load_dataset(builder.name, data_files={split: list(files[split])}, split=split, cache_dir=cache_dir)
+
+
+def no_such_split(source: str | Path, split: str, splits: Iterable[str]) -> InputError:
+    """The error for a split that a data set does not have."""
+    return InputError(f"{source} has no split {split!r}; it has {', '.join(map(str, splits))}: choose one of them")
+
+
+def refuse_split(source: Path, split: str) -> None:
+    """Raises InputError where a source without splits is asked for another one than the default."""
+    if split != "train":
+        raise InputError(
+            f"{source} has no splits, so split {split!r} cannot be read: "
+            "use --split train, and --validation_data_dir in place of --validation_split"
+        )
+
+
+def find_pair_file(path: Path) -> Path | None:
+    """The JSONL or CSV file of caption, winner, loser that `path` is or holds, if any."""
+    if path.is_file() and path.suffix in (".jsonl", ".csv"):
+        return path
+    found = sorted([*path.glob("*.jsonl"), *path.glob("*.csv")]) if path.is_dir() else []
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise InputError(f"{path} holds several pair files ({names}): name one of them as --train_data_dir")
+    return found[0] if found else None
+
+
+def read_pair_file(file: Path, caption_column: str) -> datasets.Dataset:
+    """Rows of a JSONL or CSV file in Pick-a-Pic columns, image paths relative to it; InputError names a bad row."""
+    columns = (caption_column, "winner", "loser")
+    captions, winners, losers = [], [], []
+    for number, record in read_records(file):
+        missing = [name for name in columns if record.get(name) is None or (record[name] == "" and name != columns[0])]
+        if missing:
+            raise InputError(f"{file} row {number}: {', '.join(missing)} missing; every row needs {', '.join(columns)}")
+        for name, paths in (("winner", winners), ("loser", losers)):
+            paths.append(str(file.parent / str(record[name])))
+            if not Path(paths[-1]).is_file():
+                raise InputError(
+                    f"{file} row {number}: image {paths[-1]} does not exist; paths are relative to {file.name}"
+                )
+        captions.append(record[caption_column])
+    if not captions:
+        raise InputError(f"{file} has no rows")
+    check_captions(captions, caption_column, str(file), first=1)
+    if any(isinstance(caption, list) for caption in captions):
+        captions = [caption if isinstance(caption, list) else [caption] for caption in captions]
+    labels = [1.0] * len(captions)
+    return datasets.Dataset.from_dict({caption_column: captions, "jpg_0": winners, "jpg_1": losers, "label_0": labels})
+
+
+def read_records(file: Path) -> list[tuple[int, dict]]:
+    """(row number, object) of a JSONL file, rows being lines, or of a CSV file; InputError names a row that is none."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
+        if file.suffix == ".csv":
+            return list(enumerate(csv.DictReader(io.StringIO(text, newline="")), 1))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{file} is not valid {file.suffix[1:].upper()} in UTF-8: {error}") from error
+    records = []
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            record = json.loads(line) if line.strip() else None
+        except ValueError as error:
+            raise InputError(f"{file} row {number} is not valid JSONL: {error}") from error
+        if not isinstance(record, dict | None):
+            raise InputError(f"{file} row {number} is not a JSON object")
+        records += [(number, record)] if record is not None else []
+    return records
+
+
+def read_saved(path: Path, split: str) -> datasets.Dataset:
+    """A folder written by save_to_disk; of a DatasetDict only the split's own folder is opened."""
+    if not (path / "dataset_dict.json").is_file():
+        table = datasets.load_from_disk(str(path))
+        if str(table.split) != split:
+            refuse_split(path, split)
+        return table
+    splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
+    if split not in splits:
+        raise no_such_split(path, split, splits)
+    return datasets.load_from_disk(str(path / split))
+
+
+def undecoded(table: datasets.Dataset) -> datasets.Dataset:
+    """Image columns as bytes or paths, so that filters and workers decide what is decoded."""
+    for name, feature in table.features.items():
+        if isinstance(feature, datasets.Image):
+            table = table.cast_column(name, datasets.Image(decode=False))
+    return table
+
+
+# Selecting
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Rows of a table that are used, and which image of each won."""
+
+    table: datasets.Dataset
+    rows: np.ndarray  # (n,) int, row numbers in the table
+    first_won: np.ndarray  # (n,) bool
+    columns: tuple[str, ...]  # image columns: (jpg_0, jpg_1), or one column of single images for sft
+    caption_column: str
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def caption(self, index: int) -> str | list[str]:
+        """Caption, or list of captions, of pair `index`."""
+        return self.table[int(self.rows[index])][self.caption_column]
+
+    def captions(self) -> list[str | list[str]]:
+        """All captions, read column-wise."""
+        return column(self.table, self.caption_column, self.rows)
+
+    def load(self, index: int, members: int) -> tuple[list[Image.Image], str | list[str]]:
+        """The first `members` of (winner, loser) as RGB images, and the caption; raises if an image is broken."""
+        row = self.table[int(self.rows[index])]
+        columns = self.columns if self.first_won[index] else self.columns[::-1]
+        return [decode(row[name]) for name in columns[:members]], row[self.caption_column]
+
+    def select(self, keep: np.ndarray) -> Pairs:
+        """The pairs at these indices or in this mask."""
+        return Pairs(self.table, self.rows[keep], self.first_won[keep], self.columns, self.caption_column, self.source)
+
+
+def column(table: datasets.Dataset, name: str, rows: np.ndarray | None = None) -> list:
+    """Values of one column without touching the others."""
+    table = table.select_columns([name])
+    return (table if rows is None else table.select(rows))[:][name]
+
+
+def decode(value: bytes | str | dict | Image.Image) -> Image.Image:
+    """An RGB image from encoded bytes, a path, a datasets image record or a PIL image."""
+    if isinstance(value, dict):
+        value = value["bytes"] if value.get("bytes") is not None else value["path"]
+    if isinstance(value, Image.Image):
+        return value.convert("RGB")
+    with Image.open(io.BytesIO(value) if isinstance(value, bytes) else value) as image:
+        return image.convert("RGB")
+
+
+def load_pairs(config: TrainConfig, split: str, folder: str | None = None) -> tuple[Pairs, list[str]]:
+    """The usable pairs of a split and what was dropped; raises InputError naming columns or rows that do not fit."""
+    table = read_table(config, split, folder)
+    source = f"{folder or config.dataset_name or config.train_data_dir} ({split})"
+    single = (
+        config.method == "sft" and IMAGES[0] not in table.column_names and config.image_column in table.column_names
+    )
+    if single and config.holds_out:
+        raise InputError(
+            f"{source} has single images; held-out errors need pairs: "
+            "drop --validation_pairs, --validation_split and --validation_data_dir"
+        )
+    labels_path = config.labels_path if split == config.split and not folder else None
+    if single and labels_path:
+        raise InputError(f"{source} has single images, which need no labels: drop --choice_model and --labels_file")
+    columns = (config.image_column,) if single else IMAGES
+    needed = [config.caption_column, *columns]
+    needed += [] if single or labels_path else ["label_0"]
+    needed += ["model_0", "model_1"] if config.dreamlike_pairs_only else []
+    missing = [name for name in needed if name not in table.column_names]
+    if missing:
+        raise InputError(
+            f"{source}: column {', '.join(missing)} missing (it has {', '.join(table.column_names)}); "
+            "rename columns to Pick-a-Pic's caption, jpg_0, jpg_1, label_0, or give --caption_column"
+        )
+    notes = [f"{source}: {len(table):,} rows" + (f", labels of {labels_path}" if labels_path else "")]
+    labels = np.ones(len(table)) if single else find_labels(table, labels_path, source)
+    keep = labels != 0.5
+    if not single:
+        notes.append(f"dropped {len(keep) - keep.sum():,} ties")
+    check_captions(column(table, config.caption_column), config.caption_column, source)
+    if config.dreamlike_pairs_only:
+        dreamlike = np.logical_and(*(name_dreamlike(table, name, source) for name in ("model_0", "model_1")))
+        notes.append(f"dropped {(keep & ~dreamlike).sum():,} pairs that are not dreamlike")
+        keep &= dreamlike
+    if not keep.any():
+        raise InputError(f"{source}: no pair is left after the filters ({'; '.join(notes)})")
+    return Pairs(table, np.flatnonzero(keep), labels[keep] == 1, columns, config.caption_column, source), notes
+
+
+def name_dreamlike(table: datasets.Dataset, name: str, source: str) -> np.ndarray:
+    """Mask of the rows whose column names a dreamlike model; raises InputError naming the first row without a name."""
+    models = column(table, name)
+    for row, model in enumerate(models):
+        if not isinstance(model, str):
+            raise InputError(f"{source} row {row}: {name} is {model!r}; fill it in or drop --dreamlike_pairs_only")
+    return np.array(["dream" in model for model in models], bool)
+
+
+def check_captions(captions: list, name: str, source: str, first: int = 0) -> None:
+    """Raises InputError naming the first row whose caption is neither a text nor a list of texts."""
+    for row, caption in enumerate(captions, first):
+        options = caption if isinstance(caption, list) and caption else [caption]
+        if not all(isinstance(option, str) for option in options):
+            raise InputError(f"{source} row {row}: {name} is {caption!r}, but must be a text or a list of texts")
+
+
+def find_labels(table: datasets.Dataset, path: Path | None, source: str) -> np.ndarray:
+    """Labels (rows,) of the file at `path`, else the table's own."""
+    return read_label_file(path, len(table), source) if path else read_labels(column(table, "label_0"), source)
+
+
+def read_labels(labels: list, source: str) -> np.ndarray:
+    """Labels as (n,) floats; raises InputError naming the first row whose label is not 0, 0.5 or 1."""
+    values = np.array([as_number(label) for label in labels])
+    wrong = np.flatnonzero(~np.isin(values, (0, 0.5, 1)))
+    if len(wrong):
+        raise InputError(
+            f"{source} row {wrong[0]}: label_0 is {labels[wrong[0]]}, but must be 1 (jpg_0 won), 0 (jpg_1 won) "
+            f"or 0.5 (tie); {len(wrong)} such row(s) in all: correct or remove them"
+        )
+    return values
+
+
+def read_label_file(path: Path, rows: int, source: str) -> np.ndarray:
+    """Labels (rows,) that `python -m sdpo.relabel` wrote; raises InputError for a file of other data or none at all."""
+    try:
+        labels = pq.read_table(path, columns=["label_0"])["label_0"].to_pylist()
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"cannot read labels from {path}: {reason}; make it with python -m sdpo.relabel") from error
+    if len(labels) != rows:
+        raise InputError(
+            f"{path} has labels of {len(labels):,} rows, but {source} has {rows:,} rows: "
+            "make it again from this data with python -m sdpo.relabel"
+        )
+    return read_labels(labels, str(path))
+
+
+def as_number(label: object) -> float:
+    """A label as a float, nan if it is none."""
+    try:
+        return float(label)
+    except (TypeError, ValueError):
+        return float("nan")
+
+
+def split_by_prompt(pairs: Pairs, held_out: int, seed: int) -> tuple[Pairs, Pairs]:
+    """(training pairs, `held_out` pairs), no caption on both sides; raises InputError if none are left to train on."""
+    captions = [{c} if isinstance(c, str) else set(c) for c in pairs.captions()]
+    by_caption: dict[str, list[int]] = {}
+    for index, options in enumerate(captions):
+        for caption in options:
+            by_caption.setdefault(caption, []).append(index)
+    taken: set[str] = set()
+    chosen: list[int] = []  # pairs all of whose captions are taken
+    for index in draw(seed, "held-out").permutation(len(pairs)):
+        if len(chosen) >= held_out:
+            break
+        added = captions[index] - taken
+        taken |= added
+        touched = {i for caption in added for i in by_caption[caption]}
+        chosen += sorted(i for i in touched if captions[i] <= taken)
+    rest = np.array([i for i, options in enumerate(captions) if not options & taken], int)
+    if len(chosen) < held_out or not len(rest):
+        raise InputError(
+            f"--validation_pairs {held_out} leaves nothing to train on: {pairs.source} has {len(pairs)} pairs "
+            f"over {len(by_caption)} captions, and a caption is never on both sides; use fewer or --validation_data_dir"
+        )
+    return pairs.select(rest), pairs.select(np.array(sorted(chosen[:held_out])))
+
+
+def prepare_pairs(config: TrainConfig, seed: int) -> tuple[Pairs, Pairs | None, list[str]]:
+    """(training pairs, held-out pairs or None, sentences for the console) as the config asks."""
+    pairs, notes = load_pairs(config, config.split)
+    held_out = None
+    if config.validation_split or config.validation_data_dir:
+        split = config.validation_split or ("train" if config.validation_data_dir else config.split)
+        held_out, more = load_pairs(config, split, config.validation_data_dir)
+        notes += more
+        if config.validation_pairs and config.validation_pairs < len(held_out):
+            held_out = held_out.select(
+                np.sort(draw(seed, "held-out").permutation(len(held_out))[: config.validation_pairs])
+            )
+        notes.append(f"held out {len(held_out):,} pairs")
+    elif config.validation_pairs:
+        everything = len(pairs)
+        pairs, held_out = split_by_prompt(pairs, config.validation_pairs, seed)
+        unused = everything - len(pairs) - len(held_out)
+        notes.append(
+            f"held out {len(held_out):,} pairs by prompt"
+            + (f" ({unused:,} more share their captions and are left out)" if unused else "")
+        )
+    if config.max_train_samples is not None and config.max_train_samples < len(pairs):
+        pairs = pairs.select(
+            np.sort(draw(seed, "max-train-samples").permutation(len(pairs))[: config.max_train_samples])
+        )
+    return pairs, held_out, notes
