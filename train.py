@@ -6,7 +6,6 @@ The path of one batch: docs/design.md.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import logging
@@ -23,21 +22,19 @@ from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from diffusers.optimization import get_scheduler
 from PIL import Image
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from sdpo import checkpoint as checkpoints
 from sdpo.config import InputError, Plan, TrainConfig, parse_flags, run_command
 from sdpo.data import PairDataset, Transform, train_loader
-from sdpo.families import StableDiffusion, hold_matmul_weights, load_family
+from sdpo.families import load_family
 from sdpo.heldout import HeldOutPairs
 from sdpo.metrics import Meter, MetricsLog
 from sdpo.pairs import Pairs, prepare_pairs
 from sdpo.rng import normal
 from sdpo.sampling import sample
-from sdpo.step import Run, update
+from sdpo.step import DTYPES, Run, build_models, build_optimizer, update
 
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 log = logging.getLogger("train")
 
 
@@ -73,34 +70,6 @@ def choose_seed(config: TrainConfig, resume: Path | None) -> int:
     if seed is None:
         seed = checkpoints.read_state(resume)["seed"] if resume else secrets.randbits(32)
     return broadcast_object_list([seed])[0]
-
-
-def build_models(
-    config: TrainConfig, family: StableDiffusion, accelerator: Accelerator
-) -> tuple[nn.Module, nn.Module | None, AveragedModel | None]:
-    """(policy in fp32, frozen reference or None, averaged policy or None), on the device."""
-    dtype = DTYPES[accelerator.mixed_precision]
-    family.to(accelerator.device, dtype)
-    unet = family.load_unet(config.unet_init).to(accelerator.device).train()
-    reference = ema = None
-    if config.method != "sft" or config.holds_out:
-        reference = hold_matmul_weights(copy.deepcopy(unet).requires_grad_(False), dtype)
-    if config.use_ema:
-        ema = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)).requires_grad_(False)
-        ema.update_parameters(unet)  # the first call copies: the average starts at the base model
-    if config.gradient_checkpointing or family.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    return unet, reference, ema
-
-
-def build_optimizer(config: TrainConfig, family: StableDiffusion, unet: nn.Module, learning_rate: float):
-    """AdamW, or Adafactor where it is asked for or official for the family."""
-    settings = {"lr": learning_rate, "weight_decay": config.adam_weight_decay}
-    if config.use_adafactor or family.adafactor:
-        settings |= {"clip_threshold": 1.0, "scale_parameter": False, "relative_step": False}
-        return transformers.Adafactor(unet.parameters(), **settings)
-    betas = (config.adam_beta1, config.adam_beta2)
-    return torch.optim.AdamW(unet.parameters(), betas=betas, eps=config.adam_epsilon, **settings)
 
 
 def build_dataset(run: Run, pairs: Pairs, stream: str) -> PairDataset:

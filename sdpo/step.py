@@ -1,21 +1,25 @@
-"""One update: micro-batches to losses to gradients to weights."""
+"""What a run is made of, and one update of it: micro-batches to losses to gradients to weights."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import transformers
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sdpo.batch import Batch
 from sdpo.config import Plan, TrainConfig
-from sdpo.families import StableDiffusion
+from sdpo.families import StableDiffusion, hold_matmul_weights
 from sdpo.inputs import make_inputs
 from sdpo.losses import PAIR_LOSSES, pair_terms, sft
 from sdpo.metrics import Meter, pair_metrics
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -33,6 +37,34 @@ class Run:
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     step: int = 0  # updates made
+
+
+def build_models(
+    config: TrainConfig, family: StableDiffusion, accelerator: Accelerator
+) -> tuple[nn.Module, nn.Module | None, AveragedModel | None]:
+    """(policy in fp32, frozen reference or None, averaged policy or None), on the device."""
+    dtype = DTYPES[accelerator.mixed_precision]
+    family.to(accelerator.device, dtype)
+    unet = family.load_unet(config.unet_init).to(accelerator.device).train()
+    reference = ema = None
+    if config.method != "sft" or config.holds_out:
+        reference = hold_matmul_weights(copy.deepcopy(unet).requires_grad_(False), dtype)
+    if config.use_ema:
+        ema = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)).requires_grad_(False)
+        ema.update_parameters(unet)  # the first call copies: the average starts at the base model
+    if config.gradient_checkpointing or family.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    return unet, reference, ema
+
+
+def build_optimizer(config: TrainConfig, family: StableDiffusion, unet: nn.Module, learning_rate: float):
+    """AdamW, or Adafactor where it is asked for or official for the family."""
+    settings = {"lr": learning_rate, "weight_decay": config.adam_weight_decay}
+    if config.use_adafactor or family.adafactor:
+        settings |= {"clip_threshold": 1.0, "scale_parameter": False, "relative_step": False}
+        return transformers.Adafactor(unet.parameters(), **settings)
+    betas = (config.adam_beta1, config.adam_beta2)
+    return torch.optim.AdamW(unet.parameters(), betas=betas, eps=config.adam_epsilon, **settings)
 
 
 def compute_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
