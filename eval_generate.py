@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from sdpo.config import parse_flags, run_command
 from sdpo.generation import EvalConfig, generate
 from sdpo.report import write_report
-from sdpo.scoring import ScoringOptions, score_manifest, split_pairs
+from sdpo.scoring import Scored, ScoringOptions, score_manifest, score_share, split_pairs, take_in_shares
 from sdpo.summary import summarise, write_summary
 from sdpo.winrates import collect_run
 
@@ -34,18 +34,21 @@ def start_accelerator() -> Accelerator:
     return accelerator
 
 
-def score(config: EvalConfig, manifests: dict[str, Path], side: int, device: str) -> None:
-    """Score every group's images of `side` pixels in the chosen metrics; summary and report go beside the manifests."""
-    metrics = [metric for metric in config.metrics if metric != "none"]
+def score(config: EvalConfig, manifests: dict[str, Path], accelerator: Accelerator) -> dict[str, Scored]:
+    """Entries and scores by group in the chosen metrics, on the main process; every rank computes a share of them."""
+    metrics = config.score_metrics
     sources = dict(split_pairs(config.weights, "--weights"))
-    options = ScoringOptions(sources, config.score_dtype, device, config.score_batch_size)
-    groups = {group: score_manifest(path, metrics, options) for group, path in manifests.items()}
-    folder = next(iter(manifests.values())).parent
-    if metrics:
-        logging.info(write_summary(summarise(groups, metrics), folder, side))
-    runs = [collect_run(group, entries, scores, metrics) for group, (entries, scores) in groups.items()]
-    report = write_report(folder / "report.html", runs, title=config.unet_path)
-    logging.info(f"report         {report}")
+    options = ScoringOptions(sources, config.score_dtype, str(accelerator.device), config.score_batch_size)
+    if accelerator.num_processes > 1:
+        for path in manifests.values():
+            if accelerator.is_main_process:
+                take_in_shares(path.parent / "scores.jsonl")
+            accelerator.wait_for_everyone()
+            score_share(path, metrics, options, accelerator.process_index, accelerator.num_processes)
+            accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        return {}
+    return {group: score_manifest(path, metrics, options) for group, path in manifests.items()}
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Path]:
@@ -53,12 +56,17 @@ def main(arguments: list[str] | None = None) -> dict[str, Path]:
     config = parse_flags(EvalConfig, __doc__.splitlines()[0], "python eval_generate.py", arguments)
     accelerator = start_accelerator()
     manifests, side = generate(config, accelerator)
-    main_process, device = accelerator.is_main_process, str(accelerator.device)
-    accelerator.end_training()  # one process scores, the others need not wait for it
-    if main_process:
-        for path in manifests.values():
-            logging.info(f"manifest       {path}")
-        score(config, manifests, side, device)
+    for path in manifests.values():
+        logging.info(f"manifest       {path}")
+    groups = score(config, manifests, accelerator)
+    if accelerator.is_main_process:
+        folder = next(iter(manifests.values())).parent
+        if config.score_metrics:
+            logging.info(write_summary(summarise(groups, config.score_metrics), folder, side))
+        runs = [collect_run(group, *scored, config.score_metrics) for group, scored in groups.items()]
+        report = write_report(folder / "report.html", runs, title=config.unet_path)
+        logging.info(f"report         {report}")
+    accelerator.end_training()
     return manifests
 
 

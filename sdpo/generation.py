@@ -136,6 +136,11 @@ class EvalConfig:
         yield not 0 <= self.seed < 2**63, f"--seed must lie in [0, 2^63), got {self.seed}"
         yield not math.isfinite(self.cfg), f"--cfg must be a number, got {self.cfg}"
 
+    @property
+    def score_metrics(self) -> list[str]:
+        """The metrics to score by; empty where only images are wanted."""
+        return [metric for metric in self.metrics if metric != "none"]
+
     def load_groups(self) -> dict[str, list[Prompt]]:
         """Prompts by group name, official groups fetched if need be; raises InputError."""
         groups = self.groups or ([] if self.test_json else list(OFFICIAL))

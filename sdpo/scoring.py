@@ -20,6 +20,7 @@ from sdpo.manifest import (
     require_images,
 )
 
+Scored = tuple[list[Entry], Scores]  # a manifest and its scores
 OFFICIAL_MODEL = "official"  # a metric's own weights in fp32, in rows of scores
 
 # Name of a metric in files -> row of sdpo.scorers.SCORERS
@@ -67,9 +68,7 @@ class ScoringOptions:
         return None if model == OFFICIAL_MODEL else model
 
 
-def score_manifest(
-    manifest: str | Path, metrics: Sequence[str], options: ScoringOptions | None = None
-) -> tuple[list[Entry], Scores]:
+def score_manifest(manifest: str | Path, metrics: Sequence[str], options: ScoringOptions | None = None) -> Scored:
     """Entries of a manifest and their scores in `metrics` (names of METRICS), the missing ones computed and kept.
 
     Images are needed, and torch is imported, only if a score is missing. Rows are appended as they come, so a run that
@@ -77,19 +76,41 @@ def score_manifest(
     """
     options = options or ScoringOptions()
     entries, path = read_manifest(manifest), Path(manifest).parent / "scores.jsonl"
-    scores = drop_stale(entries, read_scores(path))
-    todo: dict[tuple[str, ...], list[Entry]] = {}
-    for entry in entries:
-        lacking = tuple(m for m in metrics if find_score(entry, scores, m, options.accepts(m)) is None)
-        if lacking:
-            todo.setdefault(lacking, []).append(entry)
-    for lacking, missing in todo.items():
+    take_in_shares(path)
+    for lacking, missing in _missing(entries, path, metrics, options).items():
         require_images(missing)
         _compute(missing, lacking, path, options)
     scores = read_scores(path)
     for metric in metrics:
         find_model(entries, scores, metric, str(path))
     return entries, scores
+
+
+def score_share(manifest: str | Path, metrics: Sequence[str], options: ScoringOptions, rank: int, ranks: int) -> None:
+    """Compute one rank's share of the missing scores into scores.rank{N}.jsonl, which score_manifest takes in."""
+    entries, path = read_manifest(manifest), Path(manifest).parent / "scores.jsonl"
+    for lacking, missing in _missing(entries, path, metrics, options).items():
+        require_images(missing)
+        _compute(missing[rank::ranks], lacking, path.with_name(f"scores.rank{rank}.jsonl"), options, quiet=rank > 0)
+
+
+def take_in_shares(path: Path) -> None:
+    """Append what ranks left beside a score file to it, and remove their files; also after a run that was cut off."""
+    for share in sorted(path.parent.glob("scores.rank*.jsonl")):
+        append_scores(path, read_scores(share).values())
+        share.unlink()
+
+
+def _missing(
+    entries: Sequence[Entry], path: Path, metrics: Sequence[str], options: ScoringOptions
+) -> dict[tuple[str, ...], list[Entry]]:
+    """Entries by the metrics that they lack."""
+    scores, todo = drop_stale(entries, read_scores(path)), {}
+    for entry in entries:
+        lacking = tuple(m for m in metrics if find_score(entry, scores, m, options.accepts(m)) is None)
+        if lacking:
+            todo.setdefault(lacking, []).append(entry)
+    return todo
 
 
 def find_model(entries: Sequence[Entry], scores: Scores, metric: str, where: str) -> str | None:
@@ -103,7 +124,9 @@ def find_model(entries: Sequence[Entry], scores: Scores, metric: str, where: str
     return next(iter(models), None)
 
 
-def _compute(entries: Sequence[Entry], metrics: Sequence[str], path: Path, options: ScoringOptions) -> None:
+def _compute(
+    entries: Sequence[Entry], metrics: Sequence[str], path: Path, options: ScoringOptions, quiet: bool = False
+) -> None:
     import torch  # existing scores need none of these
     from tqdm.auto import tqdm
 
@@ -114,13 +137,13 @@ def _compute(entries: Sequence[Entry], metrics: Sequence[str], path: Path, optio
     images = ((entry.path, entry.prompt) for entry in entries)
     rows = score_rows(images, scorers, device=options.device, batch_size=options.batch_size)
     models = {metric: options.model(metric) for metric in metrics}
-    for entry, row in zip(tqdm(entries, desc="scoring", unit="image"), rows, strict=True):
+    for entry, row in zip(tqdm(entries, desc="scoring", unit="image", disable=quiet), rows, strict=True):
         values = {metric: row[METRICS[metric]] for metric in metrics}
         about = {"image": entry.image, "prompt": entry.prompt, "sha256": image_digest(entry.path)}
         append_scores(path, [{**about, **values, "models": models}])
 
 
-def check_models(scored: Mapping[str, tuple[Sequence[Entry], Scores]], metrics: Sequence[str]) -> None:
+def check_models(scored: Mapping[str, Scored], metrics: Sequence[str]) -> None:
     """Raises InputError if rows say that a metric's scores of two runs, by label, come from different models."""
     for metric in metrics:
         models = {label: find_model(*run, metric, f"scores of {label}") for label, run in scored.items()}

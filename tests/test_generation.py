@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -184,14 +185,19 @@ def test_files_are_the_official_ones(arguments, tmp_path, family):
         assert archive.namelist() == names and archive.testzip() is None
 
 
-def test_images_do_not_depend_on_batch_order_or_ranks(arguments, tmp_path):
+def run_on_two_ranks(flags):
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "eval_generate.py")]
-    flags = ["--noise=per-prompt", "--seed=3"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     result = subprocess.run(
-        [sys.executable, *command, *arguments("--batch_size=2", *flags, out="two")],
-        capture_output=True, text=True, env={**os.environ, "ACCELERATE_USE_CPU": "true"}, timeout=300,
-    )  # fmt: skip
+        [sys.executable, *command, *flags], capture_output=True, text=True, env=environment, timeout=300
+    )
     assert result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
+def test_images_do_not_depend_on_batch_order_or_ranks(arguments, tmp_path):
+    flags = ["--noise=per-prompt", "--seed=3"]
+    result = run_on_two_ranks(arguments("--batch_size=2", *flags, out="two"))
     assert "5 prompts, 0 images there, 5 to make (processes: 2, batch size: 2)" in result.stderr
     name = NAME.replace("seed0", "seed3")
     two = pixels(tmp_path / "two" / name)
@@ -394,3 +400,11 @@ def test_generated_images_are_scored_and_summed_up(tmp_path):
     before = (tmp_path / "scores.jsonl").stat().st_mtime_ns
     eval_generate.main(flags)
     assert (tmp_path / "scores.jsonl").stat().st_mtime_ns == before
+
+    rows = (tmp_path / "scores.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "scores.jsonl").write_text("".join(rows[:10]))
+    (tmp_path / "scores.rank1.jsonl").write_text("".join(rows[10:15]) + rows[15][:9])  # left by a run that was cut off
+    result = run_on_two_ranks(flags)
+    assert "scoring: 100%" in result.stderr and f"/{math.ceil((len(rows) - 15) / 2)} " in result.stderr
+    assert sorted((tmp_path / "scores.jsonl").read_text().splitlines(keepends=True)) == sorted(rows)
+    assert not list(tmp_path.glob("scores.rank*"))
