@@ -18,7 +18,7 @@ import diffusers
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, broadcast_object_list
 from diffusers.optimization import get_scheduler
 from PIL import Image
 from torch import nn
@@ -29,11 +29,12 @@ from sdpo.config import InputError, Plan, TrainConfig, parse_flags, run_command
 from sdpo.data import PairDataset, Transform, train_loader
 from sdpo.families import load_family
 from sdpo.heldout import HeldOutPairs
+from sdpo.memory import choose_checkpointing, planned_memory
 from sdpo.metrics import Meter, MetricsLog
 from sdpo.pairs import Pairs, prepare_pairs
 from sdpo.rng import normal
 from sdpo.sampling import sample
-from sdpo.step import DTYPES, Run, build_models, build_optimizer, update
+from sdpo.step import Run, build_models, build_optimizer, update
 
 log = logging.getLogger("train")
 
@@ -50,6 +51,7 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
         mixed_precision=config.mixed_precision,
         log_with=None if config.report_to == "none" else config.report_to,
         project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=logs),
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # no second copy of gradients
         step_scheduler_with_optimizer=False,  # the schedule advances once per update, on any number of ranks
     )
     level = logging.INFO if accelerator.is_main_process else logging.ERROR
@@ -91,22 +93,16 @@ def build_dataset(run: Run, pairs: Pairs, stream: str) -> PairDataset:
 
 def announce(run: Run, notes: list[str]) -> None:
     """Say what is about to happen, what it needs, and what is known to be unwise about it."""
-    config, family = run.config, run.family
-    parameters = sum(p.numel() for p in run.unet.parameters())
-    adafactor = config.use_adafactor or family.adafactor
-    sizes = {"policy": 4, "gradients": 4, "optimizer": 0 if adafactor else 8, "average": 4 if run.ema else 0}  # bytes
-    sizes["reference"] = 0 if run.reference is None else DTYPES[config.mixed_precision].itemsize
-    memory = {name: parameters * size / 2**30 for name, size in sizes.items() if size}
-    encoders = (family.vae, *family.text_encoders)
-    memory["encoders"] = sum(p.numel() * p.element_size() for model in encoders for p in model.parameters()) / 2**30
+    config = run.config
+    parameters, memory = sum(p.numel() for p in run.unet.parameters()), planned_memory(run)
     for line in (*notes, *run.plan.lines(config)):
         log.info(line)
     log.info(
         f"method         {config.method}, beta {config.beta_dpo:g}, {config.mixed_precision} precision, seed {run.seed}"
     )
     log.info(f"parameters     {parameters:,}")
-    parts = ", ".join(f"{name} {size:.3g}" for name, size in memory.items())
-    log.info(f"memory         {sum(memory.values()):.3g} GiB per device before activations: {parts}")
+    parts = ", ".join(f"{name} {size / 2**30:.3g}" for name, size in memory.items())
+    log.info(f"memory         {sum(memory.values()) / 2**30:.3g} GiB per device before activations: {parts}")
     for caution in (*config.obsolete(), *config.cautions()):
         log.warning(f"CAUTION: {caution}")
 
@@ -144,6 +140,8 @@ def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
             log.warning(f"CAUTION: resuming with another setting: {change}")
         run.step = checkpoints.load_checkpoint(accelerator, ema, resume)
         log.info(f"resumed        {resume}, after {run.step} updates")
+    if config.gradient_checkpointing == "auto":
+        log.info(choose_checkpointing(run, dataset[run.step, 0]))
     return run, dataset, hold_out(run, held_out_pairs)
 
 
@@ -223,6 +221,7 @@ def show_progress(progress: tqdm, figures: dict[str, float]) -> None:
     progress.set_postfix(shown, refresh=False)
 
 
+@torch.compiler.set_stance("force_eager")  # ranks and batches of other shapes would each be compiled
 def validate(run: Run, held_out: HeldOutPairs | None) -> dict[str, float]:
     """Held-out errors of the raw and of the averaged weights; sampled images if there are validation prompts."""
     figures: dict[str, float] = {}

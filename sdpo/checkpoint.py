@@ -31,7 +31,7 @@ def write_file(path: Path, write) -> None:
 
 def save_state_dict(state: dict[str, Tensor], path: Path) -> None:
     """Write parameters as a plain fp32 state dict on the CPU."""
-    state = {name: value.detach().float().cpu() for name, value in state.items()}
+    state = {name: value.detach().float().cpu().contiguous() for name, value in state.items()}
     write_file(path, lambda partial: torch.save(state, partial))
 
 

@@ -49,7 +49,7 @@ LIMITS = {  # flags -> what their value must satisfy, and how that is said
         lambda value: 0 <= value < math.inf,
         "must not be negative",
     ),
-    "beta_dpo adam_epsilon": (lambda value: 0 < value < math.inf, "must be positive"),
+    "beta_dpo adam_epsilon activation_memory": (lambda value: 0 < value < math.inf, "must be positive"),
     "winner_preserving_mu constant_loser_scale proportion_empty_prompts dmpo_alpha": (
         lambda value: 0 <= value <= 1,
         "must lie in [0, 1]",
@@ -139,7 +139,10 @@ class TrainConfig:
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
     ] = flag("constant_with_warmup", "learning rate schedule")
     lr_warmup_steps: int = flag(500, "warm-up updates")
-    use_adafactor: bool = flag(False, "Adafactor instead of AdamW")
+    use_adafactor: bool = flag(False, "same as --optimizer adafactor")
+    optimizer: Literal["auto", "adamw", "adamw8bit", "adafactor"] = flag(
+        "auto", "auto is the official one for the base model; adamw8bit needs `pip install bitsandbytes`"
+    )
     adam_beta1: float = flag(0.9, "beta1 of AdamW")
     adam_beta2: float = flag(0.999, "beta2 of AdamW")
     adam_weight_decay: float = flag(1e-2, "weight decay of either optimizer")
@@ -147,7 +150,20 @@ class TrainConfig:
     max_grad_norm: float = flag(1.0, "clip the gradient's norm at this value; 0 turns clipping off")
     mixed_precision: Literal["no", "fp16", "bf16"] = flag("fp16", "autocast precision; weights of the policy stay fp32")
     allow_tf32: bool = flag(False, "allow TF32 in fp32 matrix products on GPUs that have it")
-    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
+    gradient_checkpointing: Literal["none", "full", "auto"] | None = field(
+        default=None,
+        metadata={
+            "help": "compute activations again in the backward pass to save memory: all, none, or as few as fit into "
+            "--activation_memory; the base model's own by default, full if no value is given",
+            "nargs": "?",
+            "const": "full",
+        },
+    )
+    activation_memory: float | None = flag(
+        None, "GiB per device that --gradient_checkpointing auto may keep; what is free by default"
+    )
+    compile: bool = flag(False, "compile the UNet's repeated blocks; the first update takes minutes longer")
+    channels_last: bool = flag(False, "keep the UNets in channels-last memory format")
     use_ema: bool = flag(False, "keep an exponential moving average of the weights, saved as unet_ema.pth")
     ema_decay: float = flag(0.995, "decay of the average; it remembers about 1 / (1 - decay) updates")
 
@@ -218,6 +234,14 @@ class TrainConfig:
         yield (
             self.validation_prompts is not None and not Path(self.validation_prompts).is_file(),
             f"--validation_prompts {self.validation_prompts} is not a file; give one prompt per line",
+        )
+        yield (
+            self.use_adafactor and self.optimizer in ("adamw", "adamw8bit"),
+            f"--use_adafactor and --optimizer {self.optimizer} exclude each other; drop one",
+        )
+        yield (
+            self.activation_memory is not None and self.gradient_checkpointing != "auto",
+            "--activation_memory goes with --gradient_checkpointing auto; drop it or add that",
         )
         yield (
             self.method == "sft" and (self.use_winner_preserving or self.constant_loser_scale != 1),

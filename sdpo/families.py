@@ -91,8 +91,8 @@ class StableDiffusion:
     pipeline_class: type[DiffusionPipeline] = StableDiffusionPipeline
     resolution = 512  # pixels
     dspo_form = "score"
-    adafactor = False
-    gradient_checkpointing = False
+    optimizer = "adamw"
+    gradient_checkpointing = "none"
     text_parts: ClassVar[dict[str, type]] = {"tokenizer": CLIPTokenizer, "text_encoder": CLIPTextModel}
 
     def __init__(
@@ -218,8 +218,8 @@ class StableDiffusionXL(StableDiffusion):
     pipeline_class = StableDiffusionXLPipeline
     resolution = 1024
     dspo_form = "switched"
-    adafactor = True
-    gradient_checkpointing = True
+    optimizer = "adafactor"
+    gradient_checkpointing = "full"
     text_parts: ClassVar[dict[str, type]] = {
         "tokenizer": CLIPTokenizer,
         "text_encoder": CLIPTextModel,

@@ -36,6 +36,7 @@ class HeldOutPairs:
             self.shares.append((places, inputs.to("cpu"), self._errors(reference, inputs)))
 
     @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")  # for a last batch of another shape, and alike for averaged weights
     def _errors(self, unet: nn.Module, inputs: Inputs) -> Tensor:
         with self.accelerator.autocast():
             prediction = self.family.predict(unet, inputs.noisy, inputs.timesteps, inputs.conditioning)

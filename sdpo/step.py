@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sdpo.batch import Batch
-from sdpo.config import Plan, TrainConfig
+from sdpo.compiling import compile_blocks
+from sdpo.config import InputError, Plan, TrainConfig
 from sdpo.families import StableDiffusion, hold_matmul_weights
 from sdpo.inputs import make_inputs
 from sdpo.losses import PAIR_LOSSES, pair_terms, sft
 from sdpo.metrics import Meter, pair_metrics
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 0}  # of state per parameter, to the next whole number
 
 
 @dataclass
@@ -46,38 +48,61 @@ def build_models(
     dtype = DTYPES[accelerator.mixed_precision]
     family.to(accelerator.device, dtype)
     unet = family.load_unet(config.unet_init).to(accelerator.device).train()
+    if config.channels_last:
+        unet.to(memory_format=torch.channels_last)
     reference = ema = None
     if config.method != "sft" or config.holds_out:
         reference = hold_matmul_weights(copy.deepcopy(unet).requires_grad_(False), dtype)
     if config.use_ema:
         ema = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)).requires_grad_(False)
         ema.update_parameters(unet)  # the first call copies: the average starts at the base model
-    if config.gradient_checkpointing or family.gradient_checkpointing:
+    if (config.gradient_checkpointing or family.gradient_checkpointing) == "full":
         unet.enable_gradient_checkpointing()
+    if config.compile:
+        for model in (unet, reference):
+            if model is not None:
+                compile_blocks(model)
     return unet, reference, ema
 
 
-def build_optimizer(config: TrainConfig, family: StableDiffusion, unet: nn.Module, learning_rate: float):
-    """AdamW, or Adafactor where it is asked for or official for the family."""
+def optimizer_name(config: TrainConfig, family: StableDiffusion) -> str:
+    """Row of OPTIMIZER_BYTES that the config asks for."""
+    if config.use_adafactor:
+        return "adafactor"
+    return family.optimizer if config.optimizer == "auto" else config.optimizer
+
+
+def build_optimizer(
+    config: TrainConfig, family: StableDiffusion, unet: nn.Module, learning_rate: float
+) -> torch.optim.Optimizer:
+    """AdamW, AdamW with 8-bit state, or Adafactor; raises InputError if its package is missing."""
     settings = {"lr": learning_rate, "weight_decay": config.adam_weight_decay}
-    if config.use_adafactor or family.adafactor:
+    name = optimizer_name(config, family)
+    if name == "adafactor":
         settings |= {"clip_threshold": 1.0, "scale_parameter": False, "relative_step": False}
         return transformers.Adafactor(unet.parameters(), **settings)
-    betas = (config.adam_beta1, config.adam_beta2)
-    return torch.optim.AdamW(unet.parameters(), betas=betas, eps=config.adam_epsilon, **settings)
+    settings |= {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
+    if name == "adamw":
+        return torch.optim.AdamW(unet.parameters(), fused=True, **settings)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise InputError("--optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes") from error
+    return AdamW8bit(unet.parameters(), **settings)
 
 
 def compute_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """(mean loss of a micro-batch, its metrics): policy and reference see the same inputs under the same autocast."""
     config, family = run.config, run.family
     inputs = make_inputs(family, batch)
+    if config.method != "sft":  # before the policy, while no activations are kept
+        with run.accelerator.autocast(), torch.no_grad():
+            reference = family.predict(run.reference, inputs.noisy, inputs.timesteps, inputs.conditioning)
     with run.accelerator.autocast():
         prediction = family.predict(run.unet, inputs.noisy, inputs.timesteps, inputs.conditioning)
     if config.method == "sft":
         loss = sft(prediction, inputs.target).mean()
         return loss, {"train_loss": loss}
-    with run.accelerator.autocast(), torch.no_grad():
-        reference = family.predict(run.reference, inputs.noisy, inputs.timesteps, inputs.conditioning)
     mu = config.winner_preserving_mu if config.use_winner_preserving else None
     scaling = {"mu": mu, "per_pair": config.winner_preserving_per == "pair", "constant": config.constant_loser_scale}
     terms = pair_terms(prediction, reference, inputs.target, config.beta_dpo, **scaling)

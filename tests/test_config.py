@@ -44,7 +44,7 @@ OFFICIAL = {  # flags of the official train.py with their defaults
     "num_train_epochs": 100,
     "max_train_steps": 2000,
     "gradient_accumulation_steps": 1,
-    "gradient_checkpointing": False,
+    "gradient_checkpointing": None,
     "learning_rate": 1e-8,
     "scale_lr": False,
     "lr_scheduler": "constant_with_warmup",
@@ -84,6 +84,7 @@ GIVEN = {  # a value to give where the default's type does not say what is allow
     "max_train_samples": 16,
     "seed": 16,
     "resolution": 16,
+    "gradient_checkpointing": "auto",
     "mixed_precision": "bf16",
     "lr_scheduler": "cosine",
     "train_method": "dspo",
@@ -172,6 +173,16 @@ def test_official_flags_are_taken(name):
     given = GIVEN.get(name, {float: 0.25, int: 16}.get(type(default), "given"))
     for flags in ((f"--{name}={given}",), (f"--{name}", str(given))):
         assert getattr(parse(*flags), name) == given
+
+
+def test_gradient_checkpointing_without_a_value_is_the_official_flag():
+    assert parse("--gradient_checkpointing", "--use_ema").gradient_checkpointing == "full"
+    for flags, words in {
+        "--activation_memory=4": "--gradient_checkpointing auto",
+        "--use_adafactor --optimizer=adamw": "drop one",
+    }.items():
+        with pytest.raises(InputError, match=words):
+            parse(*flags.split())
 
 
 def test_choice_model_answers():

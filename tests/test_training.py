@@ -19,22 +19,6 @@ from sdpo.metrics import read_metrics
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture
-def arguments(bases, pairs_folder, tmp_path):
-    """Flags of a short run: 3 updates of 4 pairs."""
-
-    def build(*flags, family="sd15", prediction="epsilon", out="run"):
-        common = {
-            "pretrained_model_name_or_path": bases[family, prediction], "train_data_dir": pairs_folder, "resolution": 32,
-            "train_batch_size": 2, "global_batch_size": 4, "max_train_steps": 3, "lr_warmup_steps": 1, "learning_rate": 1e-3,
-            "beta_dpo": 100, "mixed_precision": "no", "seed": 7, "report_to": "none", "output_dir": tmp_path / out,
-        }  # fmt: skip
-        given = [f"--{name}={value}" for name, value in common.items()] + ["--sdxl"] * (family == "sdxl")
-        return [*given, *map(str, flags)]
-
-    return build
-
-
 def weights(folder, file="unet.pth"):
     return torch.load(folder / file, weights_only=True)
 

@@ -1,0 +1,134 @@
+"""What training keeps in memory, and which activations are computed again to keep it within a budget.
+
+Diffusers models checkpoint activations in units: modules with a `gradient_checkpointing` switch. What they keep is
+counted on tensors without data, so the choice takes seconds and no memory.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from diffusers import ModelMixin
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+from sdpo.batch import collate
+from sdpo.config import InputError
+from sdpo.families import StableDiffusion
+from sdpo.inputs import Inputs, make_inputs
+from sdpo.step import DTYPES, OPTIMIZER_BYTES, Run, optimizer_name
+
+FREE_SHARE = 0.85  # of the free memory that activations may take; the rest is for what comes and goes
+
+
+def planned_memory(run: Run) -> dict[str, int]:
+    """Bytes per device of everything but activations, by what they hold."""
+    parameters = sum(p.numel() for p in run.unet.parameters())
+    state = OPTIMIZER_BYTES[optimizer_name(run.config, run.family)]
+    sizes = {"policy": 4, "gradients": 4, "optimizer": state, "average": 4 if run.ema else 0}  # bytes per parameter
+    sizes["reference"] = 0 if run.reference is None else DTYPES[run.config.mixed_precision].itemsize
+    encoders = (run.family.vae, *run.family.text_encoders)
+    frozen = sum(p.numel() * p.element_size() for model in encoders for p in model.parameters())
+    return {name: parameters * size for name, size in sizes.items() if size} | {"encoders": frozen}
+
+
+def choose_checkpointing(run: Run, sample: dict) -> str:
+    """Checkpoint as few of the policy's units as keep the activations of a micro-batch of such samples within budget.
+
+    Returns a sentence for the console. The budget is --activation_memory, or what is free on the fullest GPU.
+    """
+    config, device, budget = run.config, run.accelerator.device, run.config.activation_memory
+    if budget is None:
+        if device.type != "cuda":
+            raise InputError("--gradient_checkpointing auto: say how many GiB may be kept with --activation_memory")
+        memory = planned_memory(run)
+        free = torch.cuda.mem_get_info(device)[0] - memory["gradients"] - memory.get("optimizer", 0)
+        shares = run.accelerator.gather(torch.tensor([free * FREE_SHARE / 2**30], device=device))
+        budget = shares.min().item()  # ranks that compute other units again would wait for each other
+    inputs = make_inputs(run.family, collate([sample] * config.train_batch_size).to(device))
+    unet, dtype = run.accelerator.unwrap_model(run.unet), DTYPES[config.mixed_precision]
+    units, kept = choose_units(run.family, unet, inputs, dtype, budget * 2**30)
+    unet.enable_gradient_checkpointing()
+    for name, unit in checkpoint_units(unet).items():
+        unit.gradient_checkpointing = name in units
+    return f"activations    {kept / 2**30:.3g} GiB of {budget:.3g} GiB, {len(units)} units are computed again"
+
+
+def checkpoint_units(unet: nn.Module) -> dict[str, nn.Module]:
+    """Modules whose activations can be computed again, by name."""
+    return {name: module for name, module in unet.named_modules() if hasattr(module, "gradient_checkpointing")}
+
+
+def choose_units(
+    family: StableDiffusion, unet: ModelMixin, inputs: Inputs, dtype: torch.dtype, budget: float
+) -> tuple[set[str], int]:
+    """(units to checkpoint, bytes of activations then kept) for micro-batches of the shapes of `inputs`.
+
+    Those that keep most come first, and no more than keep the sum within `budget` bytes; all, if that is not enough.
+    """
+    with FakeTensorMode():
+        counter = KeptBytes(family, unet, inputs, dtype)
+        by_unit = counter.by_unit()
+        order = sorted(by_unit, key=lambda name: -by_unit[name])
+        low, high = 0, len(order)
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if counter.total(set(order[:middle])) <= budget else (middle + 1, high)
+        return set(order[:low]), counter.total(set(order[:low]))
+
+
+class KeptBytes:
+    """Counts what a forward pass keeps for the backward pass, without weights, on a copy without data."""
+
+    def __init__(self, family: StableDiffusion, unet: ModelMixin, inputs: Inputs, dtype: torch.dtype):
+        self.family, self.dtype = family, dtype
+        self.model = type(unet).from_config(unet.config).train()
+        self.model.enable_gradient_checkpointing(self._checkpoint)
+        self.units = checkpoint_units(self.model)
+        conditioning = {name: torch.empty(value.shape) for name, value in inputs.conditioning.items()}
+        timesteps = torch.empty(inputs.timesteps.shape, dtype=torch.long)
+        self.inputs = torch.empty(inputs.noisy.shape), timesteps, conditioning
+        self.weights = {weight.untyped_storage()._cdata for weight in self.model.parameters()}
+        self.kept: dict[int, tuple[torch.UntypedStorage, str]] = {}  # by address; held, so that none is used again
+        self.within = [""]  # names of the units that are running
+        for name, unit in self.units.items():
+            unit.register_forward_pre_hook(lambda *_, name=name: self.within.append(name))
+            unit.register_forward_hook(self._leave)
+
+    def total(self, checkpointed: set[str]) -> int:
+        """Bytes kept if the named units compute their activations again."""
+        return sum(self._count(checkpointed).values())
+
+    def by_unit(self) -> Counter:
+        """Bytes that each unit keeps, not counting units within it, if none is checkpointed."""
+        counts = self._count(set())
+        return Counter({name: counts[name] for name in self.units})
+
+    def _count(self, checkpointed: set[str]) -> Counter:
+        for name, unit in self.units.items():
+            unit.gradient_checkpointing = name in checkpointed
+        self.kept.clear()
+        autocast = torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32)
+        with torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor), autocast:
+            self.family.predict(self.model, *self.inputs)
+        counts: Counter = Counter()
+        for storage, name in self.kept.values():
+            counts[name] += storage.nbytes()
+        return counts
+
+    def _leave(self, *_) -> None:
+        self.within.pop()
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.weights:
+            self.kept.setdefault(storage._cdata, (storage, self.within[-1]))
+        return tensor
+
+    def _checkpoint(self, function, *inputs):
+        for value in inputs:
+            if isinstance(value, Tensor):
+                self._keep(value)
+        return checkpoint(function, *inputs, use_reentrant=False)

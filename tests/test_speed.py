@@ -1,0 +1,130 @@
+"""What makes training faster or smaller does not change what is trained."""
+
+import shutil
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from test_training import same, weights
+
+import train
+from sdpo.config import TrainConfig, parse_flags
+from sdpo.families import load_family
+from sdpo.inputs import Inputs
+from sdpo.memory import checkpoint_units, choose_units
+from sdpo.metrics import Meter, read_metrics
+from sdpo.step import update
+
+GIB = 2**30
+
+
+@pytest.fixture(params=["sd15", "sdxl"])
+def case(request, bases):
+    """A family, its UNet, and inputs of a micro-batch of two pairs."""
+    family = load_family(request.param, str(bases[request.param, "epsilon"]))
+    unet = family.load_unet("").train()
+    conditioning = family.encode_captions(["a small red circle"] * 4, 32)
+    noisy = torch.randn(4, *family.latent_shape(32))
+    return family, unet, Inputs(noisy, torch.tensor([3, 500, 3, 500]), conditioning, noisy)
+
+
+def kept_for_backward(family, unet, inputs):
+    """Bytes of distinct storages, other than weights, that a real forward pass keeps alive for its backward pass."""
+    own, kept = {weight.data_ptr() for weight in unet.parameters()}, {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = family.predict(unet, inputs.noisy, inputs.timesteps, inputs.conditioning)
+    assert output.requires_grad
+    return sum(size for address, size in kept.items() if address not in own)
+
+
+def test_kept_activations_are_counted_as_they_are(case):
+    family, unet, inputs = case
+    chosen, kept = choose_units(family, unet, inputs, torch.float32, float("inf"))
+    assert chosen == set()
+    assert kept == kept_for_backward(family, unet, inputs)
+
+
+def test_as_few_units_as_the_budget_needs_are_computed_again(case):
+    family, unet, inputs = case
+    everything = choose_units(family, unet, inputs, torch.float32, float("inf"))[1]
+    all_units, least = choose_units(family, unet, inputs, torch.float32, 0)
+    assert all_units == set(checkpoint_units(unet)) and least < 0.8 * everything
+    sizes = []
+    for share in (0.9, 0.6, 0.3):
+        budget = least + share * (everything - least)
+        chosen, kept = choose_units(family, unet, inputs, torch.float32, budget)
+        assert kept <= budget
+        sizes.append(len(chosen))
+    assert 0 < sizes[0] <= sizes[1] <= sizes[2] < len(all_units)
+
+
+def test_activations_of_sd15_are_counted_without_memory():
+    """The real architecture at 8 pairs of 512 pixels, whose activations would take more than 10 GiB."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+        text = {"encoder_hidden_states": torch.empty(16, 77, 768)}
+        inputs = Inputs(torch.empty(16, 4, 64, 64), torch.empty(16), text, torch.empty(0))
+    predict = type("Family", (), {"predict": lambda self, unet, x, t, c: unet(x, t, **c).sample.float()})()
+    kept = {gib: choose_units(predict, unet, inputs, torch.bfloat16, gib * GIB)[1] for gib in (1000, 8)}
+    assert 10 * GIB < kept[1000] < 25 * GIB
+    assert 6 * GIB < kept[8] <= 8 * GIB
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_checkpointing_does_not_change_the_weights(arguments, tmp_path, family, capsys):
+    modes = {"none": [], "full": [], "auto": ["--activation_memory=0.0005"]}
+    for mode, flags in modes.items():
+        train.main(arguments(f"--gradient_checkpointing={mode}", *flags, family=family, out=mode))
+        assert same(weights(tmp_path / "none"), weights(tmp_path / mode))
+    said = capsys.readouterr().err
+    assert "of 0.0005 GiB, " in said and " 0 units are" not in said
+
+
+@pytest.mark.parametrize("flag", ["--channels_last", "--optimizer=adamw"])
+def test_layout_and_optimizer_for_sdxl(arguments, tmp_path, flag):
+    train.main(arguments(flag, family="sdxl"))
+    state = weights(tmp_path / "run")
+    assert all(value.isfinite().all() and value.is_contiguous() for value in state.values())
+    train.main(arguments(family="sdxl", out="default"))
+    losses = [dict(read_metrics(tmp_path / out, "train_loss"))[1] for out in ("run", "default")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert not same(state, weights(tmp_path / "default"))  # the flag was not without effect
+
+
+def test_adamw_with_8_bit_state_resumes(arguments, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    flags = ["--optimizer=adamw8bit", "--checkpointing_steps=1"]
+    train.main(arguments(*flags, out="whole"))
+    train.main(arguments("--optimizer=adamw", out="plain"))
+    assert not same(weights(tmp_path / "whole"), weights(tmp_path / "plain"))
+    (tmp_path / "cut").mkdir()
+    shutil.move(tmp_path / "whole" / "checkpoint-2", tmp_path / "cut")
+    train.main(arguments(*flags, out="cut"))
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler needs g++")
+def test_compiled_blocks_keep_the_margin_exact_and_are_compiled_once(arguments, tmp_path):
+    """bf16, where the compiler rounds a training graph and an inference graph differently."""
+    flags = ["--mixed_precision=bf16", "--compile", "--validation_pairs=5", "--use_ema", "--max_train_steps=4"]
+    config = parse_flags(TrainConfig, "", "", arguments(*flags))
+    run, dataset, held_out = train.set_up(config)
+    assert all(value == 0 for name, value in train.validate(run, held_out).items() if "change" in name)
+    batches = iter(train.train_loader(config, dataset, run.plan, 0, 0))
+    meter = Meter(run.accelerator)
+    update(run, batches, meter)
+    first = meter.reduce()
+    assert first["rewards/margins"] == 0 and first["avg_lose_diff_loss"] == 0
+    with torch.compiler.set_stance("fail_on_recompile"):
+        update(run, batches, meter)
+        train.validate(run, held_out)
+        update(run, batches, meter)
+    train.main(arguments(*[flag for flag in flags if flag != "--compile"], "--logging_steps=1", out="eager"))
+    eager = dict(read_metrics(tmp_path / "eager", "grad_norm"))
+    assert first["grad_norm"] == pytest.approx(eager[1], rel=0.02)
+    assert not any(parameter.grad is not None for parameter in run.reference.parameters())
