@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 import secrets
+import sys
 import time
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from sdpo.pairs import Pairs, prepare_pairs
 from sdpo.rng import normal
 from sdpo.sampling import sample
 from sdpo.step import Run, build_models, build_optimizer, update
+from sdpo.stopping import Skips, StopRequest
 
 log = logging.getLogger("train")
 
@@ -136,8 +138,14 @@ def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
 
     checkpoints.register_hooks(accelerator, run.unet)
     if resume:
-        for change in checkpoints.changed_settings(config, resume):
-            log.warning(f"CAUTION: resuming with another setting: {change}")
+        changes = checkpoints.changed_settings(config, plan, resume)
+        if changes and not config.resume_with_changes:
+            raise InputError(
+                f"{resume} was made with other settings, so this would be another run: {'; '.join(changes)}. Take them "
+                "back, choose another --output_dir, or say --resume_with_changes"
+            )
+        for change in changes:
+            log.warning(f"CAUTION: resuming with a change: {change}")
         run.step = checkpoints.load_checkpoint(accelerator, ema, resume)
         log.info(f"resumed        {resume}, after {run.step} updates")
     if config.gradient_checkpointing == "auto":
@@ -182,31 +190,39 @@ def start_logs(run: Run) -> MetricsLog:
 # Training
 
 
-def train(run: Run, dataset: PairDataset, held_out: HeldOutPairs | None) -> None:
-    """Update until the run's last step; log, measure held-out pairs and write checkpoints on the way."""
-    config, plan, metrics, meter = run.config, run.plan, start_logs(run), Meter(run.accelerator)
-    if run.step == 0:
-        metrics.write(0, validate(run, held_out))
-    micro_batches = iter(train_loader(config, dataset, plan, run.accelerator.process_index, run.step))
-    hidden = not run.accelerator.is_local_main_process
-    progress = tqdm(total=plan.steps, initial=run.step, desc=config.method, unit="update", disable=hidden)
-    first, began = run.step, time.monotonic()
-    while run.step < plan.steps:
-        learning_rate = run.schedule.get_last_lr()[0]
-        update(run, micro_batches, meter)
-        progress.update()
+def train(run: Run, dataset: PairDataset, held_out: HeldOutPairs | None) -> int:
+    """Update until the run's last step; log, measure held-out pairs and write checkpoints on the way.
 
-        last = run.step == plan.steps
-        if run.step % config.logging_steps == 0 or last:
-            speed = (run.step - first) * plan.global_batch / (time.monotonic() - began)
-            figures = meter.reduce() | {"lr": learning_rate, "pairs_per_second": speed}
-            show_progress(progress, figures)
-            metrics.write(run.step, figures)
-        if run.step % config.validation_steps == 0 or last:
-            metrics.write(run.step, validate(run, held_out))
-        if config.checkpointing_steps and run.step % config.checkpointing_steps == 0:
-            checkpoints.save_checkpoint(run.accelerator, config, run.ema, run.step, run.seed)
-    progress.close()
+    Returns 0, or the number of the signal that stopped the run early, with a checkpoint.
+    """
+    config, plan, metrics, meter = run.config, run.plan, start_logs(run), Meter(run.accelerator)
+    with StopRequest(run.accelerator) as request:
+        if run.step == 0:
+            metrics.write(0, validate(run, held_out))
+        micro_batches = iter(train_loader(config, dataset, plan, run.accelerator.process_index, run.step))
+        hidden = not run.accelerator.is_local_main_process
+        progress = tqdm(total=plan.steps, initial=run.step, desc=config.method, unit="update", disable=hidden)
+        first, began, skipped = run.step, time.monotonic(), Skips(run, dataset)
+        while run.step < plan.steps:
+            learning_rate = run.schedule.get_last_lr()[0]
+            skipped.note(update(run, micro_batches, meter))
+            progress.update()
+
+            last, stop = run.step == plan.steps, request.agreed()
+            if run.step % config.logging_steps == 0 or last:
+                speed = (run.step - first) * plan.global_batch / (time.monotonic() - began)
+                figures = meter.reduce() | {"lr": learning_rate, "pairs_per_second": speed} | skipped.reduce()
+                show_progress(progress, figures)
+                metrics.write(run.step, figures)
+            if run.step % config.validation_steps == 0 or last:
+                metrics.write(run.step, validate(run, held_out))
+            due = config.checkpointing_steps and run.step % config.checkpointing_steps == 0
+            if due or (stop and not last):
+                checkpoints.save_checkpoint(run.accelerator, config, plan, run.ema, run.step, run.seed)
+            if stop and not last:
+                return stop
+        progress.close()
+    return 0
 
 
 def show_progress(progress: tqdm, figures: dict[str, float]) -> None:
@@ -265,7 +281,11 @@ def main(arguments: list[str] | None = None) -> None:
     """Train as the command line says."""
     config = parse_flags(TrainConfig, __doc__.splitlines()[0], "python train.py", arguments)
     run, dataset, held_out = set_up(config)
-    train(run, dataset, held_out)
+    stopped_by = train(run, dataset, held_out)
+    if stopped_by:
+        log.warning(f"stopped after {run.step} updates, checkpoint written; the same command continues")
+        run.accelerator.end_training()
+        sys.exit(128 + stopped_by)
     save_model(run)
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from sdpo.config import InputError, TrainConfig
+from sdpo.config import InputError, Plan, TrainConfig
 from sdpo.families import load_weights
 
 
@@ -53,7 +53,7 @@ def register_hooks(accelerator: Accelerator, unet: nn.Module) -> None:
 
 
 def save_checkpoint(
-    accelerator: Accelerator, config: TrainConfig, ema: AveragedModel | None, step: int, seed: int
+    accelerator: Accelerator, config: TrainConfig, plan: Plan, ema: AveragedModel | None, step: int, seed: int
 ) -> Path:
     """Write checkpoint-{step}; every rank calls this. The folder has its name only when it is complete."""
     folder = Path(config.output_dir, f"checkpoint-{step}")
@@ -65,7 +65,8 @@ def save_checkpoint(
     if accelerator.is_main_process:
         if ema is not None:
             save_state_dict(ema.module.state_dict(), partial / "unet_ema.pth")
-        state = {"step": step, "seed": seed, "config": dataclasses.asdict(config)}
+        shape = {"config": dataclasses.asdict(config), "plan": dataclasses.asdict(plan)}
+        state = {"step": step, "seed": seed, **shape}
         (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -114,33 +115,36 @@ def read_state(checkpoint: Path) -> dict:
     return json.loads((checkpoint / "state.json").read_text())
 
 
-def changed_settings(config: TrainConfig, checkpoint: Path) -> list[str]:
-    """Settings that shape the numbers and differ from those the checkpoint was trained with."""
-    free = {
-        "output_dir",
-        "logging_dir",
-        "report_to",
-        "tracker_project_name",
-        "resume_from_checkpoint",
-        "seed",
-        "cache_dir",
-        "max_train_steps",
-    }
-    free |= {
-        "checkpointing_steps",
-        "checkpoints_total_limit",
-        "logging_steps",
-        "dataloader_num_workers",
-        "validation_steps",
-        "validation_prompts",
-    }
-    then = read_state(checkpoint)["config"]
-    now = dataclasses.asdict(config)
-    return [
-        f"--{name} was {then[name]!r}, is {value!r}"
+# Flags that a resumed run may change: they decide where and how it runs, or only the order of summation
+FREE = {
+    *("output_dir", "logging_dir", "report_to", "tracker_project_name", "cache_dir"),
+    *("resume_from_checkpoint", "resume_with_changes", "checkpointing_steps", "checkpoints_total_limit"),
+    *("logging_steps", "validation_steps", "validation_prompts", "dataloader_num_workers"),
+    *("max_unreadable_images", "max_skipped_updates"),
+    *("gradient_checkpointing", "activation_memory", "compile", "channels_last"),
+    *("gradient_accumulation_steps", "global_batch_size"),  # the plan says what they come to
+}
+
+
+def changed_settings(config: TrainConfig, plan: Plan, checkpoint: Path) -> list[str]:
+    """What shapes the numbers of a run and differs from what the checkpoint was trained with."""
+    then, now, free = read_state(checkpoint), dataclasses.asdict(config), {*FREE, "seed"}
+    if config.lr_scheduler.startswith("constant"):
+        free |= {"max_train_steps", "num_train_epochs"}
+    if not config.use_winner_preserving or config.winner_preserving_per == "pair":
+        free |= {"train_batch_size"}
+    changes = [
+        f"--{name} was {then['config'][name]!r}, is {value!r}"
         for name, value in now.items()
-        if name not in free and name in then and then[name] != value
+        if name not in free and name in then["config"] and then["config"][name] != value
     ]
+    if config.seed is not None and config.seed != then["seed"]:
+        changes.append(f"--seed was {then['seed']}, is {config.seed}")
+    for name, what in {"global_batch": "the global batch", "pairs": "the number of pairs"}.items():
+        old, new = then.get("plan", {}).get(name), getattr(plan, name)
+        if old not in (None, new):
+            changes.append(f"{what} was {old:,}, is {new:,}")
+    return changes
 
 
 def load_checkpoint(accelerator: Accelerator, ema: AveragedModel | None, checkpoint: Path) -> int:

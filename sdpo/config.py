@@ -43,13 +43,16 @@ CHOICE_MODELS = {  # value of --choice_model -> row of sdpo.scorers.SCORERS
 }
 LIMITS = {  # flags -> what their value must satisfy, and how that is said
     "train_batch_size num_train_epochs gradient_accumulation_steps global_batch_size validation_steps logging_steps "
-    "max_train_samples checkpoints_total_limit": (lambda value: value >= 1, "must be at least 1"),
+    "max_train_samples checkpoints_total_limit max_skipped_updates": (lambda value: value >= 1, "must be at least 1"),
     "max_train_steps lr_warmup_steps dataloader_num_workers max_grad_norm validation_pairs max_unreadable_images "
     "checkpointing_steps choice_margin learning_rate seed noise_offset input_perturbation adam_weight_decay": (
         lambda value: 0 <= value < math.inf,
         "must not be negative",
     ),
-    "beta_dpo adam_epsilon activation_memory": (lambda value: 0 < value < math.inf, "must be positive"),
+    "beta_dpo adam_epsilon activation_memory skip_grad_norm_above": (
+        lambda value: 0 < value < math.inf,
+        "must be positive",
+    ),
     "winner_preserving_mu constant_loser_scale proportion_empty_prompts dmpo_alpha": (
         lambda value: 0 <= value <= 1,
         "must lie in [0, 1]",
@@ -148,6 +151,10 @@ class TrainConfig:
     adam_weight_decay: float = flag(1e-2, "weight decay of either optimizer")
     adam_epsilon: float = flag(1e-8, "epsilon of AdamW")
     max_grad_norm: float = flag(1.0, "clip the gradient's norm at this value; 0 turns clipping off")
+    max_skipped_updates: int = flag(
+        10, "stop after this many updates in a row that were skipped because loss or gradient was not finite"
+    )
+    skip_grad_norm_above: float | None = flag(None, "also skip updates whose gradient norm is above this value")
     mixed_precision: Literal["no", "fp16", "bf16"] = flag("fp16", "autocast precision; weights of the policy stay fp32")
     allow_tf32: bool = flag(False, "allow TF32 in fp32 matrix products on GPUs that have it")
     gradient_checkpointing: Literal["none", "full", "auto"] | None = field(
@@ -188,6 +195,8 @@ class TrainConfig:
     checkpointing_steps: int = flag(500, "write a checkpoint every so many updates; 0 writes none")
     checkpoints_total_limit: int | None = flag(None, "keep this many newest checkpoints")
     resume_from_checkpoint: str | None = flag("latest", "'latest', a checkpoint folder, or 'none' to start anew")
+
+    resume_with_changes: bool = flag(False, "resume although settings or data that shape the run have changed")
 
     # Accepted so that official commands run
     hub_model_id: str | None = flag(None, "obsolete")

@@ -92,6 +92,11 @@ class PairDataset(Dataset):
             "unreadable": unreadable,
         }
 
+    def row(self, place: tuple[int, int]) -> int:
+        """Row of the pair at a place in the table that the pairs come from."""
+        step, position = place
+        return int(self.pairs.rows[self._index(step * self.global_batch + position)])
+
     def _draw(self, name: str, place: tuple[int, ...]) -> np.random.Generator:
         return draw(self.seed, f"{self.stream}-{name}", *place)
 
@@ -127,20 +132,25 @@ class PairDataset(Dataset):
         return caption[rng.integers(len(caption)) if self.stream == "train" else 0]
 
 
+def micro_batch_places(plan: Plan, rank: int, step: int, micro: int) -> list[tuple[int, int]]:
+    """Places (step, position in the global batch) of one of a rank's micro-batches."""
+    size = plan.global_batch // (plan.processes * plan.accumulation)
+    start = (micro * plan.processes + rank) * size
+    return [(step, start + i) for i in range(size)]
+
+
 @dataclass(frozen=True)
 class RankSampler(Sampler):
     """Places of this rank's micro-batches: a global batch is dealt out micro-step by micro-step, rank by rank."""
 
     first_step: int
     plan: Plan
-    batch: int
     rank: int
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for step in range(self.first_step, self.plan.steps):
             for micro in range(self.plan.accumulation):
-                start = (micro * self.plan.processes + self.rank) * self.batch
-                yield [(step, start + i) for i in range(self.batch)]
+                yield micro_batch_places(self.plan, self.rank, step, micro)
 
     def __len__(self) -> int:
         return (self.plan.steps - self.first_step) * self.plan.accumulation
@@ -149,7 +159,7 @@ class RankSampler(Sampler):
 def train_loader(config: TrainConfig, dataset: PairDataset, plan: Plan, rank: int, first_step: int) -> DataLoader:
     """Micro-batches of this rank from `first_step` to the end of the run."""
     workers = config.dataloader_num_workers
-    sampler = RankSampler(first_step, plan, config.train_batch_size, rank)
+    sampler = RankSampler(first_step, plan, rank)
     return DataLoader(
         dataset,
         batch_sampler=sampler,

@@ -85,6 +85,8 @@ class Meter:
     def reduce(self) -> dict[str, float]:
         """Values over all ranks since the last reduction, on every rank."""
         names = list(self.sums)
+        if not names:  # every update was skipped
+            return {}
         local = torch.stack([self.sums[name] / (1 if name.endswith("/min") else self.counts[name]) for name in names])
         ranks = self.accelerator.gather(local[None]).cpu()  # (processes, names)
         self.sums, self.counts = {}, {}

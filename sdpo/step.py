@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -38,7 +39,7 @@ class Run:
     ema: AveragedModel | None
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
-    step: int = 0  # updates made
+    step: int = 0  # updates made or skipped
 
 
 def build_models(
@@ -112,21 +113,53 @@ def compute_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     return loss, {"train_loss": loss, **pair_metrics(terms, config.beta_dpo)}
 
 
-def update(run: Run, micro_batches: Iterator[Batch], meter: Meter) -> None:
-    """One optimizer step over the accumulated micro-batches, the schedule's and the average's."""
+@dataclass(frozen=True)
+class Skipped:
+    """An update that was not made: its gradient's norm, and the losses of this rank's micro-batches."""
+
+    grad_norm: float
+    losses: list[float]
+
+
+def update(run: Run, micro_batches: Iterator[Batch], meter: Meter) -> Skipped | None:
+    """One optimizer step over the accumulated micro-batches, the schedule's and the average's.
+
+    If a loss or gradient of any rank is not finite, every rank leaves weights, optimizer, schedule and average as they
+    are. To see that, the host waits for the device once.
+    """
+    measured: list[dict[str, Tensor]] = []
     for _ in range(run.plan.accumulation):
         batch = next(micro_batches)
         meter.count_unreadable(batch.unreadable, run.config.max_unreadable_images)
         with run.accelerator.accumulate(run.unet):
             loss, values = compute_loss(run, batch.to(run.accelerator.device))
-            run.accelerator.backward(loss)
+            measured.append(values)
+            run.accelerator.backward(loss * (1 + 0 * loss.detach()))  # 1, or nan so that every rank's gradient shows it
             if run.accelerator.sync_gradients:
                 limit = run.config.max_grad_norm or float("inf")
-                values["grad_norm"] = run.accelerator.clip_grad_norm_(run.unet.parameters(), limit)
-            run.optimizer.step()
+                norm = run.accelerator.clip_grad_norm_(run.unet.parameters(), limit)
+                made = make_step(run, norm)
             run.optimizer.zero_grad()
+    run.step += 1
+    if not made:
+        return Skipped(norm.item(), [values["train_loss"].item() for values in measured])
+    for values in measured:
         meter.add(values)
+    meter.add({"grad_norm": norm})
     run.schedule.step()
     if run.ema:
         run.ema.update_parameters(run.accelerator.unwrap_model(run.unet))
-    run.step += 1
+    return None
+
+
+def make_step(run: Run, norm: Tensor) -> bool:
+    """Let the optimizer step unless the gradient's norm forbids it; returns whether it did."""
+    norm, scaler = norm.item(), run.accelerator.scaler
+    if math.isfinite(norm) and norm > (run.config.skip_grad_norm_above or math.inf):
+        if scaler is not None:
+            scaler.update()  # ends what clipping began
+        return False
+    if scaler is None and not math.isfinite(norm):
+        return False
+    run.optimizer.step()  # with fp16 the scaler skips what is not finite, and lowers its scale
+    return not run.accelerator.optimizer_step_was_skipped

@@ -160,7 +160,7 @@ def loaded(dataset, processes=1, accumulation=4, batch=2, workers=0, first_step=
     plan = Plan.of(config, processes, len(dataset.pairs))
     found = {}
     for rank in range(processes):
-        sampler = RankSampler(first_step, plan, batch, rank)
+        sampler = RankSampler(first_step, plan, rank)
         loader = train_loader(config, dataset, plan, rank, first_step)
         assert len(loader) == (steps - first_step) * accumulation
         for places, got in zip(sampler, loader, strict=True):

@@ -1,0 +1,94 @@
+"""Stopping early: signals of a scheduler or a user, and updates that came to nothing."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+
+import torch
+from accelerate import Accelerator
+
+from sdpo.checkpoint import save_checkpoint
+from sdpo.config import InputError
+from sdpo.data import PairDataset, micro_batch_places
+from sdpo.step import Run, Skipped
+
+SHOWN_ROWS = 16  # of a skipped update, on the console
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+log = logging.getLogger(__name__)
+
+
+class StopRequest:
+    """Within this context the first SIGTERM or SIGINT is noted, the second has its usual effect at once."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator, self.received, self.earlier = accelerator, 0, {}
+
+    def __enter__(self) -> StopRequest:
+        self.earlier = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.earlier.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _) -> None:
+        self.received = number
+        for other in SIGNALS:
+            signal.signal(other, signal.SIG_DFL)
+        if self.accelerator.is_local_main_process:
+            os.write(2, b"\nstopping after this update, with a checkpoint; a second signal stops at once\n")
+
+    def agreed(self) -> int:
+        """Number of the signal that any rank received, 0 if none did; every rank calls this."""
+        if self.accelerator.num_processes == 1:
+            return self.received
+        received = torch.tensor([self.received], device=self.accelerator.device)
+        return int(self.accelerator.gather(received).max())
+
+
+class Skips:
+    """Updates that were skipped: each is reported with its pairs, and too many in a row end the run."""
+
+    def __init__(self, run: Run, dataset: PairDataset):
+        self.run, self.dataset, self.in_a_row, self.since_logged = run, dataset, 0, 0
+
+    def note(self, skipped: Skipped | None) -> None:
+        """Take in the outcome of an update; raises InputError, after a checkpoint, for one too many in a row."""
+        if skipped is None:
+            self.in_a_row = 0
+            return
+        self.since_logged += 1
+        scaler, config = self.run.accelerator.scaler, self.run.config
+        if scaler is not None and scaler.get_scale() > 1:
+            return  # fp16's scale is being found
+        self.in_a_row += 1
+        report = f"update {self.run.step} skipped: {self._describe(skipped)}"
+        log.error(report)
+        if self.in_a_row < config.max_skipped_updates:
+            return
+        folder = save_checkpoint(
+            self.run.accelerator, config, self.run.plan, self.run.ema, self.run.step, self.run.seed
+        )
+        raise InputError(
+            f"{self.in_a_row} updates in a row skipped, the last: {report}. {folder} holds the last good weights. Look "
+            "at these pairs, lower --learning_rate, or try --mixed_precision bf16 or no; then --resume_with_changes"
+        )
+
+    def _describe(self, skipped: Skipped) -> str:
+        bad = [micro for micro, loss in enumerate(skipped.losses) if not math.isfinite(loss)]
+        micros, rank = bad or range(len(skipped.losses)), self.run.accelerator.process_index
+        places = [
+            place for micro in micros for place in micro_batch_places(self.run.plan, rank, self.run.step - 1, micro)
+        ]
+        rows = ", ".join(str(self.dataset.row(place)) for place in places[:SHOWN_ROWS])
+        more = f" and {len(places) - SHOWN_ROWS} more" if len(places) > SHOWN_ROWS else ""
+        losses = f"losses of {len(bad)} micro-batches not finite" if bad else "losses finite"
+        return f"gradient norm {skipped.grad_norm:g}, {losses}, rows {rows}{more} of {self.dataset.pairs.source}"
+
+    def reduce(self) -> dict[str, int]:
+        """Number of skipped updates since the last call, the same on every rank."""
+        count, self.since_logged = self.since_logged, 0
+        return {"skipped_updates": count}

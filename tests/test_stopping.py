@@ -1,0 +1,178 @@
+"""Runs that are told to stop, meet numbers that are not finite, or are continued with other settings."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_training import same, weights
+
+import train
+from sdpo.config import InputError
+from sdpo.data import PairDataset
+from sdpo.metrics import read_metrics
+
+ROOT = Path(__file__).parents[1]
+
+
+def send_after(monkeypatch, updates, *numbers):
+    """Have the process send itself signals within its update of this number."""
+    original, made = train.update, []
+
+    def update(*given):
+        result = original(*given)
+        made.append(result)
+        if len(made) == updates:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+        return result
+
+    monkeypatch.setattr(train, "update", update)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_run_after_the_update_with_a_checkpoint(
+    arguments, tmp_path, monkeypatch, number, code, capsys
+):
+    train.main(arguments("--max_train_steps=4", out="whole"))
+    handlers = [signal.getsignal(other) for other in (signal.SIGTERM, signal.SIGINT)]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        send_after(patch, 2, number)
+        train.main(arguments("--max_train_steps=4"))
+    assert stopped.value.code == code
+    assert "stopped after 2 updates, checkpoint written; the same command continues" in capsys.readouterr().err
+    assert [signal.getsignal(other) for other in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert not (tmp_path / "run" / "unet.pth").exists()
+    train.main(arguments("--max_train_steps=4"))
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
+def test_a_second_signal_ends_the_process_at_once(arguments, tmp_path, monkeypatch):
+    child = os.fork()
+    if not child:
+        try:
+            send_after(monkeypatch, 1, signal.SIGTERM, signal.SIGTERM)
+            train.main(arguments())
+        finally:
+            os._exit(99)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM
+    assert not list((tmp_path / "run").glob("checkpoint*"))
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_update(arguments, tmp_path):
+    """Ranks that a scheduler starts itself, as scripts/slurm/train.sbatch does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, ROOT / "train.py", *arguments("--max_train_steps=100000", "--train_batch_size=1")]
+    ranks = [
+        subprocess.Popen(command, env={**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True)
+        for rank in "01"
+    ]  # fmt: skip
+    try:
+        log = tmp_path / "run" / "metrics.jsonl"
+        while not (log.exists() and log.read_text().count("\n") > 1):
+            assert all(rank.poll() is None for rank in ranks)
+            time.sleep(0.1)
+        ranks[1].send_signal(signal.SIGTERM)
+        said = [rank.communicate(timeout=60)[1] for rank in ranks]
+        assert [rank.returncode for rank in ranks] == [143, 143], said
+        (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+        assert f"stopped after {checkpoint.name.split('-')[1]} updates" in said[0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
+def poison(monkeypatch, bad):
+    """Make the noise of the pairs at some places infinite."""
+    original = PairDataset.__getitem__
+
+    def load(dataset, place):
+        sample = original(dataset, place)
+        if dataset.stream == "train" and bad(place):
+            sample["noise"] = sample["noise"] / 0
+        return sample
+
+    monkeypatch.setattr(PairDataset, "__getitem__", load)
+
+
+def optimizer_state(checkpoint):
+    """Every tensor of the optimizer's state."""
+    state = torch.load(checkpoint / "optimizer.bin", weights_only=True)["state"]
+    return {(index, name): value for index, values in state.items() for name, value in values.items()}
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_named(arguments, tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, lambda place: place == (1, 1))  # of the second update's first micro-batch
+    flags = ["--use_ema", "--checkpointing_steps=1", "--lr_scheduler=cosine"]
+    train.main(arguments(*flags))
+    before, after, last = (tmp_path / "run" / f"checkpoint-{step}" for step in (1, 2, 3))
+    for file in ("unet.pth", "unet_ema.pth"):
+        assert same(weights(before, file), weights(after, file))
+        assert not same(weights(after, file), weights(last, file))
+        assert all(value.isfinite().all() for value in weights(last, file).values())
+    assert same(optimizer_state(before), optimizer_state(after))
+    assert dict(read_metrics(tmp_path / "run", "skipped_updates")) == {1: 0, 2: 1, 3: 0}
+    assert [step for step, _ in read_metrics(tmp_path / "run", "train_loss")] == [1, 3]
+    assert dict(read_metrics(tmp_path / "run", "lr"))[2] == dict(read_metrics(tmp_path / "run", "lr"))[3]
+    said = capsys.readouterr().err
+    config = train.parse_flags(train.TrainConfig, "", "", arguments(*flags))
+    dataset = train.set_up(config)[1]
+    rows = f"{dataset.row((1, 0))}, {dataset.row((1, 1))}"
+    assert (
+        f"update 2 skipped: gradient norm nan, losses of 1 micro-batches not finite, rows {rows} of {dataset.pairs.source}"
+        in said
+    )
+
+
+def test_too_many_skipped_updates_end_the_run_with_a_checkpoint(arguments, tmp_path, monkeypatch):
+    poison(monkeypatch, lambda place: place[0] in (1, 3, 4, 5))  # one alone, then three in a row
+    with pytest.raises(InputError, match=r"3 updates in a row skipped, the last: update 6 .* last good weights"):
+        train.main(arguments("--max_train_steps=9", "--max_skipped_updates=3", "--checkpointing_steps=3"))
+    assert same(weights(tmp_path / "run" / "checkpoint-6"), weights(tmp_path / "run" / "checkpoint-3"))
+
+
+def test_a_gradient_above_the_limit_is_skipped(arguments, tmp_path):
+    train.main(arguments("--max_train_steps=4"))
+    norms = dict(read_metrics(tmp_path / "run", "grad_norm"))
+    limit = (norms[1] + norms[2]) / 2
+    train.main(arguments("--max_train_steps=2", f"--skip_grad_norm_above={limit}", out="limited"))
+    skipped = dict(read_metrics(tmp_path / "limited", "skipped_updates"))
+    assert skipped == {step: int(norms[step] > limit) for step in (1, 2)}
+    assert sum(skipped.values()) == 1
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    {
+        "--beta_dpo=200": "--beta_dpo was 100.0, is 200.0",
+        "--seed=8": "--seed was 7, is 8",
+        "--max_train_samples=50": "the number of pairs was 116, is 50",
+        "--global_batch_size=8": "the global batch was 4, is 8",
+        "--train_batch_size=4": "--train_batch_size was 2, is 4",  # the safeguard's scale is per micro-batch
+        "--lr_scheduler=cosine": "--lr_scheduler was 'constant_with_warmup', is 'cosine'",
+    }.items(),
+)
+def test_resuming_with_a_change_must_be_meant(arguments, tmp_path, capsys, change, words):
+    flags = ["--checkpointing_steps=1", "--use_winner_preserving", "--winner_preserving_mu=0.5"]
+    train.main(arguments(*flags, "--max_train_steps=1"))
+    with pytest.raises(InputError) as error:
+        train.main(arguments(*flags, change))
+    assert words in str(error.value) and "--resume_with_changes" in str(error.value)
+    train.main(arguments(*flags, change, "--resume_with_changes"))
+    assert f"CAUTION: resuming with a change: {words}" in capsys.readouterr().err
+    assert [step for step, _ in read_metrics(tmp_path / "run", "train_loss")] == [1, 2, 3]
+
+
+def test_resuming_may_split_the_same_batch_otherwise(arguments, tmp_path):
+    per_pair = ["--use_winner_preserving", "--winner_preserving_mu=0.5", "--winner_preserving_per=pair"]
+    train.main(arguments("--checkpointing_steps=1", "--max_train_steps=1", *per_pair))
+    train.main(arguments("--train_batch_size=4", "--logging_steps=2", "--max_train_steps=2", *per_pair))
+    assert dict(read_metrics(tmp_path / "run", "train_loss")).keys() == {1, 2}
