@@ -176,3 +176,37 @@ def test_resuming_may_split_the_same_batch_otherwise(arguments, tmp_path):
     train.main(arguments("--checkpointing_steps=1", "--max_train_steps=1", *per_pair))
     train.main(arguments("--train_batch_size=4", "--logging_steps=2", "--max_train_steps=2", *per_pair))
     assert dict(read_metrics(tmp_path / "run", "train_loss")).keys() == {1, 2}
+
+
+SRUN = """for rank in 0 1; do
+  SLURM_PROCID=$rank SLURM_LOCALID=$rank SLURM_NTASKS=2 "$@" &
+  echo $! >>tasks
+done
+for task in $(cat tasks); do wait "$task" || code=$?; done
+exit $code"""
+SCONTROL = """if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >>requeued; fi"""
+
+
+def test_a_preempted_slurm_job_goes_back_into_the_queue(arguments, pairs_folder, tmp_path):
+    """The batch script, with a scheduler that starts two tasks here."""
+    for name, script in {"srun": SRUN, "scontrol": SCONTROL}.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "here", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = ["bash", ROOT / "scripts/slurm/train.sbatch", ROOT / "scripts/train/sd15_diffusion_dpo.sh"]
+    command += arguments("--max_train_steps=100000", "--train_batch_size=1", "--dataloader_num_workers=0")
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, **job, "ACCELERATE_USE_CPU": "true", "PYTHON": sys.executable, "DATA": str(pairs_folder)},
+    )  # fmt: skip
+    log = tmp_path / "run" / "metrics.jsonl"
+    while not (log.exists() and log.read_text().count("\n") > 1):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    for task in (tmp_path / "tasks").read_text().split():
+        os.kill(int(task), signal.SIGTERM)
+    said = process.communicate(timeout=90)[1]
+    assert process.returncode == 143, said
+    assert "1 pairs x 2 processes" in said
+    assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 1
+    assert (tmp_path / "requeued").read_text() == f"requeue {job['SLURM_JOB_ID']}\n"
