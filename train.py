@@ -19,7 +19,7 @@ import diffusers
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration, broadcast_object_list
 from diffusers.optimization import get_scheduler
 from PIL import Image
 from torch import nn
@@ -35,7 +35,7 @@ from sdpo.metrics import Meter, MetricsLog
 from sdpo.pairs import Pairs, prepare_pairs
 from sdpo.rng import normal
 from sdpo.sampling import sample
-from sdpo.step import Run, build_models, build_optimizer, update
+from sdpo.step import SHARDING, Run, build_models, build_optimizer, update
 from sdpo.stopping import Skips, StopRequest
 
 log = logging.getLogger("train")
@@ -56,6 +56,10 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # no second copy of gradients
         step_scheduler_with_optimizer=False,  # the schedule advances once per update, on any number of ranks
     )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        accelerator.state.fsdp_plugin.mixed_precision_policy = None  # autocast casts, as it does for the reference
+    if config.use_ema and accelerator.distributed_type in SHARDING:
+        raise InputError("--use_ema does not go with FSDP or DeepSpeed, which share out weights; drop it or use DDP")
     level = logging.INFO if accelerator.is_main_process else logging.ERROR
     logging.basicConfig(format="%(message)s", level=level, force=True)
     for name in ("httpx", "accelerate"):
@@ -241,18 +245,18 @@ def show_progress(progress: tqdm, figures: dict[str, float]) -> None:
 def validate(run: Run, held_out: HeldOutPairs | None) -> dict[str, float]:
     """Held-out errors of the raw and of the averaged weights; sampled images if there are validation prompts."""
     figures: dict[str, float] = {}
-    unet = run.accelerator.unwrap_model(run.unet)  # ranks may have unequal shares: no collectives in the forward pass
+    unet = run.accelerator.unwrap_model(run.unet)
     if held_out:
         figures |= held_out.measure(unet, run.config.beta_dpo, "heldout")
         if run.ema:
             figures |= held_out.measure(run.ema.module, run.config.beta_dpo, "heldout_ema")
-    if run.config.validation_prompts and run.accelerator.is_main_process:
+    if run.config.validation_prompts and (run.accelerator.is_main_process or run.sharded):
         sample_prompts(run, unet, Path(run.config.validation_prompts).read_text(encoding="utf-8").splitlines())
     return figures
 
 
 def sample_prompts(run: Run, unet: nn.Module, prompts: list[str]) -> None:
-    """Write an image per prompt to {output_dir}/validation/step-N/ and show it in the trackers; rank 0 only."""
+    """Write an image per prompt to {output_dir}/validation/step-N/ and show it in the trackers."""
     folder = Path(run.config.output_dir, "validation", f"step-{run.step:06d}")
     folder.mkdir(parents=True, exist_ok=True)
     shape = run.family.latent_shape(run.config.resolution or run.family.resolution)
@@ -260,6 +264,8 @@ def sample_prompts(run: Run, unet: nn.Module, prompts: list[str]) -> None:
         noise = torch.from_numpy(normal(run.seed, "validation-image", (index,), (1, *shape)))
         with run.accelerator.autocast():
             image = sample(run.family, unet, [prompt], noise, steps=25, guidance_scale=7.5)  # (1, H, W, 3)
+        if not run.accelerator.is_main_process:
+            continue
         Image.fromarray(image[0]).save(folder / f"{index:03d}.png")
         for tracker in run.accelerator.trackers:
             if tracker.name == "tensorboard":
@@ -273,7 +279,7 @@ def save_model(run: Run) -> None:
         checkpoints.save_state_dict(state, output / "unet.pth")
         if run.ema:
             checkpoints.save_state_dict(run.ema.module.state_dict(), output / "unet_ema.pth")
-        run.family.save_pipeline(run.accelerator.unwrap_model(run.unet), output)
+        run.family.save_pipeline(run.accelerator.unwrap_model(run.unet).config, state, output)
         log.info(f"saved          {output}/unet.pth{', unet_ema.pth' if run.ema else ''} and the pipeline beside it")
 
 

@@ -45,8 +45,9 @@ def register_hooks(accelerator: Accelerator, unet: nn.Module) -> None:
         weights.clear()
 
     def load(models, folder):
-        load_weights(accelerator.unwrap_model(unet), Path(folder, "unet.pth"))
-        models.clear()
+        if models:  # FSDP and DeepSpeed put back their own shards
+            load_weights(accelerator.unwrap_model(unet), Path(folder, "unet.pth"))
+            models.clear()
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)

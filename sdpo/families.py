@@ -204,8 +204,10 @@ class StableDiffusion:
         """The model's prediction (N, C, h, w) in fp32."""
         return unet(noisy, timesteps, **conditioning).sample.float()
 
-    def save_pipeline(self, unet: UNet2DConditionModel, folder: str | Path) -> None:
-        """Write a diffusers pipeline with this UNet; its other parts are read again, in full precision."""
+    def save_pipeline(self, config: dict, state: dict[str, Tensor], folder: str | Path) -> None:
+        """Write a diffusers pipeline with a UNet of this config and state; its other parts are read again, in fp32."""
+        unet = UNet2DConditionModel.from_config(config)
+        unet.load_state_dict(state)
         parts = {"unet": unet, "vae": self._load_vae().float(), "torch_dtype": torch.float32}
         if "safety_checker" in self.pipeline_class._optional_components:
             parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -26,10 +28,11 @@ class HeldOutPairs:
     ):
         self.accelerator, self.family, self.pairs = accelerator, family, len(dataset.pairs)
         starts = range(0, self.pairs, batch_size)
-        self.shares: list[
-            tuple[slice, Inputs, Tensor]
-        ] = []  # places of the pairs, their inputs, errors (2B,) of the reference
-        for start in starts[accelerator.process_index :: accelerator.num_processes]:
+        self.shares: list[tuple[slice, Inputs, Tensor]] = []  # places, their inputs, errors (2B,) of the reference
+        # Every rank makes as many passes, because ranks that share out the weights gather them together
+        ranks = accelerator.num_processes
+        for number in range(accelerator.process_index, math.ceil(len(starts) / ranks) * ranks, ranks):
+            start = starts[number % len(starts)]
             places = slice(start, min(start + batch_size, self.pairs))
             batch = collate([dataset[0, index] for index in range(self.pairs)[places]])
             inputs = make_inputs(family, batch.to(accelerator.device))
@@ -47,11 +50,14 @@ class HeldOutPairs:
 
         A margin of exactly 0 counts one half.
         """
-        values = torch.zeros(self.pairs, 2, device=self.accelerator.device)  # change of (winner, loser) error
+        values = torch.full(
+            (self.pairs, 2), torch.nan, device=self.accelerator.device
+        )  # change of (winner, loser) error
         for places, inputs, reference in self.shares:
             change = self._errors(unet, inputs.to(self.accelerator.device)) - reference
             values[places] = torch.stack(change.chunk(2), 1)
-        change = self.accelerator.reduce(values, "sum").cpu().double()  # every pair was measured by one rank
+        ranks = self.accelerator.gather(values[None])  # (processes, pairs, 2), nan where a rank has no share
+        change = ranks.nanmedian(0).values.cpu().double()  # a pair that several ranks measured has one value
         margin = -beta / 2 * (change[:, 0] - change[:, 1])
         accuracy = (margin > 0).double() + (margin == 0).double() / 2
         figures = {

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sdpo.batch import Batch
@@ -22,6 +24,7 @@ from sdpo.losses import PAIR_LOSSES, pair_terms, sft
 from sdpo.metrics import Meter, pair_metrics
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)  # engines that may share out weights over ranks
 OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 0}  # of state per parameter, to the next whole number
 
 
@@ -40,6 +43,11 @@ class Run:
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     step: int = 0  # updates made or skipped
+
+    @property
+    def sharded(self) -> bool:
+        """Whether ranks have to run the policy together."""
+        return self.accelerator.distributed_type in SHARDING
 
 
 def build_models(
@@ -138,6 +146,7 @@ def update(run: Run, micro_batches: Iterator[Batch], meter: Meter) -> Skipped | 
             if run.accelerator.sync_gradients:
                 limit = run.config.max_grad_norm or float("inf")
                 norm = run.accelerator.clip_grad_norm_(run.unet.parameters(), limit)
+                norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
                 made = make_step(run, norm)
             run.optimizer.zero_grad()
     run.step += 1

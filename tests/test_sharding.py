@@ -1,0 +1,54 @@
+"""FSDP2: two CPU ranks that share out the policy train what one process trains, and leave the same files."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from test_training import same, weights
+
+import train
+from sdpo.metrics import read_metrics
+
+TESTS = Path(__file__).parent
+
+
+def run_sharded(flags):
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", TESTS / "fsdp_on_cpu.py", *flags]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(TESTS.parent)}
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=300)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_sharded_run_is_the_run_of_one_process(arguments, tmp_path, precision):
+    flags = [
+        f"--mixed_precision={precision}",
+        "--validation_pairs=5",
+        "--checkpointing_steps=2",
+        "--learning_rate=1e-4",
+    ]
+    result = run_sharded(arguments(*flags, out="sharded"))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "2 pairs x 2 processes" in result.stderr
+    train.main(arguments(*flags, out="one"))
+    start = train.load_family("sd15", arguments()[0].split("=")[1]).load_unet("").state_dict()
+    sharded, one = (weights(tmp_path / out) for out in ("sharded", "one"))
+    moved = sum((one[name] - start[name]).square().sum() for name in one).sqrt()
+    apart = sum((one[name] - sharded[name]).square().sum() for name in one).sqrt()
+    assert apart < (1e-3 if precision == "no" else 0.2) * moved
+    metrics = {out: dict(read_metrics(tmp_path / out, "train_loss")) for out in ("sharded", "one")}
+    assert metrics["sharded"] == pytest.approx(metrics["one"], rel=1e-5 if precision == "no" else 1e-2)
+    assert dict(read_metrics(tmp_path / "sharded", "rewards/margins"))[1] == 0  # the same arithmetic as the reference
+    assert dict(read_metrics(tmp_path / "sharded", "heldout/margin"))[0] == 0
+    assert same(DiffusionPipeline.from_pretrained(tmp_path / "sharded").unet.state_dict(), sharded)
+    assert all(type(value) is torch.Tensor for value in sharded.values())
+
+    if precision == "bf16":
+        return
+    (tmp_path / "sharded" / "unet.pth").unlink()
+    result = run_sharded(arguments(*flags, out="sharded"))
+    assert result.returncode == 0 and "after 2 updates" in result.stderr, result.stderr[-3000:]
+    assert same(weights(tmp_path / "sharded"), sharded)
