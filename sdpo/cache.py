@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -76,14 +77,13 @@ class Shards:
         self.files = sorted(self.folder.glob("*.safetensors"))
         for number, path in enumerate(self.files):
             about = read_about(path)
-            self.places |= {name: (number, row) for row, name in enumerate(json.loads(about["names"]))}
-            self.notes |= json.loads(about["notes"])
+            self.places |= {name: (number, row) for row, name in enumerate(about["names"])}
+            self.notes |= about["notes"]
 
-    def write(self, names: Sequence[int | str], tensors: dict[str, Tensor], notes: dict[str, str]) -> None:
+    def write(self, names: list[int | str], tensors: dict[str, Tensor], notes: dict[str, str]) -> None:
         """Write one file of len(names) rows; every tensor is (len(names), ...)."""
-        about = {"names": json.dumps(list(names)), "notes": json.dumps(notes)}
-        about["sha256"] = hash_content(about, tensors)
-        path = self.folder / f"{hashlib.sha256(about['names'].encode()).hexdigest()[:16]}.safetensors"
+        about = {"names": names, "notes": notes, "sha256": hash_content(names, notes, tensors)}
+        path = self.folder / f"{hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]}.safetensors"
         write_file(path, lambda partial: save_synced(tensors, partial, about, self.folder / "index.json"))
 
     def read(self, place: tuple[int, int]) -> dict[str, Tensor]:
@@ -100,7 +100,7 @@ def is_intact(path: Path) -> bool:
     about = read_about(path)
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return hash_content(about, tensors) == about["sha256"]
+    return hash_content(about["names"], about["notes"], tensors) == about["sha256"]
 
 
 def read_key(folder: Path) -> dict:
@@ -109,26 +109,26 @@ def read_key(folder: Path) -> dict:
     return json.loads(index.read_text())["key"] if index.is_file() else {}
 
 
-def read_about(path: Path) -> dict[str, str]:
-    """names, notes and sha256 of a file; raises InputError where its header or length is wrong."""
+def read_about(path: Path) -> dict:
+    """{"names", "notes", "sha256"} of a file; raises InputError where its header or length is wrong."""
     try:
         with safe_open(path, "pt") as file:
-            return file.metadata()
+            return json.loads(file.metadata()["about"])
     except SafetensorError as error:
         raise InputError(f"{path} is damaged ({error}): delete it and run python -m sdpo.cache again") from error
 
 
-def hash_content(about: dict[str, str], tensors: dict[str, Tensor]) -> str:
+def hash_content(names: list, notes: dict[str, str], tensors: dict[str, Tensor]) -> str:
     """SHA-256 over names, notes and the tensors' bytes."""
-    digest = hashlib.sha256((about["names"] + about["notes"]).encode())
+    digest = hashlib.sha256(json.dumps([names, notes]).encode())
     for name in sorted(tensors):
         digest.update(tensors[name].contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
-def save_synced(tensors: dict[str, Tensor], path: Path, about: dict[str, str], model: Path) -> None:
+def save_synced(tensors: dict[str, Tensor], path: Path, about: dict, model: Path) -> None:
     """Write a safetensors file with the permissions of the file `model`, and wait until it is on disk."""
-    save_file(tensors, path, about)
+    save_file(tensors, path, {"about": json.dumps(about)})
     shutil.copymode(model, path)  # save_file lets nobody else read it
     with path.open("rb") as file:
         os.fsync(file.fileno())
@@ -144,7 +144,7 @@ def refuse_changes(stores: Iterable[Shards]) -> None:
         then = read_key(shards.folder)
         for name, value in shards.key.items() if then else ():
             if then.get(name) != value:
-                changes.append(f"{name} of {shards.folder} was {shorten(then.get(name))}, is {shorten(value)}")
+                changes.append(f"{shards.folder}: {name} was {shorten(then.get(name))}, is {shorten(value)}")
     if changes:
         raise InputError(
             f"the latent cache was made from something else: {'; '.join(changes)}. "
@@ -185,6 +185,8 @@ def measure_images(values: pa.ChunkedArray) -> np.ndarray:
         return np.where(absent, measure_images(pc.struct_field(values, "path")), sizes) if absent.any() else sizes
     if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
         return np.array([os.path.getsize(path) if path and os.path.isfile(path) else -1 for path in values.to_pylist()])
+    if pa.types.is_null(values.type):
+        return np.full(len(values), -1)
     return pc.fill_null(pc.binary_length(values).cast(pa.int64()), -1).to_numpy()
 
 
@@ -271,7 +273,7 @@ class ImageRows(Dataset):
             try:
                 images.append(decode(values[name]))
             except Exception as error:  # every decoder has errors of its own
-                unreadable[f"{row} {number}"] = str(error)
+                unreadable[f"{row} {number}"] = re.sub(r" at 0x\w+", "", str(error))  # the same in every run
                 images.append(Image.new("RGB", (1, 1)))
         return torch.stack([self.transform.one(image, None, False) for image in images]), unreadable
 
@@ -412,7 +414,7 @@ def open_cache(
         for work in works:
             work.shards.scan()
     cached = [CachedPairs(part, stores[name], stores["captions"]) for part, name in zip(used, folder_of, strict=True)]
-    return cached[0], cached[1] if held_out else None
+    return cached[0], cached[1] if held_out is not None else None
 
 
 def open_stores(config: TrainConfig, accelerator: Accelerator, tables: dict[str, Pairs]) -> dict[str, Shards]:
