@@ -222,8 +222,14 @@ class CachedPairs:
     """Pairs that are read from a cache; stands in for Pairs in a PairDataset."""
 
     def __init__(self, pairs: Pairs, images: Shards, captions: Shards):
+        """Raises InputError where the cache lacks a pair."""
         self.images, self.texts, self.source, self.rows = images, captions, pairs.source, pairs.rows
         self.unreadable = images.notes
+        if lacking := sum(row not in images.places for row in pairs.rows.tolist()):
+            raise InputError(
+                f"{images.folder} lacks {lacking:,} pairs that were just made: "
+                "on several machines --latent_cache must lie on a disk that they share"
+            )
         self.places = np.array([images.places[row] for row in pairs.rows.tolist()])  # (n, 2): file, row in it
         of_columns = np.arange(len(pairs.columns))
         self.order = np.where(pairs.first_won[:, None], of_columns, of_columns[::-1])  # (n, columns), winner first

@@ -46,18 +46,14 @@ def load_part(cls, source: str, subfolder: str | None, **options):
         ) from error
 
 
-def find_part(source: str, subfolder: str | None, name: str, **options) -> Path:
-    """Folder of a part: a local one, or that in the hub's cache after fetching the file `name`; raises InputError."""
-    folder = Path(source, subfolder or "")
-    return folder if folder.is_dir() else fetch(source, f"{subfolder}/{name}" if subfolder else name, **options).parent
-
-
 def hash_part(cls, source: str, subfolder: str | None, **options) -> str:
     """SHA-256 over names and content of the files that `cls.from_pretrained` reads: the same for a copy elsewhere."""
-    name = "tokenizer_config.json" if cls is CLIPTokenizer else "config.json"
-    folder = find_part(source, subfolder, name, **options)
-    if not (Path(source).is_dir() or list_weights(folder)):
-        load_part(cls, source, subfolder, **options)  # fetches the other files
+    folder = Path(source, subfolder or "")
+    if not folder.is_dir():
+        name = "tokenizer_config.json" if cls is CLIPTokenizer else "config.json"
+        folder = fetch(source, f"{subfolder}/{name}" if subfolder else name, **options).parent
+        if not list_weights(folder):
+            load_part(cls, source, subfolder, **options)  # fetches the other files
     digest = hashlib.sha256()
     for path in [*sorted(path for path in folder.iterdir() if path.name in PART_FILES), *list_weights(folder)]:
         with path.open("rb") as file:
@@ -116,6 +112,17 @@ def hold_matmul_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
+class WeightlessVAE(AutoencoderKL):
+    """A VAE of which only the config is loaded."""
+
+    @classmethod
+    def from_pretrained(cls, source: str, **options) -> AutoencoderKL:
+        """The VAE on the meta device, where tensors take no memory."""
+        config = AutoencoderKL.load_config(source, **options)
+        with torch.device("meta"):
+            return AutoencoderKL.from_config(config)
+
+
 class StableDiffusion:
     """Stable Diffusion 1.x: latents of a VAE, one CLIP text encoder, epsilon- or v-prediction UNet."""
 
@@ -146,7 +153,7 @@ class StableDiffusion:
         for name, cls in self.text_parts.items() if encoders else ():
             part = load_part(cls, self.source, name, **self.options)
             (self.tokenizers if isinstance(part, CLIPTokenizer) else self.text_encoders).append(part)
-        self.vae = self._load_vae() if encoders else self._describe_vae()
+        self.vae = self._load_vae(AutoencoderKL if encoders else WeightlessVAE)
         for model in (self.vae, *self.text_encoders):
             model.requires_grad_(False).eval()
 
@@ -165,16 +172,9 @@ class StableDiffusion:
             return self.source, "vae", self.options
         return self.vae_source, None, {"cache_dir": self.cache_dir}
 
-    def _load_vae(self) -> AutoencoderKL:
+    def _load_vae(self, cls: type[AutoencoderKL] = AutoencoderKL) -> AutoencoderKL:
         source, subfolder, options = self._vae_place
-        return load_part(AutoencoderKL, source, subfolder, **options)
-
-    def _describe_vae(self) -> AutoencoderKL:
-        """The VAE without its weights, for its config."""
-        source, subfolder, options = self._vae_place
-        config = AutoencoderKL.load_config(find_part(source, subfolder, "config.json", **options))
-        with torch.device("meta"):
-            return AutoencoderKL.from_config(config)
+        return load_part(cls, source, subfolder, **options)
 
     def fingerprints(self) -> dict[str, str]:
         """SHA-256 over the files of the VAE, and over those of tokenizers and text encoders; none need be loaded."""
