@@ -104,9 +104,14 @@ def is_intact(path: Path) -> bool:
 
 
 def read_key(folder: Path) -> dict:
-    """The key in a folder's index.json; empty if there is none."""
+    """The key in a folder's index.json; empty for a new folder, InputError where files lack a readable index."""
     index = folder / "index.json"
-    return json.loads(index.read_text())["key"] if index.is_file() else {}
+    if not index.is_file() and not any(folder.glob("*.safetensors")):
+        return {}
+    try:
+        return json.loads(index.read_text())["key"]
+    except (OSError, ValueError, LookupError) as error:
+        raise InputError(f"{index} cannot be read ({error}): delete {folder} to make it again") from error
 
 
 def read_about(path: Path) -> dict:
@@ -318,34 +323,19 @@ def cut(items: list, size: int) -> list[list]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-def encode_images(family: StableDiffusion, work: Work, share: list[list[int]], batch: int, workers: int) -> Iterator:
-    """({"moments": (n, columns, orientations, 2, C, h, w)}, what is unreadable) for each list of rows."""
-    key, batches = work.shards.key, [cut(rows, batch) for rows in share]
-    sampler = list(itertools.chain(*batches))
-    options = {"batch_sampler": sampler, "collate_fn": collate_rows, "num_workers": workers}
-    loaded = iter(DataLoader(ImageRows(work.pairs, key["resolution"]), **options))
-    for of_file in batches:
-        moments, unreadable = [], {}
-        for pixels, texts in itertools.islice(loaded, len(of_file)):
-            moments.append(encode_pixels(family, pixels, key).cpu())
-            unreadable |= texts
-        yield {"moments": torch.cat(moments)} if moments else {}, unreadable
+def encode_images(family: StableDiffusion, work: Work, batches: list[list[int]], workers: int) -> Iterator:
+    """({"moments": (n, columns, orientations, 2, C, h, w)}, what is unreadable) for each batch of rows."""
+    images = ImageRows(work.pairs, work.shards.key["resolution"])
+    for pixels, unreadable in DataLoader(images, batch_sampler=batches, collate_fn=collate_rows, num_workers=workers):
+        yield {"moments": encode_pixels(family, pixels, work.shards.key["flips"])}, unreadable
 
 
-def encode_pixels(family: StableDiffusion, pixels: Tensor, key: dict) -> Tensor:
+def encode_pixels(family: StableDiffusion, pixels: Tensor, flips: bool) -> Tensor:
     """Moments (B, columns, orientations, 2, C, h, w) of pixels (B, columns, 3, H, W), upright, then mirrored."""
     images = pixels.flatten(0, 1).to(family.device)
-    oriented = [images, images.flip(-1)] if key["flips"] else [images]
+    oriented = [images, images.flip(-1)] if flips else [images]
     moments = torch.stack([family.encode_moments(normalise(images)) for images in oriented], 1)
-    return moments.unflatten(0, pixels.shape[:2]).to(STORED[key["stored in"]])
-
-
-def encode_texts(family: StableDiffusion, work: Work, share: list[list[str]]) -> Iterator:
-    """(what the text encoders say, {}) for each list of texts."""
-    for texts in share:
-        parts = [family.encode_texts(piece) for piece in cut(texts, 64)]
-        names, dtype = (parts[0] if parts else ()), STORED[work.shards.key["stored in"]]
-        yield {name: torch.cat([part[name].to(dtype).cpu() for part in parts]) for name in names}, {}
+    return moments.unflatten(0, pixels.shape[:2])
 
 
 def make(config: TrainConfig, accelerator: Accelerator, family: StableDiffusion, work: Work) -> None:
@@ -353,26 +343,42 @@ def make(config: TrainConfig, accelerator: Accelerator, family: StableDiffusion,
     if accelerator.is_main_process:
         work.shards.create()
     accelerator.wait_for_everyone()
-    share = work.share(work.row_bytes(family), accelerator)
-    unit, unreadable = "pair" if work.pairs else "text", 0
+    share, batch = work.share(work.row_bytes(family), accelerator), config.train_batch_size if work.pairs else 64
+    batches = [piece for names in share for piece in cut(names, batch)]
     if work.pairs:
-        made = encode_images(family, work, share, config.train_batch_size, config.dataloader_num_workers)
+        encoded = encode_images(family, work, batches, config.dataloader_num_workers)
     else:
-        made = encode_texts(family, work, share)
-    options = {"desc": f"caching {work.shards.folder.name}", "disable": not accelerator.is_local_main_process}
-    with tqdm(total=sum(map(len, share)), unit=unit, **options) as progress:  # of this rank
-        for names, (tensors, notes) in zip(share, made, strict=True):
-            unreadable += len(notes)
-            if unreadable > config.max_unreadable_images:
-                row, why = list(notes.items())[-1]
-                raise InputError(
-                    f"{unreadable} unreadable images, more than --max_unreadable_images; the last, {work.pairs.source} "
-                    f"row {row.split()[0]}: {why}; check the data"
-                )
-            if names:
-                work.shards.write(names, tensors, notes)
-            progress.update(len(names))
-            accelerator.wait_for_everyone()
+        encoded = ((family.encode_texts(texts), {}) for texts in batches)
+    dtype, unreadable = STORED[work.shards.key["stored in"]], {}
+    progress = tqdm(
+        desc=f"caching {work.shards.folder.name}",
+        unit="pair" if work.pairs else "text",
+        total=sum(map(len, share)),  # of this rank
+        disable=not accelerator.is_local_main_process,
+    )
+    for names in share:
+        parts, notes = [], {}
+        for piece in cut(names, batch):
+            tensors, texts = next(encoded)
+            parts.append({name: tensor.to(dtype).cpu() for name, tensor in tensors.items()})
+            notes |= texts
+            progress.update(len(piece))
+        unreadable |= notes
+        refuse_unreadable(unreadable, config.max_unreadable_images, work.pairs)
+        if names:
+            work.shards.write(names, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, notes)
+        accelerator.wait_for_everyone()
+    progress.close()
+
+
+def refuse_unreadable(unreadable: dict[str, str], limit: int, pairs: Pairs | None) -> None:
+    """Raises InputError where more images are unreadable than a run may replace."""
+    if len(unreadable) > limit:
+        place, why = list(unreadable.items())[-1]
+        raise InputError(
+            f"{len(unreadable)} unreadable images, more than --max_unreadable_images {limit}; "
+            f"the last: {pairs.source} row {place.split()[0]}: {why}; check the data"
+        )
 
 
 def fill(config: TrainConfig, accelerator: Accelerator, works: list[Work]) -> None:
@@ -401,26 +407,31 @@ def open_cache(
     VAE and text encoders are loaded only where something is missing, and dropped again. Raises InputError for a cache
     that was made from something else.
     """
-    used = [pairs] if held_out is None else [pairs, held_out]
-    folder_of = ["images" if part.table is pairs.table else "held-out" for part in used]
-    tables = dict(zip(folder_of, used, strict=True)) | {"images": pairs}
-    stores = open_stores(config, accelerator, tables)
-    wanted = {"captions": sorted({text for part in used for options in list_captions(part) for text in options} | {""})}
-    for name in tables:
-        rows = [part.rows for part, folder in zip(used, folder_of, strict=True) if folder == name]
-        wanted[name] = np.unique(np.concatenate(rows)).tolist()
+    used = [part for part in (pairs, held_out) if part is not None]
+    folders = ["images" if part.table is pairs.table else "held-out" for part in used]
+    tables = dict(zip(folders, used, strict=True)) | {"images": pairs}
+    stores, wanted = open_stores(config, accelerator, tables), {"captions": {""}}
+    for part, name in zip(used, folders, strict=True):
+        wanted["captions"].update(itertools.chain(*list_captions(part)))
+        wanted.setdefault(name, set()).update(part.rows.tolist())
     works = []
     for name, names in wanted.items():
         stores[name].scan()
-        if missing := [each for each in names if each not in stores[name].places]:
+        if missing := sorted(names - stores[name].places.keys()):
             works.append(Work(stores[name], missing, tables.get(name)))
     if works:
         fill(config, accelerator, works)
         torch.cuda.empty_cache()
         for work in works:
             work.shards.scan()
-    cached = [CachedPairs(part, stores[name], stores["captions"]) for part, name in zip(used, folder_of, strict=True)]
-    return cached[0], cached[1] if held_out is not None else None
+    for name in tables:
+        if notes := stores[name].notes:
+            log.warning(
+                f"CAUTION: {len(notes)} images could not be read when {stores[name].folder} was made; "
+                "their pairs are replaced by others"
+            )
+    cached = [CachedPairs(part, stores[name], stores["captions"]) for part, name in zip(used, folders, strict=True)]
+    return (*cached, None)[:2]
 
 
 def open_stores(config: TrainConfig, accelerator: Accelerator, tables: dict[str, Pairs]) -> dict[str, Shards]:

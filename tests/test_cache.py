@@ -324,6 +324,11 @@ def test_damage_is_found(flags, tmp_path):
     path.unlink()
     cache.main(flags("--verify"))
     assert path.read_bytes() == whole
+    index = tmp_path / "cache" / "captions" / "index.json"
+    for damage in (lambda: index.write_text("{"), index.unlink):
+        damage()
+        with pytest.raises(InputError, match=f"{index} cannot be read"):
+            cache.main(flags())
 
 
 # What fits
