@@ -14,10 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-import datasets
-import diffusers
 import torch
-import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration, broadcast_object_list
 from diffusers.optimization import get_scheduler
@@ -26,7 +23,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from sdpo import checkpoint as checkpoints
+from sdpo.cache import CachedPairs, open_cache
 from sdpo.config import InputError, Plan, TrainConfig, parse_flags, run_command
+from sdpo.console import start_console
 from sdpo.data import PairDataset, Transform, train_loader
 from sdpo.families import load_family
 from sdpo.heldout import HeldOutPairs
@@ -60,13 +59,7 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
         accelerator.state.fsdp_plugin.mixed_precision_policy = None  # autocast casts, as it does for the reference
     if config.use_ema and accelerator.distributed_type in SHARDING:
         raise InputError("--use_ema does not go with FSDP or DeepSpeed, which share out weights; drop it or use DDP")
-    level = logging.INFO if accelerator.is_main_process else logging.ERROR
-    logging.basicConfig(format="%(message)s", level=level, force=True)
-    for name in ("httpx", "accelerate"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for library in (datasets, diffusers, transformers):
-        library.utils.logging.disable_progress_bar()
-        library.utils.logging.set_verbosity_error()
+    start_console(accelerator.is_main_process)
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     return accelerator
@@ -80,7 +73,7 @@ def choose_seed(config: TrainConfig, resume: Path | None) -> int:
     return broadcast_object_list([seed])[0]
 
 
-def build_dataset(run: Run, pairs: Pairs, stream: str) -> PairDataset:
+def build_dataset(run: Run, pairs: Pairs | CachedPairs, stream: str) -> PairDataset:
     """Samples of the stream "train", or of "held-out": without flips, random crops, dropped captions or added noise."""
     config, resolution = run.config, run.config.resolution or run.family.resolution
     transform, options = Transform(resolution), {}
@@ -118,16 +111,13 @@ def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
     accelerator = start_accelerator(config)
     resume = checkpoints.find_checkpoint(config)
     seed = choose_seed(config, resume)
-    options = {
-        "vae": config.pretrained_vae_model_name_or_path,
-        "revision": config.revision,
-        "cache_dir": config.cache_dir,
-    }
-    family = load_family(config.family, config.pretrained_model_name_or_path, **options)
+    family = load_family(**config.base, encoders=not config.latent_cache or bool(config.validation_prompts))
     with accelerator.main_process_first():
         if config.choice_model and accelerator.is_main_process:
             label_pairs(config, accelerator)
         pairs, held_out_pairs, notes = prepare_pairs(config, seed)
+    if config.latent_cache:
+        pairs, held_out_pairs = open_cache(config, accelerator, pairs, held_out_pairs)
     plan = Plan.of(config, accelerator.num_processes, len(pairs))
     accelerator.gradient_accumulation_steps = plan.accumulation
 
@@ -164,7 +154,7 @@ def label_pairs(config: TrainConfig, accelerator: Accelerator) -> None:
     log.info(relabel(RelabelConfig.of(config, str(accelerator.device))))
 
 
-def hold_out(run: Run, pairs: Pairs | None) -> HeldOutPairs | None:
+def hold_out(run: Run, pairs: Pairs | CachedPairs | None) -> HeldOutPairs | None:
     """Encode the held-out pairs and say what measuring on them costs."""
     if pairs is None:
         return None

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from sdpo.families import Conditioning
 
 
 @dataclass
 class Batch:
     """B pairs as tensors; image tensors hold all winners, then all losers."""
 
-    pixels: Tensor  # (2B, 3, H, W) uint8
+    pixels: Tensor | None  # (2B, 3, H, W) uint8; None where the pairs come from a latent cache
+    moments: Tensor | None  # (2B, 2, C, h, w), mean and std of the posteriors, from a latent cache
+    texts: Conditioning | None  # each (B, ...), what the text encoders say of the captions, from a latent cache
     captions: list[str]  # B
     noise: Tensor  # (B, C, h, w), shared by the pair
     input_noise: Tensor  # (B, C, h, w), what noises the model's input: noise, plus the perturbation if any
@@ -22,28 +27,37 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on a device."""
-        return Batch(
-            **{
-                name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-                for name, value in vars(self).items()
-            }
-        )
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory (called by the data loader)."""
-        return Batch(
-            **{name: value.pin_memory() if isinstance(value, Tensor) else value for name, value in vars(self).items()}
-        )
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        def apply(value):
+            if isinstance(value, dict):
+                return {name: function(tensor) for name, tensor in value.items()}
+            return function(value) if isinstance(value, Tensor) else value
+
+        return Batch(**{name: apply(value) for name, value in vars(self).items()})
 
 
 def collate(samples: list[dict]) -> Batch:
-    """Stack samples, winners first."""
-    by_member = {name: torch.stack([s[name] for s in samples], 1).flatten(0, 1) for name in ("pixels", "posterior")}
-    shared = {name: torch.stack([s[name] for s in samples]) for name in ("noise", "input_noise")}
+    """Stack samples, winners first; they have pixels, or moments and texts."""
+    names = ("pixels", "moments", "posterior")
+    by_member = {name: stack(samples, name, 1).flatten(0, 1) if name in samples[0] else None for name in names}
+    texts = [s["texts"] for s in samples if "texts" in s]
     return Batch(
         **by_member,
-        **shared,
+        noise=stack(samples, "noise"),
+        input_noise=stack(samples, "input_noise"),
+        texts={name: stack(texts, name) for name in texts[0]} if texts else None,
         captions=[s["caption"] for s in samples],
         uniform=torch.tensor([s["uniform"] for s in samples], dtype=torch.float32),
         unreadable=[text for s in samples for text in s["unreadable"]],
     )
+
+
+def stack(samples: list[dict], name: str, dim: int = 0) -> Tensor:
+    """One entry of all samples, stacked along a new dimension."""
+    return torch.stack([sample[name] for sample in samples], dim)

@@ -103,6 +103,10 @@ class TrainConfig:
     proportion_empty_prompts: float = flag(0.2, "share of captions replaced by the empty string")
     max_unreadable_images: int = flag(100, "replace up to this many unreadable pairs per process by others, then stop")
     dataloader_num_workers: int = flag(0, "data loading processes per rank; 0 loads in the main process")
+    latent_cache: str | None = flag(
+        None, "folder of encoded images and captions: filled by `python -m sdpo.cache` or on first use, then read"
+    )
+    latent_cache_dtype: Literal["bf16", "fp32"] = flag("bf16", "precision of the numbers in the latent cache")
 
     # Method
     train_method: Literal["diffusion-dpo", "dspo", "dmpo", "sft"] = flag("diffusion-dpo", "loss")
@@ -253,6 +257,14 @@ class TrainConfig:
             "--activation_memory goes with --gradient_checkpointing auto; drop it or add that",
         )
         yield (
+            self.latent_cache and self.random_crop,
+            "--random_crop draws a new crop every time, which --latent_cache cannot hold: drop one of them",
+        )
+        yield (
+            self.latent_cache and self.max_train_samples is not None and self.seed is None,
+            "--latent_cache with --max_train_samples needs --seed, which chooses the pairs",
+        )
+        yield (
             self.method == "sft" and (self.use_winner_preserving or self.constant_loser_scale != 1),
             "sft has no loser: drop --use_winner_preserving and --constant_loser_scale",
         )
@@ -265,6 +277,17 @@ class TrainConfig:
     def family(self) -> str:
         """Name of the base model's row in FAMILIES."""
         return "sdxl" if self.sdxl else "sd15"
+
+    @property
+    def base(self) -> dict[str, str | None]:
+        """Arguments of load_family."""
+        return {
+            "name": self.family,
+            "source": self.pretrained_model_name_or_path,
+            "vae": self.pretrained_vae_model_name_or_path,
+            "revision": self.revision,
+            "cache_dir": self.cache_dir,
+        }
 
     @property
     def method(self) -> str:
@@ -329,6 +352,10 @@ class TrainConfig:
         yield (
             self.input_perturbation > 0 and self.method != "sft",
             "the held-out errors are measured without the input perturbation",
+        )
+        yield (
+            self.latent_cache and self.validation_prompts,
+            "--validation_prompts needs VAE and text encoders, so they are loaded in spite of --latent_cache",
         )
         yield (
             self.use_ema and self.max_train_steps and 1 / (1 - self.ema_decay) > self.max_train_steps,

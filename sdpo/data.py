@@ -39,12 +39,15 @@ class Transform:
         self, images: list[Image.Image], crop_rng: np.random.Generator, flip_rng: np.random.Generator
     ) -> Tensor:
         """(len(images), 3, resolution, resolution) uint8."""
-        flips = flip_rng.random(len(images)) < 0.5
+        flips = self.draw_flips(len(images), flip_rng)
+        return torch.stack([self.one(image, crop_rng, flip) for image, flip in zip(images, flips, strict=True)])
+
+    def draw_flips(self, count: int, rng: np.random.Generator) -> list[bool]:
+        """Which of `count` images to mirror."""
+        flips = rng.random(count) < 0.5
         if self.shared_flip:
             flips[:] = flips[0]
-        return torch.stack(
-            [self.one(image, crop_rng, bool(mirrored)) for image, mirrored in zip(images, flips, strict=True)]
-        )
+        return (flips & self.flip).tolist()
 
     def one(self, image: Image.Image, crop_rng: np.random.Generator, mirrored: bool) -> Tensor:
         """(3, resolution, resolution) uint8."""
@@ -54,14 +57,14 @@ class Transform:
             image = TF.crop(image, top, left, self.resolution, self.resolution)
         else:
             image = TF.center_crop(image, self.resolution)
-        return TF.pil_to_tensor(TF.hflip(image) if self.flip and mirrored else image)
+        return TF.pil_to_tensor(TF.hflip(image) if mirrored else image)
 
 
 @dataclass(frozen=True)
 class PairDataset(Dataset):
     """Samples by (step, position in the global batch), everything random in them drawn for that place."""
 
-    pairs: Pairs
+    pairs: Pairs  # or sdpo.cache.CachedPairs
     transform: Transform
     latent_shape: tuple[int, int, int]
     seed: int
@@ -82,15 +85,24 @@ class PairDataset(Dataset):
         input_noise = noise
         if self.input_perturbation:
             input_noise = noise + self.input_perturbation * self._normal("perturbation", place, self.latent_shape)
+        caption = self._caption(caption, place)
         return {
-            "pixels": self.transform(images, self._draw("crop", place), self._draw("flip", place)),
-            "caption": self._caption(caption, place),
+            **self._encoded(images, caption, place),
+            "caption": caption,
             "noise": noise,
             "input_noise": input_noise,
             "posterior": self._normal("posterior", place, (self.members, *self.latent_shape)),
             "uniform": self._draw("timestep", place).random(),
             "unreadable": unreadable,
         }
+
+    def _encoded(self, images: list[Image.Image] | list[Tensor], caption: str, place: tuple[int, int]) -> dict:
+        """Pixels to encode, or moments and texts that are encoded already."""
+        if isinstance(images[0], Image.Image):
+            return {"pixels": self.transform(images, self._draw("crop", place), self._draw("flip", place))}
+        flips = self.transform.draw_flips(len(images), self._draw("flip", place))
+        moments = torch.stack([moments[int(flip)] for moments, flip in zip(images, flips, strict=True)])
+        return {"moments": moments, "texts": self.pairs.encode(caption)}
 
     def row(self, place: tuple[int, int]) -> int:
         """Row of the pair at a place in the table that the pairs come from."""
@@ -103,8 +115,8 @@ class PairDataset(Dataset):
     def _normal(self, name: str, place: tuple[int, int], shape: tuple[int, ...]) -> Tensor:
         return torch.from_numpy(normal(self.seed, f"{self.stream}-{name}", place, shape))
 
-    def _load(self, place: tuple[int, int]) -> tuple[list[Image.Image], str | list[str], list[str]]:
-        """Images and caption of the pair at a place, or of another one drawn for it, and what could not be read."""
+    def _load(self, place: tuple[int, int]) -> tuple[list[Image.Image] | list[Tensor], str | list[str], list[str]]:
+        """Images or moments and caption of the pair at a place or of one drawn instead, and what could not be read."""
         step, position = place
         index = self._index(step * self.global_batch + position)
         unreadable: list[str] = []

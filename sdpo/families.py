@@ -7,7 +7,9 @@ matching) need nothing elsewhere.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from pathlib import Path
 from typing import ClassVar
 
@@ -25,8 +27,11 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sdpo.config import InputError
+from sdpo.hub import fetch
 
 Conditioning = dict[str, Tensor]  # every tensor has one row per sample
+PART_FILES = {"config.json", "tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.json"}
+PART_FILES |= {"special_tokens_map.json", "added_tokens.json"}  # what a part consists of beside its weights
 
 
 def load_part(cls, source: str, subfolder: str | None, **options):
@@ -39,6 +44,28 @@ def load_part(cls, source: str, subfolder: str | None, **options):
             f"cannot load {subfolder or cls.__name__} of {source!r}: {reason} "
             "Give a local diffusers folder, or download the model where the hub can be reached."
         ) from error
+
+
+def hash_part(cls, source: str, subfolder: str | None, **options) -> str:
+    """SHA-256 over names and content of the files that `cls.from_pretrained` reads: the same for a copy elsewhere."""
+    folder = Path(source, subfolder or "")
+    if not folder.is_dir():
+        name = "tokenizer_config.json" if cls is CLIPTokenizer else "config.json"
+        folder = fetch(source, f"{subfolder}/{name}" if subfolder else name, **options).parent
+        if not list_weights(folder):
+            load_part(cls, source, subfolder, **options)  # fetches the other files
+    digest = hashlib.sha256()
+    for path in [*sorted(path for path in folder.iterdir() if path.name in PART_FILES), *list_weights(folder)]:
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def list_weights(folder: Path) -> list[Path]:
+    """Weight files that from_pretrained chooses in a folder: no variants, safetensors before others."""
+    names = r"(diffusion_pytorch_model|pytorch_model|model)(-\d+-of-\d+)?\.(safetensors|bin)"
+    found = sorted(path for path in folder.iterdir() if re.fullmatch(names, path.name))
+    return [path for path in found if path.suffix == ".safetensors"] or found
 
 
 def load_state(path: str | Path) -> dict[str, Tensor]:
@@ -85,6 +112,17 @@ def hold_matmul_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
+class WeightlessVAE(AutoencoderKL):
+    """A VAE of which only the config is loaded."""
+
+    @classmethod
+    def from_pretrained(cls, source: str, **options) -> AutoencoderKL:
+        """The VAE on the meta device, where tensors take no memory."""
+        config = AutoencoderKL.load_config(source, **options)
+        with torch.device("meta"):
+            return AutoencoderKL.from_config(config)
+
+
 class StableDiffusion:
     """Stable Diffusion 1.x: latents of a VAE, one CLIP text encoder, epsilon- or v-prediction UNet."""
 
@@ -96,7 +134,13 @@ class StableDiffusion:
     text_parts: ClassVar[dict[str, type]] = {"tokenizer": CLIPTokenizer, "text_encoder": CLIPTextModel}
 
     def __init__(
-        self, source: str, *, vae: str | None = None, revision: str | None = None, cache_dir: str | None = None
+        self,
+        source: str,
+        *,
+        vae: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | None = None,
+        encoders: bool = True,
     ):
         self.source, self.vae_source, self.cache_dir = source, vae, cache_dir
         self.options = {"revision": revision, "cache_dir": cache_dir}
@@ -106,10 +150,10 @@ class StableDiffusion:
         if kind not in ("epsilon", "v_prediction"):
             raise InputError(f"{self.source}: prediction_type {kind!r} is not supported; epsilon and v_prediction are")
         self.tokenizers, self.text_encoders = [], []
-        for name, cls in self.text_parts.items():
+        for name, cls in self.text_parts.items() if encoders else ():
             part = load_part(cls, self.source, name, **self.options)
             (self.tokenizers if isinstance(part, CLIPTokenizer) else self.text_encoders).append(part)
-        self.vae = self._load_vae()
+        self.vae = self._load_vae(AutoencoderKL if encoders else WeightlessVAE)
         for model in (self.vae, *self.text_encoders):
             model.requires_grad_(False).eval()
 
@@ -122,10 +166,24 @@ class StableDiffusion:
                 "SDXL models need --sdxl, SD1.x models run without it"
             )
 
-    def _load_vae(self) -> AutoencoderKL:
+    @property
+    def _vae_place(self) -> tuple[str, str | None, dict[str, str | None]]:
         if self.vae_source is None:
-            return load_part(AutoencoderKL, self.source, "vae", **self.options)
-        return load_part(AutoencoderKL, self.vae_source, None, cache_dir=self.cache_dir)
+            return self.source, "vae", self.options
+        return self.vae_source, None, {"cache_dir": self.cache_dir}
+
+    def _load_vae(self, cls: type[AutoencoderKL] = AutoencoderKL) -> AutoencoderKL:
+        source, subfolder, options = self._vae_place
+        return load_part(cls, source, subfolder, **options)
+
+    def fingerprints(self) -> dict[str, str]:
+        """SHA-256 over the files of the VAE, and over those of tokenizers and text encoders; none need be loaded."""
+        source, subfolder, options = self._vae_place
+        texts = [hash_part(cls, self.source, name, **self.options) for name, cls in self.text_parts.items()]
+        return {
+            "VAE": hash_part(AutoencoderKL, source, subfolder, **options),
+            "text encoders": hashlib.sha256("".join(texts).encode()).hexdigest(),
+        }
 
     def load_unet(self, init: str = "") -> UNet2DConditionModel:
         """A UNet in fp32: the base model's, or that of a diffusers folder, a hub id or a file with a state dict."""
@@ -136,13 +194,17 @@ class StableDiffusion:
         return load_part(UNet2DConditionModel, init or self.source, "unet", **self.options).float()
 
     def to(self, device: torch.device, dtype: torch.dtype) -> StableDiffusion:
-        """Move the frozen encoders; their weights are held in `dtype`, but in fp32 where the VAE overflows in fp16."""
-        fragile = dtype == torch.float16 and self.vae.config.force_upcast
-        self.vae.to(device, torch.float32 if fragile else dtype)
+        """Move the frozen encoders; their weights are held in `dtype`, those of the VAE in vae_dtype(dtype)."""
+        if self.vae.device.type != "meta":
+            self.vae.to(device, self.vae_dtype(dtype))
         for encoder in self.text_encoders:
             encoder.to(device, dtype)
         self.scheduler.alphas_cumprod = self.scheduler.alphas_cumprod.to(device)
         return self
+
+    def vae_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """`dtype`, but fp32 where the VAE overflows in fp16."""
+        return torch.float32 if dtype == torch.float16 and self.vae.config.force_upcast else dtype
 
     @property
     def device(self) -> torch.device:
@@ -151,16 +213,30 @@ class StableDiffusion:
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """(C, H, W) of the latents of a square image; raises InputError if the VAE cannot halve it often enough."""
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        factor = self.image_size(1)
         if resolution % factor:
             raise InputError(f"--resolution must be a multiple of {factor} for {self.source}, got {resolution}")
         return self.vae.config.latent_channels, resolution // factor, resolution // factor
 
+    def image_size(self, latent_size: int) -> int:
+        """Side in pixels of an image whose latents have this side."""
+        return latent_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
+
     @torch.no_grad()
     def encode_images(self, pixels: Tensor, noise: Tensor) -> Tensor:
         """Latents (N, C, h, w) fp32 of pixels (N, 3, H, W) in [-1, 1]; `noise` samples the posterior."""
+        return self.sample_posterior(self.encode_moments(pixels), noise)
+
+    @torch.no_grad()
+    def encode_moments(self, pixels: Tensor) -> Tensor:
+        """Mean and standard deviation (N, 2, C, h, w) fp32 of the posteriors of pixels (N, 3, H, W) in [-1, 1]."""
         posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
-        return (posterior.mean.float() + posterior.std.float() * noise) * self.vae.config.scaling_factor
+        return torch.stack([posterior.mean, posterior.std], 1).float()
+
+    def sample_posterior(self, moments: Tensor, noise: Tensor) -> Tensor:
+        """Latents (N, C, h, w) fp32 of moments (N, 2, C, h, w) in any precision."""
+        mean, std = moments.float().unbind(1)
+        return (mean + std * noise) * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
@@ -183,8 +259,17 @@ class StableDiffusion:
     @torch.no_grad()
     def encode_captions(self, captions: list[str], resolution: int) -> Conditioning:
         """Conditioning of N captions for images of `resolution` pixels."""
+        return self.condition(self.encode_texts(captions), resolution)
+
+    @torch.no_grad()
+    def encode_texts(self, captions: list[str]) -> Conditioning:
+        """The part of the conditioning that comes from the text encoders, in their precision."""
         (tokens,) = self.tokenize(captions)
-        return {"encoder_hidden_states": self.text_encoders[0](tokens)[0].float()}
+        return {"encoder_hidden_states": self.text_encoders[0](tokens)[0]}
+
+    def condition(self, texts: Conditioning, resolution: int) -> Conditioning:
+        """Conditioning in fp32 from what encode_texts gave, in any precision."""
+        return {name: value.float() for name, value in texts.items()}
 
     def timesteps(self, uniform: Tensor) -> Tensor:
         """Timesteps (N,) for uniform draws in [0, 1)."""
@@ -230,20 +315,23 @@ class StableDiffusionXL(StableDiffusion):
     }
 
     @torch.no_grad()
-    def encode_captions(self, captions: list[str], resolution: int) -> Conditioning:
-        """Adds the second encoder's pooled embedding and the time ids (original size, crop corner, target size)."""
+    def encode_texts(self, captions: list[str]) -> Conditioning:
+        """Adds the second encoder's pooled embedding."""
         outputs = [
             encoder(ids, output_hidden_states=True)
             for encoder, ids in zip(self.text_encoders, self.tokenize(captions), strict=True)
         ]
-        time_ids = torch.tensor(
-            [resolution, resolution, 0, 0, resolution, resolution], device=self.device, dtype=torch.float32
-        )
         return {
-            "encoder_hidden_states": torch.cat([output.hidden_states[-2] for output in outputs], -1).float(),
-            "text_embeds": outputs[-1].text_embeds.float(),
-            "time_ids": time_ids.repeat(len(captions), 1),
+            "encoder_hidden_states": torch.cat([output.hidden_states[-2] for output in outputs], -1),
+            "text_embeds": outputs[-1].text_embeds,
         }
+
+    def condition(self, texts: Conditioning, resolution: int) -> Conditioning:
+        """Adds the time ids: original size, crop corner, target size."""
+        conditioning = super().condition(texts, resolution)
+        pooled = conditioning["text_embeds"]
+        time_ids = pooled.new_tensor([resolution, resolution, 0, 0, resolution, resolution])
+        return conditioning | {"time_ids": time_ids.repeat(len(pooled), 1)}
 
     def predict(self, unet: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """The model's prediction (N, C, h, w) in fp32."""
@@ -254,6 +342,9 @@ class StableDiffusionXL(StableDiffusion):
 FAMILIES = {"sd15": StableDiffusion, "sdxl": StableDiffusionXL}
 
 
-def load_family(name: str, source: str, **options: str | None) -> StableDiffusion:
-    """The family with its frozen parts on the CPU in fp32; source is a hub id or a local diffusers folder."""
+def load_family(name: str, source: str, **options: str | bool | None) -> StableDiffusion:
+    """The family with its frozen parts on the CPU in fp32; source is a hub id or a local diffusers folder.
+
+    With encoders=False it has neither tokenizers nor text encoders, and of the VAE only the config.
+    """
     return FAMILIES[name](source, **options)

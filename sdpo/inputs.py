@@ -26,15 +26,22 @@ class Inputs:
         return Inputs(self.noisy.to(device), self.timesteps.to(device), conditioning, self.target.to(device))
 
 
+def normalise(pixels: Tensor) -> Tensor:
+    """Pixels of 0 to 255 as the VAE takes them, in [-1, 1]."""
+    return pixels.float() / 127.5 - 1
+
+
 def make_inputs(family: StableDiffusion, batch: Batch) -> Inputs:
     """Encode a batch on the family's device; both members of a pair get the same noise, timestep and caption."""
-    members, resolution = len(batch.pixels) // len(batch.captions), batch.pixels.shape[-1]
-    latents = family.encode_images(batch.pixels.float() / 127.5 - 1, batch.posterior)
+    members = len(batch.posterior) // len(batch.captions)
+    if batch.moments is None:
+        latents = family.encode_images(normalise(batch.pixels), batch.posterior)
+        conditioning = family.encode_captions(batch.captions, batch.pixels.shape[-1])
+    else:
+        latents = family.sample_posterior(batch.moments, batch.posterior)
+        conditioning = family.condition(batch.texts, family.image_size(latents.shape[-1]))
     timesteps = family.timesteps(batch.uniform).repeat(members)
     noise, input_noise = (x.repeat(members, 1, 1, 1) for x in (batch.noise, batch.input_noise))
     noisy, target = family.add_noise(latents, noise, timesteps, input_noise)
-    conditioning = {
-        name: value.repeat(members, *[1] * (value.dim() - 1))
-        for name, value in family.encode_captions(batch.captions, resolution).items()
-    }
+    conditioning = {name: value.repeat(members, *[1] * (value.dim() - 1)) for name, value in conditioning.items()}
     return Inputs(noisy, timesteps, conditioning, target)

@@ -29,8 +29,8 @@ def planned_memory(run: Run) -> dict[str, int]:
     state = OPTIMIZER_BYTES[optimizer_name(run.config, run.family)]
     sizes = {"policy": 4, "gradients": 4, "optimizer": state, "average": 4 if run.ema else 0}  # bytes per parameter
     sizes["reference"] = 0 if run.reference is None else DTYPES[run.config.mixed_precision].itemsize
-    encoders = (run.family.vae, *run.family.text_encoders)
-    frozen = sum(p.numel() * p.element_size() for model in encoders for p in model.parameters())
+    encoders = (p for model in (run.family.vae, *run.family.text_encoders) for p in model.parameters())
+    frozen = sum(p.nbytes for p in encoders if not p.is_meta)  # without weights where a latent cache is read
     return {name: parameters * size for name, size in sizes.items() if size} | {"encoders": frozen}
 
 

@@ -51,7 +51,7 @@ def sample(
     """
     scheduler = EulerDiscreteScheduler.from_config(family.scheduler.config)
     scheduler.set_timesteps(steps, device=family.device)
-    resolution = noise.shape[-1] * 2 ** (len(family.vae.config.block_out_channels) - 1)
+    resolution = family.image_size(noise.shape[-1])
     conditioning = encode_guided(family, captions, resolution, unet.dtype)
     latents = noise.to(family.device) * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:

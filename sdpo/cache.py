@@ -1,0 +1,489 @@
+"""The latent cache: what VAE and text encoders say of the training data, on file; `python -m sdpo.cache ...`.
+
+The command takes the flags of train.py and fills `--latent_cache`; train.py itself does so on first use. Either makes
+what is missing only, so a command that was cut off continues when it is run again. docs/design.md says what is kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from sdpo.checkpoint import write_file
+from sdpo.config import InputError, TrainConfig, flag, parse_flags, run_command
+from sdpo.console import start_console
+from sdpo.data import Transform
+from sdpo.families import Conditioning, StableDiffusion, load_family
+from sdpo.inputs import normalise
+from sdpo.pairs import Pairs, column, decode, prepare_pairs
+from sdpo.step import DTYPES
+
+SHARD_BYTES = 2**29  # a file of a cache is no larger, unless one row is
+STORED = {"bf16": torch.bfloat16, "fp32": torch.float32}
+log = logging.getLogger("cache")
+
+
+# Files
+
+
+class Shards:
+    """Rows of tensors by name (an int or a text), in files of bounded size that are mapped into memory when read.
+
+    index.json holds the key: what the rows are made from. Every file says which rows it has and the SHA-256 of its
+    content, and has its name only when it is complete. A folder may lack rows, but never mixes keys.
+    """
+
+    def __init__(self, folder: Path, key: dict):
+        self.folder, self.key = folder, key
+        self.files: list[Path] = []
+        self.places: dict[int | str, tuple[int, int]] = {}  # name of a row: file, row in it
+        self.notes: dict[str, str] = {}
+        self._mapped: dict[int, dict[str, Tensor]] = {}
+
+    def __getstate__(self) -> dict:
+        return vars(self) | {"places": {}, "_mapped": {}}  # another process maps the files itself
+
+    def create(self) -> None:
+        """Write index.json."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"key": self.key}, indent=2) + "\n"
+        write_file(self.folder / "index.json", lambda partial: partial.write_text(text))
+
+    def scan(self) -> None:
+        """Note where each row of the complete files is; raises InputError for a file that is damaged."""
+        self.files = sorted(self.folder.glob("*.safetensors"))
+        for number, path in enumerate(self.files):
+            about = read_about(path)
+            self.places |= {name: (number, row) for row, name in enumerate(about["names"])}
+            self.notes |= about["notes"]
+
+    def write(self, names: list[int | str], tensors: dict[str, Tensor], notes: dict[str, str]) -> None:
+        """Write one file of len(names) rows; every tensor is (len(names), ...)."""
+        about = {"names": names, "notes": notes, "sha256": hash_content(names, notes, tensors)}
+        path = self.folder / f"{hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]}.safetensors"
+        write_file(path, lambda partial: save_synced(tensors, partial, about, self.folder / "index.json"))
+
+    def read(self, place: tuple[int, int]) -> dict[str, Tensor]:
+        """The tensors of one row, as views of the mapped file."""
+        number, row = place
+        if number not in self._mapped:
+            with safe_open(self.files[number], "pt") as file:
+                self._mapped[number] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return {name: tensor[row] for name, tensor in self._mapped[number].items()}
+
+
+def is_intact(path: Path) -> bool:
+    """Whether a file still has the content that was written."""
+    about = read_about(path)
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return hash_content(about["names"], about["notes"], tensors) == about["sha256"]
+
+
+def read_key(folder: Path) -> dict:
+    """The key in a folder's index.json; empty for a new folder, InputError where files lack a readable index."""
+    index = folder / "index.json"
+    if not index.is_file() and not any(folder.glob("*.safetensors")):
+        return {}
+    try:
+        return json.loads(index.read_text())["key"]
+    except (OSError, ValueError, LookupError) as error:
+        raise InputError(f"{index} cannot be read ({error}): delete {folder} to make it again") from error
+
+
+def read_about(path: Path) -> dict:
+    """{"names", "notes", "sha256"} of a file; raises InputError where its header or length is wrong."""
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads(file.metadata()["about"])
+    except SafetensorError as error:
+        raise InputError(f"{path} is damaged ({error}): delete it and run python -m sdpo.cache again") from error
+
+
+def hash_content(names: list, notes: dict[str, str], tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over names, notes and the tensors' bytes."""
+    digest = hashlib.sha256(json.dumps([names, notes]).encode())
+    for name in sorted(tensors):
+        digest.update(tensors[name].contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def save_synced(tensors: dict[str, Tensor], path: Path, about: dict, model: Path) -> None:
+    """Write a safetensors file with the permissions of the file `model`, and wait until it is on disk."""
+    save_file(tensors, path, {"about": json.dumps(about)})
+    shutil.copymode(model, path)  # save_file lets nobody else read it
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+# What a cache is made from
+
+
+def refuse_changes(stores: Iterable[Shards]) -> None:
+    """Raises InputError saying what changed where folders hold rows made from something else than their keys say."""
+    changes = []
+    for shards in stores:
+        then = read_key(shards.folder)
+        for name, value in shards.key.items() if then else ():
+            if then.get(name) != value:
+                changes.append(f"{shards.folder}: {name} was {shorten(then.get(name))}, is {shorten(value)}")
+    if changes:
+        raise InputError(
+            f"the latent cache was made from something else: {'; '.join(changes)}. "
+            "Name another --latent_cache, or delete these folders to make them again"
+        )
+
+
+def shorten(value: object) -> str:
+    """A value of a key for the console: digests by their first 12 digits."""
+    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)
+
+
+def describe_data(table: datasets.Dataset, caption_column: str, columns: Sequence[str]) -> dict:
+    """Rows of a table, and SHA-256 of its captions and of the sizes of its images.
+
+    Notices rows that were added, removed, moved or edited; not an image replaced by another one of the same size.
+    """
+    captions = json.dumps(column(table, caption_column))
+    sizes = hashlib.sha256()
+    slim = table.select_columns(list(columns)).with_format("arrow")
+    for start in range(0, len(table), 10_000):
+        block = slim[start : start + 10_000]
+        for name in columns:
+            sizes.update(measure_images(block[name]).tobytes())
+    return {
+        "rows of the data": len(table),
+        "captions of the data": hashlib.sha256(captions.encode()).hexdigest(),
+        "image columns": list(columns),
+        "image sizes of the data": sizes.hexdigest(),
+    }
+
+
+def measure_images(values: pa.ChunkedArray) -> np.ndarray:
+    """Sizes (n,) in bytes of encoded images or of image files; -1 where there is neither."""
+    if pa.types.is_struct(values.type):
+        sizes = measure_images(pc.struct_field(values, "bytes"))
+        absent = sizes < 0
+        return np.where(absent, measure_images(pc.struct_field(values, "path")), sizes) if absent.any() else sizes
+    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+        return np.array([os.path.getsize(path) if path and os.path.isfile(path) else -1 for path in values.to_pylist()])
+    if pa.types.is_null(values.type):
+        return np.full(len(values), -1)
+    return pc.fill_null(pc.binary_length(values).cast(pa.int64()), -1).to_numpy()
+
+
+def make_keys(config: TrainConfig, family: StableDiffusion, tables: dict[str, Pairs]) -> dict[str, dict]:
+    """Keys of the captions and of the images of each table: all that the stored numbers depend on."""
+    prints, dtype = family.fingerprints(), DTYPES[config.mixed_precision]
+    precision = {"stored in": config.latent_cache_dtype}
+    keys = {
+        "captions": {
+            "text encoders": prints["text encoders"],
+            "computed in": str(dtype).removeprefix("torch."),
+            **precision,
+        }
+    }
+    for name, pairs in tables.items():
+        flips = name == "images" and not config.no_hflip
+        keys[name] = {
+            "VAE": prints["VAE"],
+            "computed in": str(family.vae_dtype(dtype)).removeprefix("torch."),
+            **precision,
+            "resolution": config.resolution or family.resolution,
+            "crop": "centre",
+            "flips": flips or read_key(Path(config.latent_cache, name)).get("flips", False),  # unused flips do no harm
+            **describe_data(pairs.table, pairs.caption_column, pairs.columns),
+        }
+    return keys
+
+
+# Reading
+
+
+class CachedPairs:
+    """Pairs that are read from a cache; stands in for Pairs in a PairDataset."""
+
+    def __init__(self, pairs: Pairs, images: Shards, captions: Shards):
+        """Raises InputError where the cache lacks a pair."""
+        self.images, self.texts, self.source, self.rows = images, captions, pairs.source, pairs.rows
+        self.unreadable = images.notes
+        if lacking := sum(row not in images.places for row in pairs.rows.tolist()):
+            raise InputError(
+                f"{images.folder} lacks {lacking:,} pairs that were just made: "
+                "on several machines --latent_cache must lie on a disk that they share"
+            )
+        self.places = np.array([images.places[row] for row in pairs.rows.tolist()])  # (n, 2): file, row in it
+        of_columns = np.arange(len(pairs.columns))
+        self.order = np.where(pairs.first_won[:, None], of_columns, of_columns[::-1])  # (n, columns), winner first
+        self.text_places = captions.places
+        same = {text: text for text in self.text_places}  # a text that many pairs have is in memory once
+        self.captions = [[same[text] for text in options] for options in list_captions(pairs)]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def load(self, index: int, members: int) -> tuple[list[Tensor], list[str]]:
+        """Moments (orientations, 2, C, h, w) of the first `members` of (winner, loser), and the captions.
+
+        Raises OSError for an image that could not be read when the cache was made.
+        """
+        order = self.order[index, :members].tolist()
+        for image in order:
+            reason = self.unreadable.get(f"{self.rows[index]} {image}")
+            if reason is not None:
+                raise OSError(reason)
+        moments = self.images.read(self.places[index])["moments"]  # (columns, orientations, 2, C, h, w)
+        return [moments[image] for image in order], self.captions[index]
+
+    def encode(self, caption: str) -> Conditioning:
+        """What the text encoders said of a caption, without a batch dimension."""
+        return self.texts.read(self.text_places[caption])
+
+
+def list_captions(pairs: Pairs) -> list[list[str]]:
+    """The captions that each pair may be shown with."""
+    return [[options] if isinstance(options, str) else options for options in pairs.captions()]
+
+
+# Making
+
+
+class ImageRows(Dataset):
+    """Images of rows of a table as the transform makes them."""
+
+    def __init__(self, pairs: Pairs, resolution: int):
+        self.pairs, self.transform = pairs, Transform(resolution)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, dict[str, str]]:
+        """Pixels (columns, 3, H, W) uint8, black where unreadable, and what is unreadable: {"row column": why}."""
+        values, unreadable, images = self.pairs.table[row], {}, []
+        for number, name in enumerate(self.pairs.columns):
+            try:
+                images.append(decode(values[name]))
+            except Exception as error:  # every decoder has errors of its own
+                unreadable[f"{row} {number}"] = re.sub(r" at 0x\w+", "", str(error))  # the same in every run
+                images.append(Image.new("RGB", (1, 1)))
+        return torch.stack([self.transform.one(image, None, False) for image in images]), unreadable
+
+
+def collate_rows(rows: list[tuple[Tensor, dict]]) -> tuple[Tensor, dict[str, str]]:
+    """Pixels (B, columns, 3, H, W) and what is unreadable in any of the rows."""
+    pixels, unreadable = zip(*rows, strict=True)
+    return torch.stack(pixels), dict(itertools.chain(*(texts.items() for texts in unreadable)))
+
+
+@dataclass
+class Work:
+    """Rows that one folder of the cache lacks."""
+
+    shards: Shards
+    names: list[int | str]
+    pairs: Pairs | None  # None: captions
+
+    def row_bytes(self, family: StableDiffusion) -> int:
+        """Size of one row."""
+        key = self.shards.key
+        if self.pairs:
+            values = math.prod((len(self.pairs.columns), 1 + key["flips"], 2, *family.latent_shape(key["resolution"])))
+        else:
+            values = sum(tensor.numel() for tensor in family.encode_texts([""]).values())
+        return values * STORED[key["stored in"]].itemsize
+
+    def share(self, row_bytes: int, accelerator: Accelerator) -> list[list[int | str]]:
+        """Names in each file that this rank writes; ranks take files by turns, in the last round some get none."""
+        files, ranks = cut(self.names, max(1, SHARD_BYTES // row_bytes)), accelerator.num_processes
+        return [(turn + [[]] * ranks)[accelerator.process_index] for turn in cut(files, ranks)]
+
+
+def cut(items: list, size: int) -> list[list]:
+    """The list in pieces of `size`, the last one shorter."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def encode_images(family: StableDiffusion, work: Work, batches: list[list[int]], workers: int) -> Iterator:
+    """({"moments": (n, columns, orientations, 2, C, h, w)}, what is unreadable) for each batch of rows."""
+    images = ImageRows(work.pairs, work.shards.key["resolution"])
+    for pixels, unreadable in DataLoader(images, batch_sampler=batches, collate_fn=collate_rows, num_workers=workers):
+        yield {"moments": encode_pixels(family, pixels, work.shards.key["flips"])}, unreadable
+
+
+def encode_pixels(family: StableDiffusion, pixels: Tensor, flips: bool) -> Tensor:
+    """Moments (B, columns, orientations, 2, C, h, w) of pixels (B, columns, 3, H, W), upright, then mirrored."""
+    images = pixels.flatten(0, 1).to(family.device)
+    oriented = [images, images.flip(-1)] if flips else [images]
+    moments = torch.stack([family.encode_moments(normalise(images)) for images in oriented], 1)
+    return moments.unflatten(0, pixels.shape[:2])
+
+
+def make(config: TrainConfig, accelerator: Accelerator, family: StableDiffusion, work: Work) -> None:
+    """Encode and write what is missing; ranks wait for each other after each round of files."""
+    if accelerator.is_main_process:
+        work.shards.create()
+    accelerator.wait_for_everyone()
+    share, batch = work.share(work.row_bytes(family), accelerator), config.train_batch_size if work.pairs else 64
+    batches = [piece for names in share for piece in cut(names, batch)]
+    if work.pairs:
+        encoded = encode_images(family, work, batches, config.dataloader_num_workers)
+    else:
+        encoded = ((family.encode_texts(texts), {}) for texts in batches)
+    dtype, unreadable = STORED[work.shards.key["stored in"]], {}
+    progress = tqdm(
+        desc=f"caching {work.shards.folder.name}",
+        unit="pair" if work.pairs else "text",
+        total=sum(map(len, share)),  # of this rank
+        disable=not accelerator.is_local_main_process,
+    )
+    for names in share:
+        parts, notes = [], {}
+        for piece in cut(names, batch):
+            tensors, texts = next(encoded)
+            parts.append({name: tensor.to(dtype).cpu() for name, tensor in tensors.items()})
+            notes |= texts
+            progress.update(len(piece))
+        unreadable |= notes
+        refuse_unreadable(unreadable, config.max_unreadable_images, work.pairs)
+        if names:
+            work.shards.write(names, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, notes)
+        accelerator.wait_for_everyone()
+    progress.close()
+
+
+def refuse_unreadable(unreadable: dict[str, str], limit: int, pairs: Pairs | None) -> None:
+    """Raises InputError where more images are unreadable than a run may replace."""
+    if len(unreadable) > limit:
+        place, why = list(unreadable.items())[-1]
+        raise InputError(
+            f"{len(unreadable)} unreadable images, more than --max_unreadable_images {limit}; "
+            f"the last: {pairs.source} row {place.split()[0]}: {why}; check the data"
+        )
+
+
+def fill(config: TrainConfig, accelerator: Accelerator, works: list[Work]) -> None:
+    """Make the missing rows, after saying how large they are; raises InputError where the disk is too small."""
+    family = load_family(**config.base).to(accelerator.device, DTYPES[config.mixed_precision])
+    sizes = [len(work.names) * work.row_bytes(family) / 2**30 for work in works]  # GiB
+    for work, size in zip(works, sizes, strict=True):
+        unit = "pairs" if work.pairs else "texts"
+        log.info(f"to cache       {len(work.names):,} {unit}, {size:.3g} GiB, in {work.shards.folder}")
+    folder = Path(config.latent_cache).absolute()
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free / 2**30
+    if sum(sizes) > free:
+        raise InputError(
+            f"--latent_cache {folder} needs {sum(sizes):.3g} GiB more, but its disk has {free:.3g} GiB free: "
+            "name another folder, or train without it"
+        )
+    for work in works:
+        make(config, accelerator, family, work)
+
+
+def open_cache(
+    config: TrainConfig, accelerator: Accelerator, pairs: Pairs, held_out: Pairs | None
+) -> tuple[CachedPairs, CachedPairs | None]:
+    """(training pairs, held-out pairs) read from --latent_cache, after making what it lacks; every rank calls this.
+
+    VAE and text encoders are loaded only where something is missing, and dropped again. Raises InputError for a cache
+    that was made from something else.
+    """
+    used = [part for part in (pairs, held_out) if part is not None]
+    folders = ["images" if part.table is pairs.table else "held-out" for part in used]
+    tables = dict(zip(folders, used, strict=True)) | {"images": pairs}
+    stores, wanted = open_stores(config, accelerator, tables), {"captions": {""}}
+    for part, name in zip(used, folders, strict=True):
+        wanted["captions"].update(itertools.chain(*list_captions(part)))
+        wanted.setdefault(name, set()).update(part.rows.tolist())
+    works = []
+    for name, names in wanted.items():
+        stores[name].scan()
+        if missing := sorted(names - stores[name].places.keys()):
+            works.append(Work(stores[name], missing, tables.get(name)))
+    if works:
+        fill(config, accelerator, works)
+        torch.cuda.empty_cache()
+        for work in works:
+            work.shards.scan()
+    for name in tables:
+        if notes := stores[name].notes:
+            log.warning(
+                f"CAUTION: {len(notes)} images could not be read when {stores[name].folder} was made; "
+                "their pairs are replaced by others"
+            )
+    cached = [CachedPairs(part, stores[name], stores["captions"]) for part, name in zip(used, folders, strict=True)]
+    return (*cached, None)[:2]
+
+
+def open_stores(config: TrainConfig, accelerator: Accelerator, tables: dict[str, Pairs]) -> dict[str, Shards]:
+    """The folders of the cache by name, none of them made from something else; every rank calls this."""
+    keys = [None]
+    if accelerator.is_main_process:
+        keys = [make_keys(config, load_family(**config.base, encoders=False), tables)]
+    keys = broadcast_object_list(keys)[0]
+    stores = {name: Shards(Path(config.latent_cache, name), key) for name, key in keys.items()}
+    refuse_changes(stores.values())
+    return stores
+
+
+# The command
+
+
+@dataclass(frozen=True)
+class CacheConfig(TrainConfig):
+    """Flags of `python -m sdpo.cache`: those of train.py, of which data and model matter."""
+
+    verify: bool = flag(False, "read the whole cache and compare its checksums")
+
+    def _conflicts(self):
+        yield not self.latent_cache, "--latent_cache is missing: name the folder to fill"
+        yield from super()._conflicts()
+
+
+def verify(folder: Path, accelerator: Accelerator) -> None:
+    """Read every file of a cache, dealt out to the ranks; raises InputError naming those that are damaged."""
+    paths = sorted(folder.glob("*/*.safetensors"))[accelerator.process_index :: accelerator.num_processes]
+    progress = tqdm(paths, desc="verifying", unit="file", disable=not accelerator.is_local_main_process)
+    damaged = [str(path) for path in progress if not is_intact(path)]
+    if damaged:
+        raise InputError(f"damaged: {', '.join(damaged)}; delete and run the same command again")
+    log.info(f"verified       {len(paths):,} files")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Fill a cache as the command line says."""
+    config = parse_flags(CacheConfig, __doc__.splitlines()[0], "python -m sdpo.cache", arguments)
+    accelerator = Accelerator()
+    start_console(accelerator.is_main_process)
+    with accelerator.main_process_first():
+        pairs, held_out, notes = prepare_pairs(config, config.seed or 0)
+    for line in notes:
+        log.info(line)
+    open_cache(config, accelerator, pairs, held_out)
+    if config.verify:
+        verify(Path(config.latent_cache), accelerator)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run_command(main)

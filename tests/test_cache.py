@@ -1,0 +1,475 @@
+"""The latent cache: the same training as without it, whole after any interruption, refused when it does not fit."""
+
+import json
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+import train
+from sdpo import cache
+from sdpo.batch import collate
+from sdpo.config import InputError, TrainConfig
+from sdpo.data import PairDataset, Transform
+from sdpo.families import load_family
+from sdpo.inputs import make_inputs
+from sdpo.metrics import read_metrics
+from sdpo.pairs import prepare_pairs
+from sdpo.tiny import pictures
+from sdpo.tiny.make_pairs import encode
+
+ROOT = Path(__file__).parents[1]
+UNREADABLE = 5  # row with a broken winner; in the next one the loser is broken
+
+
+@pytest.fixture
+def data(pairs_folder, tmp_path):
+    """40 training pairs, some with lists of captions, two of them unreadable, and 10 held-out ones."""
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    for split, count in (("train", 40), ("validation", 10)):
+        rows = pq.read_table(pairs_folder / f"{split}.parquet").slice(0, count).to_pylist()
+        for i, row in enumerate(rows):
+            row["caption"] = [row["caption"], f"{row['caption']} again", ""][: 1 + i % 3]
+        if split == "train":
+            rows[UNREADABLE] |= {"jpg_0": b"no image", "label_0": 1.0}
+            rows[UNREADABLE + 1] |= {"jpg_0": b"no image", "label_0": 0.0}
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{split}.parquet")
+    return folder
+
+
+@pytest.fixture
+def flags(bases, data, tmp_path):
+    """Flags of a short run on a cache that does not exist yet."""
+
+    def build(*more, family="sd15", cached=True):
+        common = {
+            "pretrained_model_name_or_path": bases[family, "epsilon"], "train_data_dir": data, "resolution": 32,
+            "validation_split": "validation", "train_batch_size": 2, "global_batch_size": 4, "max_train_steps": 3,
+            "lr_warmup_steps": 0, "learning_rate": 1e-3, "beta_dpo": 100, "mixed_precision": "no", "seed": 7,
+            "report_to": "none", "output_dir": tmp_path / "run", "cache_dir": tmp_path / "hub",
+        }  # fmt: skip
+        if cached:
+            common["latent_cache"] = tmp_path / "cache"
+        return [f"--{name}={value}" for name, value in common.items()] + ["--sdxl"] * (family == "sdxl") + [*more]
+
+    return build
+
+
+def parse(arguments):
+    return cache.parse_flags(cache.CacheConfig, "", "", arguments)
+
+
+def open_cache(arguments):
+    """(pairs, held-out pairs) of the cache that the flags describe, made if need be."""
+    config = parse(arguments)
+    pairs, held_out, _ = prepare_pairs(config, config.seed or 0)
+    return cache.open_cache(config, Accelerator(cpu=True), pairs, held_out)
+
+
+def files(folder, pattern="*/*.safetensors"):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.glob(pattern))}
+
+
+def cached_rows(folder):
+    """Rows of the training images in a cache, by file."""
+    found = {}
+    for path in (folder / "images").glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found[path.name] = json.loads(file.metadata()["about"])["names"]
+    return found
+
+
+# The same numbers
+
+
+def make_both(arguments, mixed="no", stream="train"):
+    """Inputs of the denoiser and batch of 48 samples, encoded on the fly and read from the cache."""
+    config = parse(arguments)
+    dtype = {"no": torch.float32, "bf16": torch.bfloat16}[mixed]
+    held = stream == "held-out"
+    pairs = prepare_pairs(config, 7)[held]
+    for encoders, source in ((True, pairs), (False, open_cache(arguments)[held])):
+        family = load_family(**config.base, encoders=encoders).to(torch.device("cpu"), dtype)
+        transform, options = Transform(32, flip=not held), {} if held else {"empty_captions": 0.2}
+        dataset = PairDataset(source, transform, family.latent_shape(32), 7, stream, 48, **options)
+        batch = collate([dataset[0, position] for position in range(len(pairs) if held else 48)])
+        yield make_inputs(family, batch), batch
+
+
+TOLERANCE = {"fp32": 1e-6, "bf16": 2**-8}  # of the largest value; the VAE rounds otherwise in another batch
+
+
+@pytest.mark.parametrize("stream", ["train", "held-out"])
+@pytest.mark.parametrize("stored", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_inputs_are_those_encoded_on_the_fly(flags, family, stored, stream):
+    arguments = flags(f"--latent_cache_dtype={stored}", family=family)
+    (fresh, batch), (cached, cached_batch) = make_both(arguments, stream=stream)
+    assert cached_batch.captions == batch.captions
+    assert cached_batch.unreadable == [re.sub(" at 0x[0-9a-f]+", "", report) for report in batch.unreadable]
+    if stream == "train":
+        assert {re.search(r"row (\d+):", report)[1] for report in batch.unreadable} == {"5", "6"}
+        assert {"", "again"} < {text.split(" ")[-1] for text in batch.captions}
+    assert torch.equal(cached.timesteps, fresh.timesteps) and torch.equal(cached.target, fresh.target)
+    assert fresh.conditioning.keys() == cached.conditioning.keys()
+    for name, value in fresh.conditioning.items() | {("noisy", fresh.noisy)}:
+        other = cached.conditioning.get(name, cached.noisy)
+        assert (other - value).abs().max() <= TOLERANCE[stored] * value.abs().max(), name
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_encoders_in_bf16_lose_nothing_in_a_cache_of_bf16(flags, family):
+    """What they say is bf16 already; only the batch they see differs."""
+    (fresh, _), (cached, _) = make_both(flags("--mixed_precision=bf16", family=family), "bf16")
+    assert torch.equal(fresh.conditioning["encoder_hidden_states"], cached.conditioning["encoder_hidden_states"])
+    assert torch.equal(fresh.noisy, cached.noisy)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize("stored, tolerance", [("fp32", 1e-4), ("bf16", 2e-2)])
+def test_training_is_the_same_with_the_cache(flags, tmp_path, family, stored, tolerance):
+    """Updates magnify what rounding leaves; the margin of the first one is 0 and its loss log 2 in any case."""
+    for cached in (False, True):
+        out = f"--output_dir={tmp_path / str(cached)}"
+        train.main(flags(out, f"--latent_cache_dtype={stored}", "--validation_steps=3", family=family, cached=cached))
+    for name in ("train_loss", "grad_norm", "model_mse_unaccumulated", "heldout/winner_error_change"):
+        fresh, cached = (dict(read_metrics(tmp_path / str(cached), name)) for cached in (False, True))
+        assert len(set(fresh.values())) >= 2
+        assert list(cached.values()) == pytest.approx(list(fresh.values()), rel=tolerance, abs=1e-12), name
+
+
+def test_both_orientations_are_stored(flags):
+    """The first one is the picture's, the second its mirror image's."""
+    arguments = flags("--latent_cache_dtype=fp32")
+    config = parse(arguments)
+    pairs, _, _ = prepare_pairs(config, 7)
+    cached, _ = open_cache(arguments)
+    family, differ = load_family(**config.base), 0
+    for index in np.flatnonzero(pairs.rows > UNREADABLE + 1)[:10]:
+        images, _ = pairs.load(index, 2)
+        for image, (upright, flipped) in zip(images, cached.load(index, 2)[0], strict=True):
+            pixels = Transform(32).one(image, None, False)[None].float() / 127.5 - 1
+            torch.testing.assert_close(upright, family.encode_moments(pixels)[0], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(flipped, family.encode_moments(pixels.flip(-1))[0], rtol=1e-4, atol=1e-5)
+            differ += not torch.equal(upright, flipped)
+    assert differ > 10
+
+
+def test_encoders_are_not_loaded(flags, monkeypatch):
+    """Neither to train nor to measure held-out pairs, once the cache is there."""
+    open_cache(flags())
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("an encoder was loaded")
+
+    for cls in (AutoencoderKL, CLIPTextModel, CLIPTextModelWithProjection):
+        monkeypatch.setattr(cls, "from_pretrained", refuse)
+    run, dataset, held_out = train.set_up(train.parse_flags(TrainConfig, "", "", flags()))
+    train.train(run, dataset, held_out)
+    assert run.step == 3 and run.family.text_encoders == []
+    assert {parameter.device.type for parameter in run.family.vae.parameters()} == {"meta"}
+
+
+def test_winners_and_single_images(flags, data, tmp_path):
+    """sft reads the winners of pairs, and data without pairs."""
+    winners, _ = open_cache(flags("--sft"))
+    both, _ = open_cache(flags())
+    assert torch.equal(winners.load(0, 1)[0][0], both.load(0, 2)[0][0])
+    rows = [{"image": row["jpg_1"], "caption": "a circle"} for row in pq.read_table(data / "train.parquet").to_pylist()]
+    (tmp_path / "single").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "single" / "train.parquet")
+    given = [flag for flag in flags("--sft") if "validation" not in flag and "cache=" not in flag]
+    train.main([*given, f"--train_data_dir={tmp_path / 'single'}", f"--latent_cache={tmp_path / 'other'}"])
+    assert len(read_metrics(tmp_path / "run", "train_loss")) == 3
+
+
+# Files
+
+
+def test_files_are_bounded_and_mapped(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "SHARD_BYTES", 20_000)
+    pairs, _ = open_cache(flags())
+    sizes = [path.stat().st_size for path in (tmp_path / "cache" / "images").glob("*.safetensors")]
+    assert len(sizes) > 5 and max(sizes) < 21_000
+    mapped = Path("/proc/self/maps")
+    before = mapped.read_text().count(str(tmp_path / "cache" / "images"))
+    pairs.load(0, 2)
+    assert before == 0 and mapped.read_text().count(str(tmp_path / "cache" / "images")) == 1
+
+
+def test_workers_and_other_processes_read_the_same(flags):
+    config = parse(flags())
+    pairs, _ = open_cache(flags())
+    shape = load_family(**config.base, encoders=False).latent_shape(32)
+    places = [[(0, i), (1, i)] for i in range(8)]
+    batches = [
+        list(DataLoader(PairDataset(source, Transform(32, flip=True), shape, 7, "train", 8), batch_sampler=places,
+                        collate_fn=collate, num_workers=workers))
+        for source, workers in ((pairs, 0), (pairs, 2), (pickle.loads(pickle.dumps(pairs)), 0))
+    ]  # fmt: skip
+    for one, *others in zip(*batches, strict=True):
+        for other in others:
+            assert torch.equal(one.moments, other.moments) and one.captions == other.captions
+            assert all(torch.equal(one.texts[name], other.texts[name]) for name in one.texts)
+
+
+def test_more_rows_are_added_to_those_there(flags, tmp_path):
+    """Another seed draws other pairs; only those that are new are made."""
+    open_cache(flags("--max_train_samples=10"))
+    first = cached_rows(tmp_path / "cache")
+    before = files(tmp_path / "cache", "images/*.safetensors")
+    pairs, _ = open_cache(flags("--max_train_samples=10", "--seed=8"))
+    rows = cached_rows(tmp_path / "cache")
+    added = {row for name, names in rows.items() if name not in first for row in names}
+    (there,) = map(set, first.values())
+    assert added == set(pairs.rows.tolist()) - there and 0 < len(added) < 10
+    assert before.items() <= files(tmp_path / "cache", "images/*.safetensors").items()
+    assert open_cache(flags("--max_train_samples=5"))[0].load(0, 2)
+
+
+SCRIPT = """
+import os, signal, sys
+from sdpo import cache, config
+
+cache.SHARD_BYTES = 20_000
+save, written = cache.save_file, []
+
+def cut_off(tensors, path, about):
+    if len(written) == int(sys.argv[1]):
+        path.write_bytes(b"half a file")
+        os.kill(os.getpid(), signal.SIGKILL)
+    written.append(path)
+    save(tensors, path, about)
+
+cache.save_file = cut_off
+config.run_command(lambda: cache.main(sys.argv[2:]))
+"""
+
+
+def run_script(folder, arguments, after=-1, ranks=1):
+    """The command in small files, killed after writing as many files as `after` says."""
+    (folder / "script.py").write_text(SCRIPT)
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *launch, str(folder / "script.py"), str(after), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def test_a_killed_command_continues(flags, tmp_path, monkeypatch):
+    result = run_script(tmp_path, flags(), after=4)
+    assert result.returncode == -signal.SIGKILL
+    assert "GiB, in" in result.stderr and "pair/s" in result.stderr
+    there = files(tmp_path / "cache")
+    assert len(there) == 4
+    result = run_script(tmp_path, flags("--verify"))
+    assert result.returncode == 0, result.stderr
+    whole = files(tmp_path / "cache")
+    assert there.items() < whole.items()
+    shutil.rmtree(tmp_path / "cache")
+    monkeypatch.setattr(cache, "SHARD_BYTES", 20_000)
+    open_cache(flags())
+    assert files(tmp_path / "cache") == whole
+
+
+def test_two_ranks_make_the_same_cache(flags, tmp_path, monkeypatch):
+    result = run_script(tmp_path, flags("--verify"), ranks=2)
+    assert result.returncode == 0, result.stderr[-3000:]
+    made = files(tmp_path / "cache")
+    shutil.rmtree(tmp_path / "cache")
+    monkeypatch.setattr(cache, "SHARD_BYTES", 20_000)
+    open_cache(flags())
+    assert files(tmp_path / "cache") == made
+
+
+def test_two_ranks_share_the_files(monkeypatch, tmp_path):
+    monkeypatch.setattr(cache, "SHARD_BYTES", 100)
+    work = cache.Work(cache.Shards(tmp_path, {}), list(range(25)), None)
+
+    def share(rank):
+        accelerator = type("Rank", (), {"num_processes": 2, "process_index": rank})
+        return work.share(10, accelerator)
+
+    assert share(0) == [list(range(10)), list(range(20, 25))]
+    assert share(1) == [list(range(10, 20)), []]
+
+
+def test_damage_is_found(flags, tmp_path):
+    cache.main(flags("--verify"))
+    (path,) = (tmp_path / "cache" / "images").glob("*.safetensors")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])  # noticed at every start
+    with pytest.raises(InputError, match=f"{path} is damaged"):
+        cache.main(flags())
+    path.write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])  # noticed when checksums are compared
+    with pytest.raises(InputError, match=f"damaged: {path}; delete"):
+        cache.main(flags("--verify"))
+    path.unlink()
+    cache.main(flags("--verify"))
+    assert path.read_bytes() == whole
+    index = tmp_path / "cache" / "captions" / "index.json"
+    for damage in (lambda: index.write_text("{"), index.unlink):
+        damage()
+        with pytest.raises(InputError, match=f"{index} cannot be read"):
+            cache.main(flags())
+
+
+# What fits
+
+
+def change_weights(folder):
+    path = folder / "model.safetensors"
+    path = path if path.is_file() else folder / "diffusion_pytorch_model.safetensors"
+    state = load_file(path)
+    name = min(state)
+    save_file(state | {name: state[name] + 1}, path)
+
+
+def change_rows(data, change):
+    rows = pq.read_table(data / "train.parquet").to_pylist()
+    change(rows)
+    pq.write_table(pa.Table.from_pylist(rows), data / "train.parquet")
+
+
+def edit_caption(rows):
+    rows[3]["caption"] = ["something else"]
+
+
+def edit_image(rows):
+    rows[3]["jpg_1"] = rows[3]["jpg_1"] + b"0"
+
+
+STALE = {
+    "VAE": (lambda base, data: change_weights(base / "vae"), [], "images: VAE was"),
+    "text encoder": (lambda base, data: change_weights(base / "text_encoder"), [], "captions: text encoders was"),
+    "tokenizer": (
+        lambda base, data: (base / "tokenizer" / "special_tokens_map.json").write_text("{}"),
+        [],
+        "captions: text encoders was",
+    ),
+    "resolution": (None, ["--resolution=64"], "images: resolution was 32, is 64"),
+    "stored": (None, ["--latent_cache_dtype=fp32"], "images: stored in was bf16, is fp32"),
+    "computed": (None, ["--mixed_precision=bf16"], "images: computed in was float32, is bfloat16"),
+    "flips": (None, [], "images: flips was False, is True"),
+    "caption": (lambda base, data: change_rows(data, edit_caption), [], "images: captions of the data was"),
+    "image": (lambda base, data: change_rows(data, edit_image), [], "images: image sizes of the data was"),
+    "rows": (lambda base, data: change_rows(data, list.pop), [], "images: rows of the data was 40, is 39"),
+}
+
+
+@pytest.mark.parametrize("case", STALE)
+def test_a_stale_cache_is_refused(case, flags, bases, data, tmp_path):
+    shutil.copytree(bases["sd15", "epsilon"], tmp_path / "base")
+    given = flags(f"--pretrained_model_name_or_path={tmp_path / 'base'}")
+    open_cache([*given, "--no_hflip"] if case == "flips" else given)
+    before = files(tmp_path / "cache", "*/*")
+    change, more, message = STALE[case]
+    if change:
+        change(tmp_path / "base", data)
+    with pytest.raises(InputError, match=message) as error:
+        open_cache([*given, *more])
+    assert "--latent_cache" in str(error.value) and "\n" not in str(error.value)
+    assert files(tmp_path / "cache", "*/*") == before
+
+
+def test_what_does_not_matter_is_not_refused(flags, bases, tmp_path):
+    """Labels, seed, method, batch, a copy of the base elsewhere, and flips that are there but not used."""
+    open_cache(flags())
+    before = files(tmp_path / "cache")
+    shutil.copytree(bases["sd15", "epsilon"], tmp_path / "copy")
+    changes = ["--seed=9", "--sft", "--train_batch_size=1", "--no_hflip", "--proportion_empty_prompts=0"]
+    pairs, _ = open_cache([*flags(*changes), f"--pretrained_model_name_or_path={tmp_path / 'copy'}"])
+    assert pairs.load(0, 1) and files(tmp_path / "cache") == before
+
+
+def test_a_base_in_the_hubs_cache_has_the_fingerprint_of_its_files(bases, tmp_path):
+    base = bases["sdxl", "epsilon"]
+    commit = "0" * 40
+    repository = tmp_path / "models--somebody--base"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    shutil.copytree(base, repository / "snapshots" / commit)
+    options = {"cache_dir": str(tmp_path), "encoders": False}
+    family = load_family("sdxl", "somebody/base", **options)
+    assert family.fingerprints() == load_family("sdxl", str(base), encoders=False).fingerprints()
+    with pytest.raises(InputError, match="nobody/base"):
+        load_family("sdxl", "nobody/base", **options)
+
+
+@pytest.mark.parametrize("form", ["bytes", "paths", "records", "records with paths"])
+def test_data_is_described_by_rows_captions_and_sizes(form, tmp_path):
+    def table(images):
+        encoded = [encode(image) for image in images]
+        paths = [tmp_path / f"{len(content)}.png" for content in encoded]
+        for path, content in zip(paths, encoded, strict=True):
+            path.write_bytes(content)
+        values = {
+            "bytes": encoded,
+            "paths": list(map(str, paths)),
+            "records": [{"bytes": content, "path": None} for content in encoded],
+            "records with paths": [{"bytes": None, "path": str(path)} for path in paths],
+        }[form]
+        return datasets.Dataset.from_dict({"caption": ["a", "b"], "image": values})
+
+    rng = np.random.default_rng(0)
+    one, two, three = (pictures.render(spec, pictures.draw_centre(spec, rng)) for spec in pictures.TRAINED[:3])
+    first = cache.describe_data(table([one, two]), "caption", ["image"])
+    assert first == cache.describe_data(table([one, two]), "caption", ["image"])
+    other = cache.describe_data(table([one, three]), "caption", ["image"])
+    assert {name for name in first if first[name] != other[name]} == {"image sizes of the data"}
+    swapped = table([one, two]).select([1, 0])
+    changed = cache.describe_data(swapped, "caption", ["image"])
+    assert {name for name in first if first[name] != changed[name]} == {
+        "captions of the data",
+        "image sizes of the data",
+    }
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--random_crop"], "--random_crop draws a new crop"),
+        (["--max_unreadable_images=1"], "2 unreadable images, more than --max_unreadable_images"),
+    ],
+)
+def test_what_cannot_be_cached_is_refused(flags, more, message):
+    with pytest.raises(InputError, match=message):
+        open_cache(flags(*more))
+
+
+def test_a_full_disk_is_noticed_before_the_start(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    with pytest.raises(InputError, match="GiB more, but its disk has"):
+        open_cache(flags())
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_command_needs_a_folder_and_the_seed_that_chooses_pairs(flags):
+    without_seed = [flag for flag in flags("--max_train_samples=10") if not flag.startswith("--seed")]
+    with pytest.raises(InputError, match="needs --seed"):
+        cache.main(without_seed)
+    with pytest.raises(InputError, match="--latent_cache is missing"):
+        cache.main(flags(cached=False))
+
+
+def test_sampled_images_need_the_encoders(flags, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    train.main(flags(f"--validation_prompts={tmp_path / 'prompts.txt'}", "--max_train_steps=1"))
+    assert (tmp_path / "run" / "validation" / "step-000001" / "000.png").is_file()
