@@ -112,13 +112,16 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
 
 
 def read_state(checkpoint: Path) -> dict:
-    """state.json of a checkpoint: step, seed, config; raises InputError for anything else."""
+    """state.json of a checkpoint: step, seed, config and plan; raises InputError for anything else."""
     path, fix = checkpoint / "state.json", "remove the checkpoint, or resume from another one"
     state = parse_json(read_text(path), path, fix)
     kinds = {"step": int, "seed": int, "config": dict}
     known = isinstance(state, dict) and all(type(state.get(key)) is kind for key, kind in kinds.items())
     if not known or min(state["step"], state["seed"]) < 0:
         raise InputError(f"{path} does not hold step and seed, both 0 or more, and config; {fix}")
+    plan = state.get("plan", {})
+    if not isinstance(plan, dict) or not all(isinstance(value, int | float) for value in plan.values()):
+        raise InputError(f"{path} does not hold the plan as numbers; {fix}")
     return state
 
 

@@ -209,11 +209,16 @@ def test_label_file(folder, content):
 
 
 @fuzz
-@given(as_json(objects(step=st.integers(), seed=st.integers(), config=st.dictionaries(texts, values)) | values))
+@given(
+    as_json(
+        objects(step=st.integers(), seed=st.integers(), config=st.dictionaries(texts, values), plan=values) | values
+    )
+)
 def test_state(folder, content):
     (folder / "state.json").write_bytes(content)
     if state := attempt(read_state, folder):
         assert state["step"] >= 0 and state["seed"] >= 0 and isinstance(state["config"], dict)
+        assert all(f"{value:,}" for value in state.get("plan", {}).values())
 
 
 @fuzz
