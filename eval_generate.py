@@ -54,6 +54,10 @@ def score(config: EvalConfig, manifests: dict[str, Path], accelerator: Accelerat
 def main(arguments: list[str] | None = None) -> dict[str, Path]:
     """Generate and score as the command line says; returns the manifest's path by group."""
     config = parse_flags(EvalConfig, __doc__.splitlines()[0], "python eval_generate.py", arguments)
+    if config.weights:  # before hours of making images
+        from sdpo.scorers import check_parts  # slow to import, and not needed where all scores are there
+
+        check_parts(dict(split_pairs(config.weights, "--weights")))
     accelerator = start_accelerator()
     manifests, side = generate(config, accelerator)
     for path in manifests.values():

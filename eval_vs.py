@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from sdpo.config import run_command
+from sdpo.config import FlagErrors, run_command
 from sdpo.manifest import check_labels
 from sdpo.report import write_report
 from sdpo.scoring import METRICS, ScoringOptions, check_models, score_manifest, split_pairs
@@ -26,9 +26,13 @@ from sdpo.winrates import (
 )
 
 
+class Parser(FlagErrors, argparse.ArgumentParser):
+    """Says what is wrong with flags as the other commands do."""
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The official flags, and ours for further runs, metrics and weights."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(prog="python eval_vs.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--json_a", required=True, help="manifest of run A")
     parser.add_argument("--json_b", required=True, help="manifest of run B")
     parser.add_argument("--label_a", required=True, help="name of run A in the results")

@@ -32,6 +32,7 @@ from sdpo.heldout import HeldOutPairs
 from sdpo.memory import choose_checkpointing, planned_memory
 from sdpo.metrics import Meter, MetricsLog
 from sdpo.pairs import Pairs, prepare_pairs
+from sdpo.prompts import read_prompts
 from sdpo.rng import normal
 from sdpo.sampling import sample
 from sdpo.step import SHARDING, Run, build_models, build_optimizer, update
@@ -44,7 +45,7 @@ log = logging.getLogger("train")
 
 
 def start_accelerator(config: TrainConfig) -> Accelerator:
-    """Accelerate, console logging on rank 0 and the output folder; InputError if the device lacks the precision."""
+    """Accelerate, console logging on rank 0 and the output folder; InputError for what this machine lacks."""
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise InputError("--mixed_precision fp16 (the default) needs a GPU: use --mixed_precision no or bf16 here")
     logs = str(Path(config.output_dir, config.logging_dir))
@@ -55,6 +56,8 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # no second copy of gradients
         step_scheduler_with_optimizer=False,  # the schedule advances once per update, on any number of ranks
     )
+    if config.report_to not in ("all", "none") and not accelerator.log_with:
+        raise InputError(f"--report_to {config.report_to}: it is not installed; pip install {config.report_to}")
     if accelerator.distributed_type == DistributedType.FSDP:
         accelerator.state.fsdp_plugin.mixed_precision_policy = None  # autocast casts, as it does for the reference
     if config.use_ema and accelerator.distributed_type in SHARDING:
@@ -241,7 +244,7 @@ def validate(run: Run, held_out: HeldOutPairs | None) -> dict[str, float]:
         if run.ema:
             figures |= held_out.measure(run.ema.module, run.config.beta_dpo, "heldout_ema")
     if run.config.validation_prompts and (run.accelerator.is_main_process or run.sharded):
-        sample_prompts(run, unet, Path(run.config.validation_prompts).read_text(encoding="utf-8").splitlines())
+        sample_prompts(run, unet, [prompt.text for prompt in read_prompts(run.config.validation_prompts)])
     return figures
 
 

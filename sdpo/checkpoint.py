@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from sdpo.config import InputError, Plan, TrainConfig
 from sdpo.families import load_weights
+from sdpo.files import brief, parse_json, read_text
 
 
 def write_file(path: Path, write) -> None:
@@ -89,7 +90,7 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
     found = [
         path
         for path in Path(folder).glob("checkpoint-*")
-        if path.name.removeprefix("checkpoint-").isdigit() and (path / "state.json").is_file()
+        if path.name.removeprefix("checkpoint-").isdecimal() and (path / "state.json").is_file()
     ]
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
@@ -112,8 +113,17 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
 
 
 def read_state(checkpoint: Path) -> dict:
-    """state.json of a checkpoint: step, seed, config."""
-    return json.loads((checkpoint / "state.json").read_text())
+    """state.json of a checkpoint: step, seed, config and plan; raises InputError for anything else."""
+    path, fix = checkpoint / "state.json", "remove the checkpoint, or resume from another one"
+    state = parse_json(read_text(path), path, fix)
+    kinds = {"step": int, "seed": int, "config": dict}
+    known = isinstance(state, dict) and all(type(state.get(key)) is kind for key, kind in kinds.items())
+    if not known or min(state["step"], state["seed"]) < 0:
+        raise InputError(f"{path} does not hold step and seed, both 0 or more, and config; {fix}")
+    plan = state.get("plan", {})
+    if not isinstance(plan, dict) or not all(isinstance(value, int | float) for value in plan.values()):
+        raise InputError(f"{path} does not hold the plan as numbers; {fix}")
+    return state
 
 
 # Flags that a resumed run may change: they decide where and how it runs, or only the order of summation
@@ -150,7 +160,14 @@ def changed_settings(config: TrainConfig, plan: Plan, checkpoint: Path) -> list[
 
 def load_checkpoint(accelerator: Accelerator, ema: AveragedModel | None, checkpoint: Path) -> int:
     """Put a checkpoint into the prepared objects and return the number of updates it has seen."""
-    accelerator.load_state(str(checkpoint))
+    try:
+        accelerator.load_state(str(checkpoint))
+    except InputError:
+        raise
+    except Exception as error:  # torch, pickle and the objects' own
+        raise InputError(
+            f"{checkpoint} cannot be resumed from ({brief(error)}); remove it, or resume from another one"
+        ) from error
     if ema is not None:
         if not (checkpoint / "unet_ema.pth").is_file():
             raise InputError(f"{checkpoint} has no unet_ema.pth: it was trained without --use_ema; resume without it")

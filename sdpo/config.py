@@ -8,14 +8,15 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 
 class InputError(ValueError):
     """Something the user gave cannot be used; the message names it and the fix. Shown without a traceback."""
 
     def __init__(self, message: str):
-        super().__init__(message.split("InputError: ")[-1].strip())  # workers of a data loader wrap it in a traceback
+        message = message.split("InputError: ")[-1].strip()  # workers of a data loader wrap it in a traceback
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))  # input may hold anything
 
 
 def run_command(main: Callable[[], Any]) -> Any:
@@ -23,8 +24,22 @@ def run_command(main: Callable[[], Any]) -> Any:
     try:
         return main()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)  # as argparse does; in a multi-rank run every rank for itself
+        message = str(error)
+    except OSError as error:
+        if error.filename is None:  # not about a file
+            raise
+        path = error.filename2 or error.filename
+        message = str(InputError(f"{path} cannot be used ({error.strerror}): correct the path or its permissions"))
+    print(f"error: {message}", file=sys.stderr)  # on a line of its own: with the error, progress bars of main are gone
+    sys.exit(2)  # as argparse does; in a multi-rank run every rank for itself
+
+
+class FlagErrors:
+    """Mixed into an argument parser: raises InputError for flags that do not fit."""
+
+    def error(self, message: str) -> NoReturn:
+        """Instead of printing the usage and leaving."""
+        raise InputError(f"{message}; `{self.prog} --help` lists the flags")
 
 
 def flag(default: Any, text: str) -> Any:
@@ -46,13 +61,10 @@ LIMITS = {  # flags -> what their value must satisfy, and how that is said
     "max_train_samples checkpoints_total_limit max_skipped_updates": (lambda value: value >= 1, "must be at least 1"),
     "max_train_steps lr_warmup_steps dataloader_num_workers max_grad_norm validation_pairs max_unreadable_images "
     "checkpointing_steps choice_margin learning_rate seed noise_offset input_perturbation adam_weight_decay": (
-        lambda value: 0 <= value < math.inf,
+        lambda value: value >= 0,
         "must not be negative",
     ),
-    "beta_dpo adam_epsilon activation_memory skip_grad_norm_above": (
-        lambda value: 0 < value < math.inf,
-        "must be positive",
-    ),
+    "beta_dpo adam_epsilon activation_memory skip_grad_norm_above": (lambda value: value > 0, "must be positive"),
     "winner_preserving_mu constant_loser_scale proportion_empty_prompts dmpo_alpha": (
         lambda value: 0 <= value <= 1,
         "must lie in [0, 1]",
@@ -193,7 +205,9 @@ class TrainConfig:
     # Output
     output_dir: str = flag("sd-model-finetuned", "folder for checkpoints, metrics and the trained model")
     logging_dir: str = flag("logs", "tracker folder inside output_dir")
-    report_to: str = flag("tensorboard", "tensorboard, wandb, comet_ml, all or none")
+    report_to: Literal["tensorboard", "wandb", "comet_ml", "all", "none"] = flag(
+        "tensorboard", "tracker; all is every one that is installed"
+    )
     tracker_project_name: str = flag("tuning", "project name given to the trackers")
     logging_steps: int = flag(1, "log every so many updates; metrics are averaged over them")
     checkpointing_steps: int = flag(500, "write a checkpoint every so many updates; 0 writes none")
@@ -208,6 +222,9 @@ class TrainConfig:
     hard_skip_resume: bool = flag(False, "obsolete")
 
     def __post_init__(self):
+        for name, value in vars(self).items():
+            if isinstance(value, int | float) and not abs(value) < 2**63:
+                raise InputError(f"--{name} must be a number below 2^63, got {value}")
         for names, (holds, demand) in LIMITS.items():
             for name in names.split():
                 value = getattr(self, name)
@@ -227,6 +244,7 @@ class TrainConfig:
             not (self.dataset_name or self.train_data_dir),
             "no data: give --dataset_name (hub id or folder) or --train_data_dir (local folder)",
         )
+        yield not self.output_dir, "--output_dir is empty: name a folder"
         yield (
             self.choice_model and self.choice_model not in CHOICE_MODELS,
             f"--choice_model {self.choice_model!r}: choose from {', '.join(CHOICE_MODELS)}, "
@@ -368,15 +386,14 @@ def parse_flags(cls: type, description: str, command: str, arguments: list[str] 
     """An instance of the dataclass `cls` from arguments (sys.argv by default); InputError for what does not fit."""
     from transformers import HfArgumentParser
 
-    class Parser(HfArgumentParser):
-        def error(self, message: str):
-            raise InputError(f"{message}; `{command} --help` lists the flags")
+    class Parser(FlagErrors, HfArgumentParser):
+        pass
 
-    parser = Parser(cls, description=description, allow_abbrev=False)
-    config, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    parser = Parser(cls, prog=command, description=description, allow_abbrev=False)
+    _, unknown = parser.parse_known_args(arguments)
     if unknown:
-        raise InputError(f"unknown flag {unknown[0]}; `{command} --help` lists the flags")
-    return config
+        parser.error(f"unknown flag {unknown[0]}")
+    return parser.parse_args_into_dataclasses(arguments)[0]
 
 
 @dataclass(frozen=True)

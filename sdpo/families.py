@@ -8,7 +8,6 @@ matching) need nothing elsewhere.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from pathlib import Path
 from typing import ClassVar
@@ -22,12 +21,12 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sdpo.config import InputError
-from sdpo.hub import fetch
+from sdpo.files import brief, parse_json, read_text
+from sdpo.hub import fetch, load_tensors
 
 Conditioning = dict[str, Tensor]  # every tensor has one row per sample
 PART_FILES = {"config.json", "tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.json"}
@@ -35,15 +34,40 @@ PART_FILES |= {"special_tokens_map.json", "added_tokens.json"}  # what a part co
 
 
 def load_part(cls, source: str, subfolder: str | None, **options):
-    """`cls.from_pretrained`, with what went wrong in one sentence."""
+    """`cls.from_pretrained`; raises InputError where it fails, and for models that lack tensors or are not finite."""
+    part, is_model = f"{subfolder or cls.__name__} of {source!r}", issubclass(cls, nn.Module)
+    options |= ({"subfolder": subfolder} if subfolder else {}) | ({"output_loading_info": True} if is_model else {})
     try:
-        return cls.from_pretrained(source, **({"subfolder": subfolder} if subfolder else {}), **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        loaded = cls.from_pretrained(source, **options)
+    except Exception as error:  # files, JSON, weights and connections each have errors of their own
         raise InputError(
-            f"cannot load {subfolder or cls.__name__} of {source!r}: {reason} "
-            "Give a local diffusers folder, or download the model where the hub can be reached."
+            f"cannot load {part} ({brief(error)}); "
+            "give a local diffusers folder, or download the model where the hub can be reached"
         ) from error
+    if not is_model:
+        return loaded
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):  # the libraries fill gaps with random weights or none
+        raise InputError(f"{part} lacks {len(missing)} tensors (e.g. {missing[0]}); download it again")
+    check_finite(model.state_dict(), part)
+    return model
+
+
+def check_finite(state: dict[str, Tensor], source: str) -> None:
+    """Raises InputError, naming the source, unless all numbers of a state dict are finite."""
+    broken = next((name for name, value in state.items() if not value.isfinite().all()), None)
+    if broken:
+        raise InputError(f"{source} holds numbers that are not finite (in {broken}): its training diverged; use others")
+
+
+def read_pipeline_class(index: Path) -> str:
+    """The class that a model_index.json names; raises InputError if it names none."""
+    fix = "download the model again"
+    content = parse_json(read_text(index), index, fix)
+    name = content.get("_class_name") if isinstance(content, dict) else None
+    if not isinstance(name, str):
+        raise InputError(f"{index} names no pipeline class; {fix}")
+    return name
 
 
 def hash_part(cls, source: str, subfolder: str | None, **options) -> str:
@@ -70,15 +94,9 @@ def list_weights(folder: Path) -> list[Path]:
 
 def load_state(path: str | Path) -> dict[str, Tensor]:
     """State dict of a .pth/.pt/.bin (weights only) or .safetensors file; raises InputError for anything else."""
-    try:
-        state = (
-            load_file(path)
-            if str(path).endswith(".safetensors")
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
-    except Exception as error:  # torch, zipfile, pickle and safetensors each have errors of their own
-        raise InputError(f"{path} cannot be read as a state dict: {str(error).splitlines()[0]}") from error
-    if not (isinstance(state, dict) and state and all(isinstance(value, Tensor) for value in state.values())):
+    state = load_tensors(path)
+    named = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
+    if not named or not state:
         raise InputError(
             f"{path} is not a state dict: expected parameter names with their tensors, "
             "as written by torch.save(unet.state_dict())"
@@ -87,7 +105,7 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Put the state dict of a file into a model; raises InputError if names or shapes differ."""
+    """Put the state dict of a file into a model; raises InputError unless it fits and is finite."""
     state, own = load_state(path), model.state_dict()
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     shapes = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
@@ -97,6 +115,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
             f"{path} belongs to another architecture: {len(missing)} parameters missing, {len(extra)} unknown, "
             f"{len(shapes)} of another shape (e.g. {example}); give the base model it was trained from"
         )
+    check_finite(state, str(path))
     model.load_state_dict(state)
 
 
@@ -112,7 +131,7 @@ def hold_matmul_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-class WeightlessVAE(AutoencoderKL):
+class WeightlessVAE:
     """A VAE of which only the config is loaded."""
 
     @classmethod
@@ -153,18 +172,29 @@ class StableDiffusion:
         for name, cls in self.text_parts.items() if encoders else ():
             part = load_part(cls, self.source, name, **self.options)
             (self.tokenizers if isinstance(part, CLIPTokenizer) else self.text_encoders).append(part)
+        if encoders:
+            self._check_tokenizers()
         self.vae = self._load_vae(AutoencoderKL if encoders else WeightlessVAE)
         for model in (self.vae, *self.text_encoders):
             model.requires_grad_(False).eval()
 
     def _check_pipeline_class(self) -> None:
         index = Path(self.source, "model_index.json")
-        found = json.loads(index.read_text())["_class_name"] if index.is_file() else self.pipeline_class.__name__
+        found = read_pipeline_class(index) if index.is_file() else self.pipeline_class.__name__
         if found != self.pipeline_class.__name__:
             raise InputError(
                 f"{self.source} holds a {found}, not a {self.pipeline_class.__name__}: "
                 "SDXL models need --sdxl, SD1.x models run without it"
             )
+
+    def _check_tokenizers(self) -> None:
+        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
+            size = encoder.config.vocab_size
+            if len(tokenizer) != size:  # transformers makes an empty one where files are missing
+                raise InputError(
+                    f"tokenizer of {self.source!r} has {len(tokenizer)} entries, its text encoder {size}: "
+                    "files are missing or another model's; download it again"
+                )
 
     @property
     def _vae_place(self) -> tuple[str, str | None, dict[str, str | None]]:
@@ -172,7 +202,7 @@ class StableDiffusion:
             return self.source, "vae", self.options
         return self.vae_source, None, {"cache_dir": self.cache_dir}
 
-    def _load_vae(self, cls: type[AutoencoderKL] = AutoencoderKL) -> AutoencoderKL:
+    def _load_vae(self, cls: type = AutoencoderKL) -> AutoencoderKL:
         source, subfolder, options = self._vae_place
         return load_part(cls, source, subfolder, **options)
 

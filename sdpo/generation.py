@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from sdpo.checkpoint import write_file
 from sdpo.config import InputError, flag
-from sdpo.families import FAMILIES, StableDiffusion, load_family, load_part
+from sdpo.families import FAMILIES, StableDiffusion, load_family, load_part, read_pipeline_class
 from sdpo.hub import fetch
 from sdpo.manifest import write_manifest
 from sdpo.prompts import GROUPS, OFFICIAL, Prompt, read_prompts
@@ -174,7 +174,7 @@ def load_base(config: EvalConfig) -> StableDiffusion:
     """The base model's frozen parts as the family whose pipeline it holds; raises InputError."""
     base, options = config.pretrain_path, {"revision": config.revision, "cache_dir": config.cache_dir}
     index = Path(base, "model_index.json")
-    found = json.loads((index if index.is_file() else fetch(base, index.name, **options)).read_text())["_class_name"]
+    found = read_pipeline_class(index if index.is_file() else fetch(base, index.name, **options))
     families = {family.pipeline_class.__name__: name for name, family in FAMILIES.items()}
     if found not in families:
         raise InputError(f"{base} holds a {found}; supported are {', '.join(families)}")
@@ -270,9 +270,8 @@ def load_run(config: EvalConfig, accelerator: Accelerator) -> Run:
     source, folder = locate_unet(config)
     family = load_base(config)
     unet = load_unet(family, source).requires_grad_(False).eval()
-    broken = next((name for name, value in unet.state_dict().items() if not value.isfinite().all()), None)
-    if broken:
-        raise InputError(f"{config.unet_path} holds numbers that are not finite (in {broken}): its training diverged")
+    if config.steps > (most := family.scheduler.config.num_train_timesteps):
+        raise InputError(f"--steps must be at most {most} for {config.pretrain_path}, got {config.steps}")
     resolution = choose_resolution(config, family, unet)
     made_with = {**describe(config, family, unet, device), "resolution": resolution}
     family.to(device, torch.float32)  # the VAE stays so
@@ -348,7 +347,7 @@ def claim_folder(run: Run, group: str, prompts: list[Prompt]) -> None:
         write_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
     try:
         then = dict(json.loads(path.read_text(encoding="utf-8"))["settings"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise InputError(f"{path} does not say what made the images in its folder: {fix}") from None
     differ = [
         f"{name} was {str(then.get(name))[:12]}, is {str(settings.get(name))[:12]}"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from sdpo.config import InputError
+from sdpo.files import is_text, parse_json, read_text
 
 ABOUT_A_ROW = {"image", "prompt", "models", "sha256"}  # keys of a row of scores that are not metrics
+MAX_SCORE = 1e100
 
 Scores = dict[tuple[str, str], dict[str, Any]]  # rows by (image, prompt)
 
@@ -51,7 +52,7 @@ def write_atomically(path: Path, text: str) -> None:
 def check_labels(labels: Sequence[str]) -> None:
     """Raises InputError unless the labels of runs can name folders and tell winners apart."""
     for label in labels:
-        if not label.strip(" .") or any(c in "/\\" or not c.isprintable() for c in label) or len(label) > 60:
+        if not label.strip(" .") or any(c in "/\\" or not c.isprintable() for c in label) or len(label.encode()) > 60:
             raise InputError(
                 f"label {label!r} cannot name an output folder; use up to 60 letters, digits, dots and dashes, "
                 "and no path separators"
@@ -90,10 +91,7 @@ def read_manifest(path: str | Path) -> list[Entry]:
 def _read_list(path: Path) -> list:
     if not path.is_file():
         raise InputError(f"{path} is not a file; give the manifest, the .json file beside the folder of images")
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:  # of JSON or of UTF-8
-        raise InputError(f"{path} is not valid JSON ({error}); generate again, or give the right file") from None
+    rows = parse_json(read_text(path), path, "generate again, or give the right file")
     if not isinstance(rows, list):
         raise InputError(f"{path} is not a JSON list of entries; give a manifest, not a summary or config")
     if not rows:
@@ -105,7 +103,7 @@ def _parse_entry(row: Any, manifest: Path, where: str) -> Entry:
     if not isinstance(row, dict):
         raise InputError(f'{where}: not an object; write {{"prompt": ..., "gen_image_path": ...}}')
     prompt, images = row.get("prompt"), row.get("gen_image_path")
-    if not isinstance(prompt, str) or not prompt.strip():
+    if not is_text(prompt) or not prompt.strip():
         raise InputError(f'{where}: has no text under "prompt"; add the prompt or remove the entry')
     images = images if isinstance(images, list) else [images]
     image = next((image for image in images if image), None)
@@ -129,7 +127,7 @@ def _resolve(image: str, folder: Path, where: str) -> Path:
 
 def require_images(entries: Sequence[Entry]) -> None:
     """Raises InputError, naming the first and counting the rest, if images of entries do not exist."""
-    missing = [entry for entry in entries if not entry.path.is_file()]
+    missing = [entry for entry in entries if not os.path.isfile(entry.path)]  # Path.is_file raises for long names
     if missing:
         first, more = missing[0], f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise InputError(
@@ -177,13 +175,11 @@ def _is_whole(line: bytes) -> bool:
 
 def _parse_row(line: bytes, where: str) -> dict[str, Any]:
     fix = "delete the line and its image will be scored again"
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{where}: not valid JSON ({error}); {fix}") from None
+    row = parse_json(line, where, fix)
     if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("image", "prompt")):
         raise InputError(f'{where}: not an object with "image" and "prompt"; {fix}')
-    if not isinstance(row.get("models", {}), dict):
+    models = row.get("models", {})
+    if not isinstance(models, dict) or not all(isinstance(model, str) for model in models.values()):
         raise InputError(f'{where}: "models" is not an object of metric and model; {fix}')
     for metric in row.keys() - ABOUT_A_ROW:
         check_score(row[metric], f"{where}: {metric} of {row['image']}")
@@ -191,9 +187,9 @@ def _parse_row(line: bytes, where: str) -> dict[str, Any]:
 
 
 def check_score(value: Any, what: str) -> None:
-    """Raises InputError unless a score is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise InputError(f"{what} is {value!r}, not a finite number; look at the image and score it again")
+    """Raises InputError unless a score is a finite number, and small enough for sums of squares."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not abs(value) <= MAX_SCORE:
+        raise InputError(f"{what} is {value!r:.40}, not a finite number; look at the image and score it again")
 
 
 def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from sdpo.config import InputError, TrainConfig
+from sdpo.files import brief, is_text, parse_json, read_text
 from sdpo.rng import draw
 
 IMAGES = ("jpg_0", "jpg_1")
@@ -41,11 +42,10 @@ def read_table(config: TrainConfig, split: str, folder: str | None = None) -> da
         return undecoded(read_split(source, None if folder else config.dataset_config_name, split, config.cache_dir))
     except InputError:
         raise
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # datasets, pyarrow and the hub each have errors of their own
         raise InputError(
-            f"cannot read pairs from {source!r}: {reason} "
-            "Give a local folder, or a hub data set where the hub can be reached."
+            f"cannot read pairs from {source!r} ({brief(error)}); "
+            "give a local folder, or a hub data set where the hub can be reached"
         ) from error
 
 
@@ -90,19 +90,22 @@ def read_pair_file(file: Path, caption_column: str) -> datasets.Dataset:
     columns = (caption_column, "winner", "loser")
     captions, winners, losers = [], [], []
     for number, record in read_records(file):
+        where = f"{file} row {number}"
         missing = [name for name in columns if record.get(name) is None or (record[name] == "" and name != columns[0])]
         if missing:
-            raise InputError(f"{file} row {number}: {', '.join(missing)} missing; every row needs {', '.join(columns)}")
+            raise InputError(f"{where}: {', '.join(missing)} missing; every row needs {', '.join(columns)}")
+        if None in record:  # where csv puts what has no column
+            raise InputError(f"{where}: more values than columns; put captions that hold commas in double quotes")
         for name, paths in (("winner", winners), ("loser", losers)):
-            paths.append(str(file.parent / str(record[name])))
-            if not Path(paths[-1]).is_file():
-                raise InputError(
-                    f"{file} row {number}: image {paths[-1]} does not exist; paths are relative to {file.name}"
-                )
+            if not isinstance(record[name], str):
+                raise InputError(f"{where}: {name} is {record[name]!r:.200}, but must be the path of an image")
+            paths.append(str(file.parent / record[name]))
+            if not os.path.isfile(paths[-1]):  # Path.is_file raises for long names
+                raise InputError(f"{where}: image {paths[-1]} does not exist; paths are relative to {file.name}")
+        check_captions([record[caption_column]], caption_column, str(file), first=number)
         captions.append(record[caption_column])
     if not captions:
-        raise InputError(f"{file} has no rows")
-    check_captions(captions, caption_column, str(file), first=1)
+        raise InputError(f"{file} has no rows; write one per pair: {', '.join(columns)}")
     if any(isinstance(caption, list) for caption in captions):
         captions = [caption if isinstance(caption, list) else [caption] for caption in captions]
     labels = [1.0] * len(captions)
@@ -111,32 +114,31 @@ def read_pair_file(file: Path, caption_column: str) -> datasets.Dataset:
 
 def read_records(file: Path) -> list[tuple[int, dict]]:
     """(row number, object) of a JSONL file, rows being lines, or of a CSV file; InputError names a row that is none."""
-    try:
-        text = file.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
-        if file.suffix == ".csv":
+    text = read_text(file)
+    if file.suffix == ".csv":
+        try:
             return list(enumerate(csv.DictReader(io.StringIO(text, newline="")), 1))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{file} is not valid {file.suffix[1:].upper()} in UTF-8: {error}") from error
+        except csv.Error as error:
+            raise InputError(f"{file} is not valid CSV ({error}); write it anew, or as JSONL") from error
+    fix = 'write {"caption": ..., "winner": ..., "loser": ...}'
     records = []
     for number, line in enumerate(text.split("\n"), 1):
-        try:
-            record = json.loads(line) if line.strip() else None
-        except ValueError as error:
-            raise InputError(f"{file} row {number} is not valid JSONL: {error}") from error
-        if not isinstance(record, dict | None):
-            raise InputError(f"{file} row {number} is not a JSON object")
-        records += [(number, record)] if record is not None else []
+        if line.strip():
+            records.append((number, parse_json(line, f"{file} row {number}", fix)))
+            if not isinstance(records[-1][1], dict):
+                raise InputError(f"{file} row {number} is not a JSON object; {fix}")
     return records
 
 
 def read_saved(path: Path, split: str) -> datasets.Dataset:
     """A folder written by save_to_disk; of a DatasetDict only the split's own folder is opened."""
-    if not (path / "dataset_dict.json").is_file():
+    index = path / "dataset_dict.json"
+    if not index.is_file():
         table = datasets.load_from_disk(str(path))
         if str(table.split) != split:
             refuse_split(path, split)
         return table
-    splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
+    splits = parse_json(read_text(index), index, "save the data set again")["splits"]
     if split not in splits:
         raise no_such_split(path, split, splits)
     return datasets.load_from_disk(str(path / split))
@@ -198,6 +200,8 @@ def decode(value: bytes | str | dict | Image.Image) -> Image.Image:
         value = value["bytes"] if value.get("bytes") is not None else value["path"]
     if isinstance(value, Image.Image):
         return value.convert("RGB")
+    if not isinstance(value, bytes | str):
+        raise TypeError(f"{value!r:.40} is no image")
     with Image.open(io.BytesIO(value) if isinstance(value, bytes) else value) as image:
         return image.convert("RGB")
 
@@ -255,8 +259,8 @@ def check_captions(captions: list, name: str, source: str, first: int = 0) -> No
     """Raises InputError naming the first row whose caption is neither a text nor a list of texts."""
     for row, caption in enumerate(captions, first):
         options = caption if isinstance(caption, list) and caption else [caption]
-        if not all(isinstance(option, str) for option in options):
-            raise InputError(f"{source} row {row}: {name} is {caption!r}, but must be a text or a list of texts")
+        if not all(map(is_text, options)):
+            raise InputError(f"{source} row {row}: {name} is {caption!r:.200}, but must be a text or a list of texts")
 
 
 def find_labels(table: datasets.Dataset, path: Path | None, source: str) -> np.ndarray:
@@ -280,9 +284,10 @@ def read_label_file(path: Path, rows: int, source: str) -> np.ndarray:
     """Labels (rows,) that `python -m sdpo.relabel` wrote; raises InputError for a file of other data or none at all."""
     try:
         labels = pq.read_table(path, columns=["label_0"])["label_0"].to_pylist()
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"cannot read labels from {path}: {reason}; make it with python -m sdpo.relabel") from error
+    except Exception as error:  # pyarrow has many
+        raise InputError(
+            f"cannot read labels from {path} ({brief(error)}); make it with python -m sdpo.relabel"
+        ) from error
     if len(labels) != rows:
         raise InputError(
             f"{path} has labels of {len(labels):,} rows, but {source} has {rows:,} rows: "

@@ -5,7 +5,6 @@ A file is a JSON list or JSON lines of prompts or objects with `prompt`, or a te
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any
 import pooch
 
 from sdpo.config import InputError
+from sdpo.files import is_text, parse_json, read_text
 from sdpo.tiny import pictures
 
 SOURCE = "https://raw.githubusercontent.com/AIDC-AI/Diffusion-SDPO/84fb241c1b89705a247da8b0d6047798ca49830d/prompts"
@@ -26,6 +26,7 @@ OFFICIAL = {  # group: sha256 of its JSON file
     "partiprompts": "b11d46a91c4202461d6d1df69da0b9af5070851403574de6efd6736ccad22291",
 }
 TINY_REPEATS = 4
+FIX = "write it as JSON"
 log = logging.getLogger("prompts")
 
 
@@ -81,20 +82,18 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     if path.suffix not in READERS:
         raise InputError(f"{path}: prompts are read from {', '.join(READERS)} files")
     try:
-        rows = list(READERS[path.suffix](path, path.read_text(encoding="utf-8-sig")))
+        rows = list(READERS[path.suffix](path, read_text(path)))
     except OSError as error:
         raise InputError(
             f"{path} cannot be read ({error.strerror}); groups known by name: {', '.join(GROUPS)}"
         ) from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
     if not rows:
         raise InputError(f"{path} holds no prompts")
     return [parse_prompt(row, where) for where, row in rows]
 
 
 def _read_json(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    rows = _decode(text, str(path))
+    rows = parse_json(text, path, FIX)
     if not isinstance(rows, list):
         raise InputError(f'{path} is not a JSON list; write [{{"prompt": ...}}, ...]')
     yield from ((f"{path}, entry {number} (counted from 0)", row) for number, row in enumerate(rows))
@@ -106,7 +105,7 @@ def _read_lines(path: Path, text: str) -> Iterator[tuple[str, str]]:
 
 
 def _read_jsonl(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    yield from ((where, _decode(line, where)) for where, line in _read_lines(path, text))
+    yield from ((where, parse_json(line, where, FIX)) for where, line in _read_lines(path, text))
 
 
 def _read_txt(path: Path, text: str) -> Iterator[tuple[str, Any]]:
@@ -114,13 +113,6 @@ def _read_txt(path: Path, text: str) -> Iterator[tuple[str, Any]]:
 
 
 READERS = {".json": _read_json, ".jsonl": _read_jsonl, ".txt": _read_txt}
-
-
-def _decode(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{where}: not valid JSON ({error})") from None
 
 
 def parse_prompt(row: Any, where: str) -> Prompt:
@@ -135,6 +127,6 @@ def parse_prompt(row: Any, where: str) -> Prompt:
         raise InputError(f'{where}: "neg_prompt" and "raw_image_path" must be text')
     if not isinstance(prompt.metadata, dict):
         raise InputError(f'{where}: "metadata" must be an object')
-    if any("\ud800" <= character <= "\udfff" for character in prompt.text):
+    if not is_text(prompt.text):
         raise InputError(f"{where}: the prompt holds half a surrogate pair, which is no character; write it again")
     return prompt

@@ -22,8 +22,11 @@ from tqdm.auto import tqdm
 
 from sdpo.checkpoint import write_file
 from sdpo.config import CHOICE_MODELS, InputError, TrainConfig, flag, parse_flags, run_command
+from sdpo.files import parse_json, read_text
+from sdpo.manifest import check_score
 from sdpo.pairs import IMAGES, check_captions, column, read_table
 from sdpo.scorers import load_scorers, score_rows
+from sdpo.scoring import split_pairs
 
 METADATA = b"sdpo"  # key of the JSON object that says what a label file was made from
 
@@ -53,9 +56,11 @@ class RelabelConfig:
         if self.metric not in CHOICE_MODELS:
             raise InputError(f"--metric {self.metric!r}: choose from {', '.join(CHOICE_MODELS)}")
         if not 0 <= self.margin < float("inf"):
-            raise InputError(f"--margin must not be negative, got {self.margin}")
+            raise InputError(f"--margin must be finite and not negative, got {self.margin}")
         if self.batch_size < 1:
             raise InputError(f"--batch_size must be at least 1, got {self.batch_size}")
+        if not Path(self.out).name or Path(self.out).is_dir():
+            raise InputError(f"--out {self.out!r} is not the name of a file; give one for the labels")
 
     @classmethod
     def of(cls, config: TrainConfig, device: str) -> RelabelConfig:
@@ -63,16 +68,14 @@ class RelabelConfig:
         names = ("dataset_name", "dataset_config_name", "train_data_dir", "split", "caption_column", "cache_dir")
         data = {name: getattr(config, name) for name in names}
         weights = [text for text in config.choice_weights.split(",") if text]
+        split_pairs(weights, "--choice_weights")
         choice = {"metric": config.choice_model, "margin": config.choice_margin, "weights": weights}
         return cls(**data, **choice, device=device, out=str(config.labels_path))
 
     @property
     def sources(self) -> dict[str, str]:
         """Replaced parts of scorers, as load_scorers takes them; raises InputError for a text without '='."""
-        for text in self.weights:
-            if "=" not in text:
-                raise InputError(f"weights {text}: expected METRIC.PART=SOURCE")
-        return dict(text.split("=", 1) for text in self.weights)
+        return dict(split_pairs(self.weights, "--weights"))
 
 
 class NamedBytes(io.BytesIO):
@@ -164,9 +167,16 @@ def score_table(config: RelabelConfig, table: datasets.Dataset, about: dict, kep
 
 def read_kept(kept: Path, about: dict) -> list[list[float]]:
     """Scores that an earlier run for the same labels left, up to a line that was cut off."""
-    lines = kept.read_text().split("\n")[:-1] if kept.is_file() else []
-    rows = [json.loads(line) for line in lines]
-    return rows[1:] if rows and rows[0] == about else []
+    lines = read_text(kept).split("\n")[:-1] if kept.is_file() else []
+    rows = [parse_json(line, f"{kept}, line {number}", "remove the file") for number, line in enumerate(lines, 1)]
+    if not rows or rows[0] != about:
+        return []
+    for number, row in enumerate(rows[1:], 2):
+        if not isinstance(row, list) or len(row) != 2:
+            raise InputError(f"{kept}, line {number}: not the scores of two images; remove the file")
+        for score in row:
+            check_score(score, f"{kept}, line {number}: a score")
+    return rows[1:]
 
 
 def iterate_images(table: datasets.Dataset, caption_column: str, first: int) -> Iterator[tuple[str | io.BytesIO, str]]:

@@ -205,7 +205,10 @@ def _histograms(runs: Sequence[Run]) -> str:
 def _histogram(metric: str, runs: Sequence[Run]) -> str:
     """Outlines over common bins, each run's counts as a share of its images."""
     shown = [(place, run.scores[metric]) for place, run in enumerate(runs) if metric in run.scores]
-    edges = np.histogram_bin_edges(np.concatenate([values for _, values in shown]), BINS)
+    everything = np.concatenate([values for _, values in shown])
+    low, high, largest = everything.min(), everything.max(), max(np.abs(everything).max(), 1)
+    margin = largest / 2 if high - low < 1e-9 * largest else 0  # too close together for bins of their own
+    edges = np.linspace(low - margin, high + margin, BINS + 1)
     shares = [np.histogram(values, edges)[0] / len(values) for _, values in shown]
     top, outlines = max(share.max() for share in shares), []
     for (place, _), share in zip(shown, shares, strict=True):

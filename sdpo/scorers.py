@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain, islice, pairwise
@@ -23,12 +23,12 @@ import torch.nn.functional as F
 import transformers
 from accelerate import init_empty_weights
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision import transforms as T
 
 from sdpo.config import InputError
-from sdpo.hub import fetch, first_line
+from sdpo.files import brief
+from sdpo.hub import fetch, load_tensors
 from sdpo.tiny import pictures
 
 IN_TURN_BLOCK = 512  # images kept prepared (0.6 MB each and preprocessing) while the models take turns
@@ -52,15 +52,13 @@ def load_state(module: nn.Module, source: str, rename: Callable[[str], str | Non
 
     `rename` maps the file's names to the module's, None drops one. Raises InputError where names or shapes differ.
     """
-    path = locate(source)
+    state = load_tensors(locate(source))
     try:
-        safe = path.endswith(".safetensors")
-        state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
         state = state.get("state_dict", state)
         state = {rename(name.removeprefix("module.")): value for name, value in state.items()}
         shapes = {name: value.shape for name, value in state.items() if name is not None}
-    except Exception as error:  # torch, zipfile, pickle and safetensors each have errors of their own
-        raise InputError(f"{source} cannot be read as weights: {first_line(error)}; download it again") from error
+    except (AttributeError, TypeError) as error:
+        raise InputError(f"{source} cannot be read as weights: {brief(error)}; download it again") from error
     own = {name: value.shape for name, value in module.state_dict().items()}
     missing, unknown = sorted(own.keys() - shapes.keys()), sorted(shapes.keys() - own.keys())
     resized = sorted(name for name in own.keys() & shapes.keys() if own[name] != shapes[name])
@@ -78,8 +76,8 @@ def from_pretrained(cls, source: str, **options):
         return cls.from_pretrained(source, **options)
     except Exception as error:  # files, JSON, weights and connections each have errors of their own
         raise InputError(
-            f"cannot load {cls.__name__} of {source!r}: {first_line(error)} "
-            "Give a local folder in the hub's format, or download it where the hub can be reached."
+            f"cannot load {cls.__name__} of {source!r} ({brief(error)}); "
+            "give a local folder in the hub's format, or download it where the hub can be reached"
         ) from error
 
 
@@ -363,6 +361,18 @@ SCORERS: dict[str, type[Scorer]] = {
 }
 
 
+def check_names(names: Iterable[str], known: Collection[str]) -> None:
+    """Raises InputError for the first name that is not known."""
+    for name in names:
+        if name not in known:
+            raise InputError(f"there is no {name!r}; choose from {', '.join(known)}")
+
+
+def check_parts(sources: Iterable[str]) -> None:
+    """Raises InputError unless names are "metric.part" of a metric that has that part."""
+    check_names(sources, [f"{metric}.{part}" for metric, cls in SCORERS.items() for part in cls.official])
+
+
 def load_scorers(
     metrics: Iterable[str], sources: Mapping[str, str] | None = None, dtype: torch.dtype = torch.float32
 ) -> dict[str, Scorer]:
@@ -371,10 +381,8 @@ def load_scorers(
     Raises InputError for names that do not exist and for weights that cannot be used.
     """
     metrics, sources = list(metrics), sources or {}
-    known = [f"{metric}.{part}" for metric, cls in SCORERS.items() for part in cls.official]
-    for name, names in [*((metric, SCORERS) for metric in metrics), *((source, known) for source in sources)]:
-        if name not in names:
-            raise InputError(f"there is no {name!r}; choose from {', '.join(names)}")
+    check_names(metrics, SCORERS)
+    check_parts(sources)
     parts = {metric: {} for metric in SCORERS}
     for name, source in sources.items():
         metric, part = name.split(".")
@@ -398,10 +406,10 @@ def score_rows(
 
     An image is a path, or an open file. It is decoded once and prepared once per distinct preprocessing, by threads
     that work ahead of the models. With `in_turn` the models take turns on the device, each for IN_TURN_BLOCK images; by
-    default they do if it cannot hold them together. Raises InputError naming an image that cannot be read or has no
-    finite score; all rows of earlier blocks have been yielded by then.
+    default they do if it cannot hold them together. Raises InputError naming a device that cannot be used, or an image
+    that cannot be read or has no finite score; all rows of earlier blocks have been yielded by then.
     """
-    device = torch.device(device)
+    device = check_device(device)
     if in_turn is None and device.type == "cuda":
         weights = [tensor for scorer in scorers.values() for tensor in scorer.parameters()]
         there = sum(tensor.nbytes for tensor in weights if tensor.is_cuda)
@@ -424,6 +432,14 @@ def score_rows(
                 yield dict(zip(columns, scores, strict=True))
 
 
+def check_device(name: str | torch.device) -> torch.device:
+    """The device; raises InputError if it cannot be used here."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
+        raise InputError(f"--device {name} cannot be used ({brief(error)}); give cpu, cuda, cuda:1, ...") from error
+
+
 def prepare(image: str | Path, preprocesses: Iterable[Preprocess]) -> dict[Preprocess, Tensor]:
     """The image, decoded once, by preprocessing; raises InputError naming it."""
     try:
@@ -431,7 +447,7 @@ def prepare(image: str | Path, preprocesses: Iterable[Preprocess]) -> dict[Prepr
             picture = opened.convert("RGB")
         return {preprocess: preprocess.prepare(picture) for preprocess in preprocesses}
     except Exception as error:  # every image format has errors of its own
-        raise InputError(f"image {image} cannot be scored: {first_line(error)}; make it again or drop it") from error
+        raise InputError(f"image {image} cannot be scored: {brief(error)}; make it again or drop it") from error
 
 
 def work_ahead(pool: ThreadPoolExecutor, function: Callable, rows: Iterable, size: int) -> Iterator[tuple[list, list]]:

@@ -52,6 +52,10 @@ class ScoringOptions:
     device: str = "cpu"
     batch_size: int = 64
 
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise InputError(f"--batch_size must be at least 1, got {self.batch_size}")
+
     def model(self, metric: str) -> str:
         """What rows of scores say about the model of a metric: "official", or what differs from it."""
         prefix = METRICS[metric] + "."

@@ -87,6 +87,7 @@ GIVEN = {  # a value to give where the default's type does not say what is allow
     "gradient_checkpointing": "auto",
     "mixed_precision": "bf16",
     "lr_scheduler": "cosine",
+    "report_to": "wandb",
     "train_method": "dspo",
 }
 

@@ -686,7 +686,7 @@ BAD = {
     "caption null": (lambda f: as_jsonl(f, put(1, {"caption": None})), {}, ["pairs.jsonl", "row 2", "caption"]),
     "caption is a number": (lambda f: as_jsonl(f, put(1, {"caption": 7})), {}, ["pairs.jsonl", "row 2", "caption"]),
     "row is a list": (lambda f: as_jsonl(f, put(1, "[1, 2]")), {}, ["pairs.jsonl", "row 2"]),
-    "invalid JSON": (lambda f: as_jsonl(f, put(1, "{caption")), {}, ["pairs.jsonl", "not valid JSONL", "2"]),
+    "invalid JSON": (lambda f: as_jsonl(f, put(1, "{caption")), {}, ["pairs.jsonl", "not valid JSON", "2"]),
     "JSONL in Latin-1": (lambda f: latin1(as_jsonl(f)), {}, ["pairs.jsonl", "UTF-8"]),
     "CSV in Latin-1": (lambda f: latin1(as_csv(f)), {}, ["pairs.csv", "UTF-8"]),
     "CSV with an endless field": (lambda f: as_csv(f, put(1, {"caption": "x" * 140_000})), {}, ["pairs.csv"]),

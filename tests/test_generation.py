@@ -350,7 +350,7 @@ def test_unusable_input_is_named(arguments, bases, tmp_path):
         ("--unet_path=owner/model", f"--cache_dir={tmp_path}"): "cannot load unet of 'owner/model'",
         (f"--unet_path={tmp_path / 'other.pth'}",): r"other\.pth belongs to another architecture",
         (f"--unet_path={tmp_path / 'other'}",): "other belongs to another architecture: cross_attention_dim is 32, 16 in",
-        (f"--unet_path={tmp_path / 'words.pth'}",): r"words\.pth cannot be read as a state dict",
+        (f"--unet_path={tmp_path / 'words.pth'}",): r"words\.pth cannot be read as weights",
         (f"--unet_path={tmp_path / 'nan.pth'}",): r"nan\.pth holds numbers that are not finite \(in ",
         (f"--unet_path={tmp_path / 'empty'}",): "cannot load unet of .*empty",
         (f"--pretrain_path={tmp_path / 'empty'}",): "cannot fetch model_index.json of .*empty",

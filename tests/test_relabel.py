@@ -114,9 +114,9 @@ def test_a_broken_image_is_named(pairs_folder, tmp_path):
     "flags, match",
     [
         (["--metric=blip"], "--metric 'blip': choose from aes"),
-        (["--margin=-1"], "margin must not be negative"),
+        (["--margin=-1"], "margin must be finite and not negative"),
         (["--batch_size=0"], "batch_size must be at least 1"),
-        (["--weights", "pixels"], "expected METRIC.PART=SOURCE"),
+        (["--weights", "pixels"], "--weights .*: expected NAME=VALUE"),
         (["--caption_column=text"], "column text missing"),
         (["--nonsense"], "unknown flag --nonsense"),
     ],

@@ -375,9 +375,9 @@ GOOD = {"prompt": "p", "gen_image_path": "0.png"}
     "content, sentence",
     [
         (None, r"m\.json is not a file; give the manifest"),
-        ("", r"m\.json is not valid JSON \(.*line 1.*\); generate again"),
-        ('[{"prompt": "p", "gen_', r"m\.json is not valid JSON"),
-        (b'["\xff"]', r"m\.json is not valid JSON \(.*utf-8.*\)"),
+        ("", r"m\.json: not valid JSON \(.*line 1.*\); generate again"),
+        ('[{"prompt": "p", "gen_', r"m\.json: not valid JSON"),
+        (b'["\xff"]', r"m\.json is not UTF-8 text .*; save it as UTF-8"),
         ({"pair": {}}, r"m\.json is not a JSON list of entries; give a manifest"),
         ([], r"m\.json is an empty list; generate its images first"),
         ([GOOD, "p"], r"m\.json, entry 1 \(counted from 0\): not an object; write"),

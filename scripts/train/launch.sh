@@ -3,6 +3,11 @@
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 PYTHON=${PYTHON:-$([ -x "$ROOT/.venv/bin/python" ] && echo "$ROOT/.venv/bin/python" || echo python)}
+command -v "$PYTHON" >/dev/null || { echo "error: PYTHON=$PYTHON is not a program: name a Python interpreter" >&2; exit 2; }
+if [[ -n "${GPUS:-}" && ! "$GPUS" =~ ^[0-9]+$ ]]; then
+  echo "error: GPUS=$GPUS is not a number: give how many to use, or leave it out for all" >&2
+  exit 2
+fi
 
 # The official recipe: 2048 pairs per update on any number of GPUs, learning rate scaled by them. What is not named is train.py's default.
 RECIPE=(--dataset_name "${DATA:-yuvalkirstain/pickapic_v2}" --global_batch_size 2048 --train_batch_size 8 --scale_lr
