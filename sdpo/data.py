@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,8 +17,10 @@ from torchvision.transforms import functional as TF
 
 from sdpo.batch import collate
 from sdpo.config import InputError, Plan, TrainConfig
-from sdpo.pairs import Pairs
 from sdpo.rng import draw, normal
+
+if TYPE_CHECKING:  # reading pairs needs packages that batches do not
+    from sdpo.pairs import Pairs
 
 
 @functools.lru_cache(maxsize=2)

@@ -164,19 +164,23 @@ class StableDiffusion:
         self.source, self.vae_source, self.cache_dir = source, vae, cache_dir
         self.options = {"revision": revision, "cache_dir": cache_dir}
         self._check_pipeline_class()
-        self.scheduler = load_part(DDPMScheduler, self.source, "scheduler", **self.options)
+        self.scheduler = self.load(DDPMScheduler, "scheduler")
         kind = self.scheduler.config.prediction_type
         if kind not in ("epsilon", "v_prediction"):
             raise InputError(f"{self.source}: prediction_type {kind!r} is not supported; epsilon and v_prediction are")
         self.tokenizers, self.text_encoders = [], []
         for name, cls in self.text_parts.items() if encoders else ():
-            part = load_part(cls, self.source, name, **self.options)
+            part = self.load(cls, name)
             (self.tokenizers if isinstance(part, CLIPTokenizer) else self.text_encoders).append(part)
         if encoders:
             self._check_tokenizers()
         self.vae = self._load_vae(AutoencoderKL if encoders else WeightlessVAE)
         for model in (self.vae, *self.text_encoders):
             model.requires_grad_(False).eval()
+
+    def load(self, cls: type, name: str):
+        """One part of the base model, by its subfolder; raises InputError if it cannot be read."""
+        return load_part(cls, self.source, name, **self.options)
 
     def _check_pipeline_class(self) -> None:
         index = Path(self.source, "model_index.json")
@@ -203,6 +207,8 @@ class StableDiffusion:
         return self.vae_source, None, {"cache_dir": self.cache_dir}
 
     def _load_vae(self, cls: type = AutoencoderKL) -> AutoencoderKL:
+        if self.vae_source is None:
+            return self.load(cls, "vae")
         source, subfolder, options = self._vae_place
         return load_part(cls, source, subfolder, **options)
 
@@ -218,10 +224,13 @@ class StableDiffusion:
     def load_unet(self, init: str = "") -> UNet2DConditionModel:
         """A UNet in fp32: the base model's, or that of a diffusers folder, a hub id or a file with a state dict."""
         if init.endswith((".pth", ".pt", ".bin", ".safetensors")):
-            unet = load_part(UNet2DConditionModel, self.source, "unet", **self.options)
+            unet = self.load(UNet2DConditionModel, "unet")
             load_weights(unet, init)
-            return unet.float()
-        return load_part(UNet2DConditionModel, init or self.source, "unet", **self.options).float()
+        elif init:
+            unet = load_part(UNet2DConditionModel, init, "unet", **self.options)
+        else:
+            unet = self.load(UNet2DConditionModel, "unet")
+        return unet.float()
 
     def to(self, device: torch.device, dtype: torch.dtype) -> StableDiffusion:
         """Move the frozen encoders; their weights are held in `dtype`, those of the VAE in vae_dtype(dtype)."""

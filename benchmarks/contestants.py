@@ -1,0 +1,125 @@
+"""What the training benchmark lets compete: runs as train.py sets them up, by flags that differ, and the baseline."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+
+from benchmarks.architectures import Base
+from benchmarks.baseline import OfficialLoop
+from sdpo.batch import Batch
+from sdpo.config import Plan, TrainConfig
+from sdpo.families import StableDiffusion
+from sdpo.metrics import Meter
+from sdpo.rng import draw, normal
+from sdpo.step import Run, build_models, build_optimizer, update
+from sdpo.tiny import pictures
+
+
+def cache_latents(run: Run, batch: Batch) -> Batch:
+    """Serve moments and conditioning from host memory, as from a cache, and take the encoders off the device."""
+    family, device = run.family, run.accelerator.device
+    with torch.no_grad():
+        moments = family.vae.encode((batch.pixels.to(device).float() / 127.5 - 1).to(family.vae.dtype)).latent_dist
+    mean, std = moments.mean.float().cpu(), moments.std.float().cpu()
+    texts = {k: v.cpu() for k, v in family.encode_captions(batch.captions, run.config.resolution).items()}
+    scale = family.vae.config.scaling_factor
+    family.encode_images = lambda pixels, noise: (mean.to(device) + std.to(device) * noise) * scale
+    family.encode_captions = lambda captions, resolution: {k: v.to(device) for k, v in texts.items()}
+    for model in (family.vae, *family.text_encoders):
+        model.cpu()
+    return dataclasses.replace(batch, pixels=batch.pixels[:, :1, :1])  # the width tells the resolution
+
+
+def unfuse(run: Run, batch: Batch) -> Batch:
+    """The optimizer's kernels as torch chooses them."""
+    for group in run.optimizer.param_groups:
+        group |= {"fused": None, "foreach": None} if "fused" in group else {}
+    return batch
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Flags that differ from the default, and what is done to a run before its first update."""
+
+    flags: dict[str, Any] = field(default_factory=dict)
+    prepare: Callable[[Run, Batch], Batch] = lambda run, batch: batch
+
+
+VARIANTS = {  # every row after "fastest" is one change to the default, measured alone
+    "default": Variant(),
+    "fastest": Variant(prepare=cache_latents),
+    "cached latents": Variant(prepare=cache_latents),
+    "unfused optimizer": Variant(prepare=unfuse),
+    "full checkpointing": Variant({"gradient_checkpointing": True}),
+}
+
+
+def make_batch(family: StableDiffusion, config: TrainConfig) -> Batch:
+    """Random pairs as a loader leaves them: uint8 pixels, captions and noise on the host."""
+    pairs, size = config.train_batch_size, config.resolution
+    shape = family.latent_shape(size)
+    noise = torch.from_numpy(normal(0, "benchmark-noise", (0,), (pairs, *shape)))
+    pixels = draw(0, "benchmark-pixels").integers(0, 256, (2 * pairs, 3, size, size), dtype=np.uint8)
+    batch = Batch(
+        pixels=torch.from_numpy(pixels),
+        captions=[spec.caption for spec in itertools.islice(itertools.cycle(pictures.HELD_OUT), pairs)],
+        noise=noise,
+        input_noise=noise,
+        posterior=torch.from_numpy(normal(0, "benchmark-posterior", (0,), (2 * pairs, *shape))),
+        uniform=torch.from_numpy(draw(0, "benchmark-timestep").random(pairs, dtype=np.float32)),
+        unreadable=[],
+    )
+    return batch.pin_memory() if torch.cuda.is_available() else batch
+
+
+class Ours:
+    """A run as train.py sets it up, fed with one host batch."""
+
+    def __init__(self, config: TrainConfig, family: StableDiffusion, prepare: Callable[[Run, Batch], Batch]):
+        self.config = config
+        self.accelerator = Accelerator(mixed_precision=config.mixed_precision, step_scheduler_with_optimizer=False)
+        plan = Plan.of(config, 1, pairs=config.max_train_steps)
+        self.accelerator.gradient_accumulation_steps = plan.accumulation
+        batch = make_batch(family, config)
+        unet, reference, ema = build_models(config, family, self.accelerator)
+        optimizer = build_optimizer(config, family, unet, plan.learning_rate)
+        schedule = get_scheduler(config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps)
+        self.run = Run(config, self.accelerator, family, plan, 0, unet, reference, ema, optimizer, schedule)
+        batch = prepare(self.run, batch)
+        prepared = self.accelerator.prepare(unet, optimizer, schedule)
+        self.run.unet, self.run.optimizer, self.run.schedule = prepared
+        self.unet, self.reference, self.optimizer, self.family = unet, reference, self.run.optimizer, family
+        self.batches, self.meter = itertools.repeat(batch), Meter(self.accelerator)
+
+    def update(self) -> None:
+        """One optimizer step, and its figures fetched once."""
+        update(self.run, self.batches, self.meter)
+        self.meter.reduce()
+
+
+def precision(device: torch.device) -> str:
+    """The training precision that is measured on a device."""
+    return "bf16" if device.type == "cuda" else "no"
+
+
+def build(base: Base, name: str, device: torch.device) -> Ours | OfficialLoop:
+    """A contestant with fresh models; what the one before it left is given back first."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    torch.manual_seed(0)
+    variant = VARIANTS.get(name, Variant())
+    config, family = base.config(mixed_precision=precision(device), **variant.flags), base.build(device)
+    if name == "baseline":
+        return OfficialLoop(config, family, make_batch(family, config))
+    return Ours(config, family, variant.prepare)

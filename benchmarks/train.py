@@ -1,0 +1,424 @@
+"""Speed, memory and arithmetic of training, beside the official loop's: `python benchmarks/train.py`.
+
+Counts FLOPs and bytes on the meta device, then measures contestants in turns on models with random weights. Ratios are
+taken within a round, so that a slow spell of the machine meets both sides. Results go to
+benchmarks/results/{device}-{date}.json, and as tables to the .md beside it. What is measured: docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import io
+import itertools
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import diffusers  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from PIL import Image  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from benchmarks.architectures import BASES, Base  # noqa: E402
+from benchmarks.baseline import OfficialLoop  # noqa: E402
+from benchmarks.contestants import VARIANTS, Ours, build, cache_latents, precision  # noqa: E402
+from benchmarks.counting import count, counted  # noqa: E402
+from sdpo.checkpoint import write_file  # noqa: E402
+from sdpo.losses import pair_terms  # noqa: E402
+from sdpo.rng import draw  # noqa: E402
+from sdpo.step import DTYPES  # noqa: E402
+
+PARTS = ("encode", "policy forward", "reference", "backward", "other")
+
+# Measuring
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(task: Callable[[], Any], device: torch.device) -> float:
+    """Duration of one call, until the device has done its work."""
+    synchronize(device)
+    began = time.perf_counter()
+    task()
+    synchronize(device)
+    return time.perf_counter() - began
+
+
+def ceilings(device: torch.device) -> dict[str, float]:
+    """Rate of a large matrix product, FLOP/s, and of a large copy, bytes read and written per second; random data."""
+    cuda = device.type == "cuda"
+    side, dtype = (8192, torch.bfloat16) if cuda else (2048, torch.float32)
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    source = torch.randn(2**28 if cuda else 2**25, device=device)
+    target = torch.empty_like(source)
+    tasks = {"matmul": lambda: torch.mm(a, b), "copy": lambda: target.copy_(source)}
+    times = {name: [seconds(task, device) for _ in range(13)][3:] for name, task in tasks.items()}
+    matmul, copied = 2 * side**3, 2 * source.numel() * source.element_size()
+    return {
+        "matmul_flops_per_second": matmul / statistics.median(times["matmul"]),
+        "copy_bytes_per_second": copied / statistics.median(times["copy"]),
+    }
+
+
+def measure_round(contestant: Ours | OfficialLoop, device: torch.device, least: float) -> dict[str, float]:
+    """Pairs per second over at least `least` seconds after one update of warm-up, and the peak memory of both."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    first, times = seconds(contestant.update, device), []
+    while sum(times) < least:
+        times.append(seconds(contestant.update, device))
+    config = contestant.config
+    pairs = config.train_batch_size * config.gradient_accumulation_steps
+    figures = {"pairs_per_second": pairs / statistics.median(times), "updates": len(times), "first_update_s": first}
+    if device.type == "cuda":
+        figures["peak_bytes"] = torch.cuda.max_memory_allocated(device)
+    return figures
+
+
+def time_parts(contestant: Ours | OfficialLoop, device: torch.device) -> dict[str, float]:
+    """Milliseconds by part, each waited for on its own: PARTS per micro-step, the optimizer per update."""
+    spent, family = Counter(), contestant.family
+
+    def watch(owner: Any, method: str, name: str) -> None:
+        original = getattr(owner, method)
+
+        def timed(*args, **kwargs):
+            synchronize(device)
+            began = time.perf_counter()
+            out = original(*args, **kwargs)
+            synchronize(device)
+            spent[name] += time.perf_counter() - began
+            return out
+
+        setattr(owner, method, timed)
+
+    for owner, method, name in (
+        (family.vae, "encode", "encode"),
+        *((encoder, "forward", "encode") for encoder in family.text_encoders),
+        (contestant.unet, "forward", "policy forward"),
+        (contestant.reference, "forward", "reference"),
+        (contestant.accelerator, "backward", "backward"),
+        (contestant.accelerator, "clip_grad_norm_", "optimizer"),
+        (contestant.optimizer, "step", "optimizer"),
+        (contestant.optimizer, "zero_grad", "optimizer"),
+    ):
+        watch(owner, method, name)
+    total = seconds(contestant.update, device)
+    spent["other"] = total - sum(spent.values())
+    parts = {name: 1000 * spent[name] / contestant.config.gradient_accumulation_steps for name in PARTS}
+    return parts | {"optimizer": 1000 * spent["optimizer"]}
+
+
+def decode_milliseconds(base: Base) -> float | None:
+    """Time of one core to decode, resize and crop one pair of JPEG files; None where torchvision is not installed."""
+    try:
+        from sdpo.data import Transform
+    except ImportError:
+        return None
+    smooth = draw(0, "benchmark-image").integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(smooth).resize((base.stored, base.stored), Image.Resampling.BICUBIC).save(file, "JPEG", quality=95)
+    transform = Transform(base.config().resolution, flip=True)
+
+    def pair() -> Tensor:
+        images = [Image.open(io.BytesIO(file.getvalue())).convert("RGB") for _ in range(2)]
+        return transform(images, draw(0, "crop"), draw(0, "flip"))
+
+    return 1000 * statistics.median(seconds(pair, torch.device("cpu")) for _ in range(10))
+
+
+# The safeguard
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    low, median, high = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
+    return {"median": median, "low": low, "high": high, "rounds": len(values)}
+
+
+def safeguard_cost(base: Base, device: torch.device, least: float) -> dict[str, Any]:
+    """What the safeguard adds to a step: on and off in turns in one run, and the loss alone on tensors of its size."""
+    contestant = build(base, "default", device)
+    run, on = contestant.run, contestant.run.config
+    configs = {"off": dataclasses.replace(on, use_winner_preserving=False, winner_preserving_mu=0.0), "on": on}
+    times, peaks = {"off": [], "on": []}, {}
+    contestant.update()
+    began = time.perf_counter()
+    while time.perf_counter() - began < least or len(times["on"]) < 4:
+        order = ("off", "on") if len(times["on"]) % 2 else ("on", "off")
+        for name in order:
+            run.config = configs[name]
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            times[name].append(seconds(contestant.update, device))
+            peaks[name] = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    shape = (2 * on.train_batch_size, *run.family.latent_shape(on.resolution))
+    loss = {name: loss_seconds(shape, mu, device) for name, mu in (("off", None), ("on", on.winner_preserving_mu))}
+    micro_step = statistics.median(times["off"]) / run.plan.accumulation
+    result = {
+        "on_to_off": spread([a / b for a, b in zip(times["on"], times["off"], strict=True)]),
+        "added_to_loss_s": loss["on"] - loss["off"],
+        "share_of_micro_step": (loss["on"] - loss["off"]) / micro_step,
+    }
+    return result | ({"added_peak_bytes": peaks["on"] - peaks["off"]} if device.type == "cuda" else {})
+
+
+def loss_seconds(shape: tuple[int, ...], mu: float | None, device: torch.device) -> float:
+    """Median time of the loss and its gradient for predictions of `shape`, with the safeguard or without."""
+    prediction, reference, target = (torch.randn(shape, device=device) for _ in range(3))
+    prediction.requires_grad_()
+
+    def task() -> None:
+        pair_terms(prediction, reference, target, 5000.0, mu=mu).margin.mean().backward()
+
+    return statistics.median(seconds(task, device) for _ in range(100))
+
+
+# One base model
+
+
+def expected_flops(parts: dict[str, dict[str, float]], cached: bool = False, recomputed: bool = False) -> float:
+    """FLOPs of one pair's step; recomputation in the backward pass is no useful work and counts only on request."""
+    names = ["policy forward", "policy forward", "backward"]  # the reference's pass costs what the policy's does
+    names += [] if cached else ["encode", "text"]
+    return sum(parts[name]["flops"] for name in names + (["recomputation"] if recomputed else []))
+
+
+def check_baseline(base: Base, parts: dict[str, dict[str, float]], device: torch.device) -> dict[str, float]:
+    """FLOPs of one micro-step of the baseline as run on the device, beside the count of the official work."""
+    contestant, measured = build(base, "baseline", device), {}
+    with counted(measured, 1 / contestant.config.train_batch_size):
+        contestant.micro_step()
+    expected = expected_flops(parts, recomputed=contestant.family.gradient_checkpointing)
+    return {"measured": measured["flops"], "expected": expected, "ratio": measured["flops"] / expected}
+
+
+def attempt(task: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What the task returns, or {"error": ...}: the suite runs unattended, and one failure must not end it."""
+    try:
+        return task()
+    except Exception as error:
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+
+
+def race(base: Base, names: list[str], device: torch.device, args: argparse.Namespace, until: float) -> dict[str, Any]:
+    """Rounds and parts by contestant, in turns, until all rounds are done or the next would end after `until`.
+
+    A contestant that fails (out of memory, no compiler) is named with its error and not tried again.
+    """
+    results: dict[str, Any] = {name: {"rounds": []} for name in names}
+    took: dict[str, float] = {}
+
+    def turn(name: str, first: bool) -> dict[str, Any]:
+        contestant = build(base, name, device)
+        figures = measure_round(contestant, device, args.seconds)
+        return {"figures": figures} | ({"parts_ms": time_parts(contestant, device)} if first else {})
+
+    for number, name in itertools.product(range(args.rounds), names):
+        began, result = time.monotonic(), results[name]
+        if "error" in result or began + took.get(name, 0) > until:
+            continue
+        result |= attempt(lambda name=name, number=number: turn(name, first=number == 0))
+        if "figures" in result:
+            result["rounds"].append(result.pop("figures"))
+            speed = result["rounds"][-1]["pairs_per_second"]
+            print(f"  round {number + 1}  {name:20} {speed:8.3f} pairs/s", flush=True)
+        took[name] = time.monotonic() - began
+    return results
+
+
+def compare(results: dict[str, Any], flops: dict[str, float], peak: float) -> None:
+    """Add speed, ratios by round to the first contestant, share of the matmul peak and peak memory."""
+    first = next(iter(results))
+    speeds = {name: [r["pairs_per_second"] for r in result["rounds"]] for name, result in results.items()}
+    for name, result in results.items():
+        if not speeds[name]:
+            continue
+        result["pairs_per_second"] = spread(speeds[name])
+        result["share_of_matmul_peak"] = statistics.median(speeds[name]) * flops[name] / peak
+        if speeds[first]:
+            ratios = [own / theirs for own, theirs in zip(speeds[name], speeds[first], strict=False)]
+            result[f"ratio_to_{first}"] = spread(ratios)
+        peaks = [r["peak_bytes"] for r in result["rounds"] if "peak_bytes" in r]
+        result["peak_bytes"] = max(peaks, default=None)
+
+
+def measure_base(base: Base, args: argparse.Namespace, device: torch.device, limit: float) -> dict[str, Any]:
+    """Everything about one base model, in about `limit` seconds; most of them for the race with the baseline."""
+    began, config = time.monotonic(), base.config()
+    parts = count(base, DTYPES[precision(device)])
+    peaks = ceilings(device)
+    checked = attempt(lambda: check_baseline(base, parts, device))
+    safeguard = attempt(lambda: safeguard_cost(base, device, args.seconds))
+    print(f"  baseline's FLOPs: {show_check(checked)}\n  safeguard: {show_safeguard(safeguard)}", flush=True)
+    rest = limit - (time.monotonic() - began)
+    names, alone = ["baseline", "default", "fastest"], [name for name in VARIANTS if name != "fastest"]
+    against_baseline = race(base, names, device, args, time.monotonic() + 0.6 * rest)
+    against_default = race(base, alone, device, args, began + limit)
+    for results in (against_baseline, against_default):
+        cached = {name: name != "baseline" and VARIANTS[name].prepare is cache_latents for name in results}
+        flops = {name: expected_flops(parts, cached[name]) for name in results}
+        compare(results, flops, peaks["matmul_flops_per_second"])
+    return {
+        **{name: getattr(config, name) for name in ("resolution", "train_batch_size", "gradient_accumulation_steps")},
+        "per_pair": parts,
+        "ceilings": peaks,
+        "baseline_flops": checked,
+        "decode_ms_per_pair": decode_milliseconds(base),
+        "safeguard": safeguard,
+        "against_baseline": against_baseline,
+        "against_default": against_default,
+        "took_s": time.monotonic() - began,
+    }
+
+
+# Showing
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table whose first column is text and whose others are figures."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def show_ratio(ratio: dict[str, float] | None, digits: int = 2) -> str:
+    """Median and quartiles over the rounds."""
+    return "{median:.{d}f} ({low:.{d}f} to {high:.{d}f})".format(**ratio, d=digits) if ratio else "-"
+
+
+def show_race(results: dict[str, Any]) -> str:
+    """Speed, ratio, efficiency, memory and milliseconds by part of every contestant."""
+    first = next(iter(results))
+    head = ["", "pairs/s", f"ratio to {first}", "share of matmul peak", "peak GiB", *PARTS, "optimizer"]
+    rows = []
+    for name, result in results.items():
+        if "pairs_per_second" not in result:
+            rows.append([name, result.get("error", "no time left"), *["-"] * (len(head) - 2)])
+            continue
+        memory = result["peak_bytes"]
+        figures = [f"{result['pairs_per_second']['median']:.2f}", show_ratio(result.get(f"ratio_to_{first}"))]
+        figures += [f"{result['share_of_matmul_peak']:.1%}", f"{memory / 2**30:.1f}" if memory else "-"]
+        rows.append([name, *figures, *(f"{result['parts_ms'][part]:.1f}" for part in (*PARTS, "optimizer"))])
+    return table(head, rows)
+
+
+def show_counts(bases: dict[str, Any]) -> str:
+    """FLOPs and bytes per pair by part of every base."""
+    names = ("encode", "text", "policy forward", "backward", "recomputation", "optimizer")
+    head = ["TFLOP and GB per pair", *names]
+    rows = []
+    for name, base in bases.items():
+        title = f"{name}, {base['resolution']} px, {base['train_batch_size']} pairs"
+        parts = (base["per_pair"][part] for part in names)
+        rows.append([title, *(f"{part['flops'] / 1e12:.3g} / {part['bytes'] / 1e9:.3g}" for part in parts)])
+    return table(head, rows)
+
+
+def show_check(checked: dict[str, Any]) -> str:
+    """Whether the baseline does the official work."""
+    if "error" in checked:
+        return checked["error"]
+    return f"{checked['measured'] / 1e12:.4g} TFLOP per pair as run, {checked['ratio']:.4f} of the count"
+
+
+def show_safeguard(cost: dict[str, Any]) -> str:
+    """What the safeguard costs."""
+    if "error" in cost:
+        return cost["error"]
+    text = (
+        f"{cost['added_to_loss_s'] * 1e3:.3f} ms on the loss alone, {cost['share_of_micro_step']:.3%} of a micro-step"
+    )
+    text += f"; updates with it take {show_ratio(cost['on_to_off'], 3)} of the time without"
+    return text + (f"; {cost['added_peak_bytes']:+d} bytes at the peak" if "added_peak_bytes" in cost else "")
+
+
+def show_decoding(base: dict[str, Any]) -> str:
+    """What loading one pair costs, and how many loader workers keep up."""
+    decode, default = base["decode_ms_per_pair"], base["against_baseline"]["default"].get("pairs_per_second")
+    if decode is None:
+        return "not measured, torchvision is missing"
+    workers = f"; {decode / 1000 * default['median']:.1f} workers keep up with the default" if default else ""
+    return f"{decode:.1f} ms per pair on one core{workers}"
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """All tables of a run."""
+    about = f"{results['name']}, {results['threads']} threads, torch {results['versions']['torch']}, {results['date']}"
+    texts = [f"Measured on {about}.", show_counts(results["bases"])]
+    for name, base in results["bases"].items():
+        peak, copy_rate = base["ceilings"]["matmul_flops_per_second"], base["ceilings"]["copy_bytes_per_second"]
+        batch = f"{base['train_batch_size']} pairs x {base['gradient_accumulation_steps']} micro-steps per update"
+        lines = [
+            f"- ceilings: matmul {peak / 1e12:.3g} TFLOP/s, copy {copy_rate / 1e9:.3g} GB/s",
+            f"- baseline's FLOPs: {show_check(base['baseline_flops'])}",
+            f"- safeguard: {show_safeguard(base['safeguard'])}",
+            f"- data: {show_decoding(base)}",
+        ]
+        texts += [f"### {name}, {base['resolution']} px, {batch}", "\n".join(lines)]
+        texts += [show_race(base["against_baseline"]), show_race(base["against_default"])]
+    return "\n\n".join(texts) + "\n"
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Where and when."""
+    versions = {name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate")}
+    versions["python"] = platform.python_version()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    cores = {"cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads()}
+    return {"date": date, "device": device.type, "name": name, **cores, "versions": versions}
+
+
+def main() -> None:
+    """Measure, print and write; exit code 1 if a contestant failed."""
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
+    parser.add_argument("--bases", nargs="+", choices=BASES, default=["sd15", "sdxl"] if cuda else ["tiny", "small"])
+    parser.add_argument("--rounds", type=int, default=5, help="turns of every contestant at most")
+    parser.add_argument("--seconds", type=float, default=2.0, help="measure a contestant this long per round at least")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time for all bases, shared equally")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
+    args = parser.parse_args()
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    device, until = torch.device(args.device), time.monotonic() + 60 * args.minutes
+    os.environ["ACCELERATE_USE_CPU"] = str(device.type == "cpu").lower()
+    torch.backends.cuda.matmul.allow_tf32 = True  # as the official recipe has it
+    results, bases = environment(device), {}
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"{device.type}-{results['date'][:10]}.json"
+    for left, name in zip(range(len(args.bases), 0, -1), args.bases, strict=True):
+        print(f"{name}", flush=True)
+        bases[name] = measure_base(BASES[name], args, device, (until - time.monotonic()) / left)
+        results["bases"] = bases
+        for file, text in ((path, json.dumps(results, indent=2) + "\n"), (path.with_suffix(".md"), markdown(results))):
+            write_file(file, lambda partial, text=text: partial.write_text(text))
+    print(f"\n{markdown(results)}\nwritten to {path}")
+    sys.exit('"error": ' in json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
