@@ -39,12 +39,11 @@ from benchmarks.architectures import BASES, Base  # noqa: E402
 from benchmarks.baseline import OfficialLoop  # noqa: E402
 from benchmarks.contestants import VARIANTS, Ours, build, cache_latents, precision  # noqa: E402
 from benchmarks.counting import count, counted  # noqa: E402
+from benchmarks.tables import PARTS, markdown, show_check, show_safeguard  # noqa: E402
 from sdpo.checkpoint import write_file  # noqa: E402
 from sdpo.losses import pair_terms  # noqa: E402
 from sdpo.rng import draw  # noqa: E402
 from sdpo.step import DTYPES  # noqa: E402
-
-PARTS = ("encode", "policy forward", "reference", "backward", "other")
 
 # Measuring
 
@@ -65,18 +64,18 @@ def seconds(task: Callable[[], Any], device: torch.device) -> float:
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
-    """Rate of a large matrix product, FLOP/s, and of a large copy, bytes read and written per second; random data."""
+    """Best rate of a large matrix product, FLOP/s, and of a large copy, bytes read and written per second."""
     cuda = device.type == "cuda"
     side, dtype = (8192, torch.bfloat16) if cuda else (2048, torch.float32)
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     source = torch.randn(2**28 if cuda else 2**25, device=device)
     target = torch.empty_like(source)
     tasks = {"matmul": lambda: torch.mm(a, b), "copy": lambda: target.copy_(source)}
-    times = {name: [seconds(task, device) for _ in range(13)][3:] for name, task in tasks.items()}
+    best = {name: min(seconds(task, device) for _ in range(20)) for name, task in tasks.items()}
     matmul, copied = 2 * side**3, 2 * source.numel() * source.element_size()
     return {
-        "matmul_flops_per_second": matmul / statistics.median(times["matmul"]),
-        "copy_bytes_per_second": copied / statistics.median(times["copy"]),
+        "matmul_flops_per_second": matmul / best["matmul"],
+        "copy_bytes_per_second": copied / best["copy"],
     }
 
 
@@ -293,91 +292,7 @@ def measure_base(base: Base, args: argparse.Namespace, device: torch.device, lim
     }
 
 
-# Showing
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table whose first column is text and whose others are figures."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def show_ratio(ratio: dict[str, float] | None, digits: int = 2) -> str:
-    """Median and quartiles over the rounds."""
-    return "{median:.{d}f} ({low:.{d}f} to {high:.{d}f})".format(**ratio, d=digits) if ratio else "-"
-
-
-def show_race(results: dict[str, Any]) -> str:
-    """Speed, ratio, efficiency, memory and milliseconds by part of every contestant."""
-    first = next(iter(results))
-    head = ["", "pairs/s", f"ratio to {first}", "share of matmul peak", "peak GiB", *PARTS, "optimizer"]
-    rows = []
-    for name, result in results.items():
-        if "pairs_per_second" not in result:
-            rows.append([name, result.get("error", "no time left"), *["-"] * (len(head) - 2)])
-            continue
-        memory = result["peak_bytes"]
-        figures = [f"{result['pairs_per_second']['median']:.2f}", show_ratio(result.get(f"ratio_to_{first}"))]
-        figures += [f"{result['share_of_matmul_peak']:.1%}", f"{memory / 2**30:.1f}" if memory else "-"]
-        rows.append([name, *figures, *(f"{result['parts_ms'][part]:.1f}" for part in (*PARTS, "optimizer"))])
-    return table(head, rows)
-
-
-def show_counts(bases: dict[str, Any]) -> str:
-    """FLOPs and bytes per pair by part of every base."""
-    names = ("encode", "text", "policy forward", "backward", "recomputation", "optimizer")
-    head = ["TFLOP and GB per pair", *names]
-    rows = []
-    for name, base in bases.items():
-        title = f"{name}, {base['resolution']} px, {base['train_batch_size']} pairs"
-        parts = (base["per_pair"][part] for part in names)
-        rows.append([title, *(f"{part['flops'] / 1e12:.3g} / {part['bytes'] / 1e9:.3g}" for part in parts)])
-    return table(head, rows)
-
-
-def show_check(checked: dict[str, Any]) -> str:
-    """Whether the baseline does the official work."""
-    if "error" in checked:
-        return checked["error"]
-    return f"{checked['measured'] / 1e12:.4g} TFLOP per pair as run, {checked['ratio']:.4f} of the count"
-
-
-def show_safeguard(cost: dict[str, Any]) -> str:
-    """What the safeguard costs."""
-    if "error" in cost:
-        return cost["error"]
-    text = (
-        f"{cost['added_to_loss_s'] * 1e3:.3f} ms on the loss alone, {cost['share_of_micro_step']:.3%} of a micro-step"
-    )
-    text += f"; updates with it take {show_ratio(cost['on_to_off'], 3)} of the time without"
-    return text + (f"; {cost['added_peak_bytes']:+d} bytes at the peak" if "added_peak_bytes" in cost else "")
-
-
-def show_decoding(base: dict[str, Any]) -> str:
-    """What loading one pair costs, and how many loader workers keep up."""
-    decode, default = base["decode_ms_per_pair"], base["against_baseline"]["default"].get("pairs_per_second")
-    if decode is None:
-        return "not measured, torchvision is missing"
-    workers = f"; {decode / 1000 * default['median']:.1f} workers keep up with the default" if default else ""
-    return f"{decode:.1f} ms per pair on one core{workers}"
-
-
-def markdown(results: dict[str, Any]) -> str:
-    """All tables of a run."""
-    about = f"{results['name']}, {results['threads']} threads, torch {results['versions']['torch']}, {results['date']}"
-    texts = [f"Measured on {about}.", show_counts(results["bases"])]
-    for name, base in results["bases"].items():
-        peak, copy_rate = base["ceilings"]["matmul_flops_per_second"], base["ceilings"]["copy_bytes_per_second"]
-        batch = f"{base['train_batch_size']} pairs x {base['gradient_accumulation_steps']} micro-steps per update"
-        lines = [
-            f"- ceilings: matmul {peak / 1e12:.3g} TFLOP/s, copy {copy_rate / 1e9:.3g} GB/s",
-            f"- baseline's FLOPs: {show_check(base['baseline_flops'])}",
-            f"- safeguard: {show_safeguard(base['safeguard'])}",
-            f"- data: {show_decoding(base)}",
-        ]
-        texts += [f"### {name}, {base['resolution']} px, {batch}", "\n".join(lines)]
-        texts += [show_race(base["against_baseline"]), show_race(base["against_default"])]
-    return "\n\n".join(texts) + "\n"
+# Everything
 
 
 def environment(device: torch.device) -> dict[str, Any]:
