@@ -40,28 +40,50 @@ def cache_latents(run: Run, batch: Batch) -> Batch:
     return dataclasses.replace(batch, pixels=batch.pixels[:, :1, :1])  # the width tells the resolution
 
 
-def unfuse(run: Run, batch: Batch) -> Batch:
-    """The optimizer's kernels as torch chooses them."""
+def fuse_optimizer(run: Run, batch: Batch) -> Batch:
+    """One kernel for all parameters of an AdamW step; Adafactor has none."""
     for group in run.optimizer.param_groups:
-        group |= {"fused": None, "foreach": None} if "fused" in group else {}
+        group |= {"fused": True, "foreach": False} if "fused" in group else {}
+    return batch
+
+
+def use_channels_last(run: Run, batch: Batch) -> Batch:
+    """Images in memory as convolution kernels prefer them: pixel by pixel."""
+    for model in (run.unet, run.reference):
+        model.to(memory_format=torch.channels_last)
+    return batch
+
+
+def compile_blocks(run: Run, batch: Batch) -> Batch:
+    """Compile the blocks that repeat, once for all of them."""
+    for model in (run.unet, run.reference):
+        model.compile_repeated_blocks()
     return batch
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Flags that differ from the default, and what is done to a run before its first update."""
+    """Flags that differ from the default, and what is changed in a run before its first update."""
 
     flags: dict[str, Any] = field(default_factory=dict)
-    prepare: Callable[[Run, Batch], Batch] = lambda run, batch: batch
+    changes: tuple[Callable[[Run, Batch], Batch], ...] = ()
 
 
-VARIANTS = {  # every row after "fastest" is one change to the default, measured alone
+FAST = (cache_latents, fuse_optimizer, use_channels_last)
+ALL = {  # these are compared with the baseline
     "default": Variant(),
-    "fastest": Variant(prepare=cache_latents),
-    "cached latents": Variant(prepare=cache_latents),
-    "unfused optimizer": Variant(prepare=unfuse),
+    "fast": Variant(changes=FAST),
+    "fast, compiled": Variant(changes=(*FAST, compile_blocks)),
+}
+ALONE = {  # these are compared with the default: one change each
+    "default": Variant(),
+    "cached latents": Variant(changes=(cache_latents,)),
+    "fused optimizer": Variant(changes=(fuse_optimizer,)),
+    "channels last": Variant(changes=(use_channels_last,)),
+    "compiled blocks": Variant(changes=(compile_blocks,)),
     "full checkpointing": Variant({"gradient_checkpointing": True}),
 }
+VARIANTS = ALL | ALONE
 
 
 def make_batch(family: StableDiffusion, config: TrainConfig) -> Batch:
@@ -85,7 +107,7 @@ def make_batch(family: StableDiffusion, config: TrainConfig) -> Batch:
 class Ours:
     """A run as train.py sets it up, fed with one host batch."""
 
-    def __init__(self, config: TrainConfig, family: StableDiffusion, prepare: Callable[[Run, Batch], Batch]):
+    def __init__(self, config: TrainConfig, family: StableDiffusion, variant: Variant):
         self.config = config
         self.accelerator = Accelerator(mixed_precision=config.mixed_precision, step_scheduler_with_optimizer=False)
         plan = Plan.of(config, 1, pairs=config.max_train_steps)
@@ -95,7 +117,8 @@ class Ours:
         optimizer = build_optimizer(config, family, unet, plan.learning_rate)
         schedule = get_scheduler(config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps)
         self.run = Run(config, self.accelerator, family, plan, 0, unet, reference, ema, optimizer, schedule)
-        batch = prepare(self.run, batch)
+        for change in variant.changes:
+            batch = change(self.run, batch)
         prepared = self.accelerator.prepare(unet, optimizer, schedule)
         self.run.unet, self.run.optimizer, self.run.schedule = prepared
         self.unet, self.reference, self.optimizer, self.family = unet, reference, self.run.optimizer, family
@@ -122,4 +145,4 @@ def build(base: Base, name: str, device: torch.device) -> Ours | OfficialLoop:
     config, family = base.config(mixed_precision=precision(device), **variant.flags), base.build(device)
     if name == "baseline":
         return OfficialLoop(config, family, make_batch(family, config))
-    return Ours(config, family, variant.prepare)
+    return Ours(config, family, variant)

@@ -46,8 +46,9 @@ class Bytes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         """Run the operation and add the sizes of its inputs and outputs."""
         out = func(*args, **(kwargs or {}))
-        returns = [r.alias_info for r in func._schema.returns]
-        if not any(alias is not None and not alias.is_write for alias in returns):  # else a view
+        aliases = [returned.alias_info for returned in func._schema.returns]
+        is_view = any(alias is not None and not alias.is_write for alias in aliases)
+        if not is_view and func is not torch.ops.aten._unsafe_view.default:
             tensors = (x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor))
             self.total += sum(x.numel() * x.element_size() for x in tensors)
         return out

@@ -37,7 +37,16 @@ from torch import Tensor  # noqa: E402
 
 from benchmarks.architectures import BASES, Base  # noqa: E402
 from benchmarks.baseline import OfficialLoop  # noqa: E402
-from benchmarks.contestants import VARIANTS, Ours, build, cache_latents, precision  # noqa: E402
+from benchmarks.contestants import (  # noqa: E402
+    ALL,
+    ALONE,
+    VARIANTS,
+    Ours,
+    build,
+    cache_latents,
+    compile_blocks,
+    precision,
+)
 from benchmarks.counting import count, counted  # noqa: E402
 from benchmarks.tables import PARTS, markdown, show_check, show_safeguard  # noqa: E402
 from sdpo.checkpoint import write_file  # noqa: E402
@@ -84,7 +93,7 @@ def measure_round(contestant: Ours | OfficialLoop, device: torch.device, least: 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     first, times = seconds(contestant.update, device), []
-    while sum(times) < least:
+    while not times or sum(times) < least:
         times.append(seconds(contestant.update, device))
     config = contestant.config
     pairs = config.train_batch_size * config.gradient_accumulation_steps
@@ -263,6 +272,11 @@ def compare(results: dict[str, Any], flops: dict[str, float], peak: float) -> No
         result["peak_bytes"] = max(peaks, default=None)
 
 
+def changes(name: str) -> tuple[Callable, ...]:
+    """What a contestant changes in a run of the default."""
+    return VARIANTS[name].changes if name in VARIANTS else ()
+
+
 def measure_base(base: Base, args: argparse.Namespace, device: torch.device, limit: float) -> dict[str, Any]:
     """Everything about one base model, in about `limit` seconds; most of them for the race with the baseline."""
     began, config = time.monotonic(), base.config()
@@ -271,14 +285,13 @@ def measure_base(base: Base, args: argparse.Namespace, device: torch.device, lim
     checked = attempt(lambda: check_baseline(base, parts, device))
     safeguard = attempt(lambda: safeguard_cost(base, device, args.seconds))
     print(f"  baseline's FLOPs: {show_check(checked)}\n  safeguard: {show_safeguard(safeguard)}", flush=True)
-    rest = limit - (time.monotonic() - began)
-    names, alone = ["baseline", "default", "fastest"], [name for name in VARIANTS if name != "fastest"]
-    against_baseline = race(base, names, device, args, time.monotonic() + 0.6 * rest)
-    against_default = race(base, alone, device, args, began + limit)
-    for results in (against_baseline, against_default):
-        cached = {name: name != "baseline" and VARIANTS[name].prepare is cache_latents for name in results}
-        flops = {name: expected_flops(parts, cached[name]) for name in results}
-        compare(results, flops, peaks["matmul_flops_per_second"])
+    races, began_racing = {"against_baseline": ["baseline", *ALL], "against_default": list(ALONE)}, time.monotonic()
+    untils = began_racing + 0.6 * (began + limit - began_racing), began + limit
+    for (race_name, names), until in zip(races.items(), untils, strict=True):
+        chosen = [name for name in names if args.compile or compile_blocks not in changes(name)]
+        races[race_name] = race(base, chosen, device, args, until)
+        flops = {name: expected_flops(parts, cached=cache_latents in changes(name)) for name in chosen}
+        compare(races[race_name], flops, peaks["matmul_flops_per_second"])
     return {
         **{name: getattr(config, name) for name in ("resolution", "train_batch_size", "gradient_accumulation_steps")},
         "per_pair": parts,
@@ -286,8 +299,7 @@ def measure_base(base: Base, args: argparse.Namespace, device: torch.device, lim
         "baseline_flops": checked,
         "decode_ms_per_pair": decode_milliseconds(base),
         "safeguard": safeguard,
-        "against_baseline": against_baseline,
-        "against_default": against_default,
+        **races,
         "took_s": time.monotonic() - began,
     }
 
@@ -311,6 +323,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
     parser.add_argument("--bases", nargs="+", choices=BASES, default=["sd15", "sdxl"] if cuda else ["tiny", "small"])
+    compiled = {"action": argparse.BooleanOptionalAction, "default": cuda}
+    parser.add_argument("--compile", help="measure compiled blocks too; minutes on a CPU", **compiled)
+    parser.add_argument("--pairs", type=int, help="pairs per micro-step, in place of the base's own number")
+    parser.add_argument("--accumulation", type=int, help="micro-steps per update, in place of the base's own number")
     parser.add_argument("--rounds", type=int, default=5, help="turns of every contestant at most")
     parser.add_argument("--seconds", type=float, default=2.0, help="measure a contestant this long per round at least")
     parser.add_argument("--minutes", type=float, default=8.0, help="time for all bases, shared equally")
@@ -319,6 +335,8 @@ def main() -> None:
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+    size = {"train_batch_size": args.pairs, "gradient_accumulation_steps": args.accumulation}
+    size = {name: value for name, value in size.items() if value}
     device, until = torch.device(args.device), time.monotonic() + 60 * args.minutes
     os.environ["ACCELERATE_USE_CPU"] = str(device.type == "cpu").lower()
     torch.backends.cuda.matmul.allow_tf32 = True  # as the official recipe has it
@@ -327,7 +345,8 @@ def main() -> None:
     path = args.out / f"{device.type}-{results['date'][:10]}.json"
     for left, name in zip(range(len(args.bases), 0, -1), args.bases, strict=True):
         print(f"{name}", flush=True)
-        bases[name] = measure_base(BASES[name], args, device, (until - time.monotonic()) / left)
+        base = dataclasses.replace(BASES[name], flags=BASES[name].flags | size)
+        bases[name] = measure_base(base, args, device, (until - time.monotonic()) / left)
         results["bases"] = bases
         for file, text in ((path, json.dumps(results, indent=2) + "\n"), (path.with_suffix(".md"), markdown(results))):
             write_file(file, lambda partial, text=text: partial.write_text(text))

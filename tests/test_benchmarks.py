@@ -1,0 +1,202 @@
+"""The training benchmark: architectures, counts, the baseline's honesty, what the safeguard keeps, the offline run."""
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks.architectures import BASES, batch_of
+from benchmarks.baseline import OfficialLoop
+from benchmarks.contestants import VARIANTS, Ours, Variant, build, cache_latents, make_batch
+from benchmarks.counting import count, counted
+from benchmarks.tables import show_race
+from benchmarks.train import check_baseline, compare, race, safeguard_cost
+from sdpo.inputs import make_inputs
+from sdpo.losses import diffusion_dpo, pair_terms
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+MICRO = dataclasses.replace(BASES["tiny"], flags=batch_of(2, 32, accumulation=1))
+PARAMETERS = {  # of the published weights: UNet, VAE, text encoders
+    "sd15": [859_520_964, 83_653_863, 123_060_480],
+    "sdxl": [2_567_463_684, 83_653_863, 123_060_480, 694_659_840],
+}
+TFLOP = {  # per pair at the official resolution, counted independently
+    "sd15": {"encode": 2.23, "text": 0.013, "policy forward": 1.61, "backward": 3.21, "recomputation": 1.19},
+    "sdxl": {"encode": 9.76, "text": 0.11, "policy forward": 13.52, "backward": 26.94, "recomputation": 10.42},
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_architectures_have_the_published_number_of_parameters(name):
+    family = BASES[name].build("meta")
+    models = [family.load_unet(), family.vae, *family.text_encoders]
+    assert [sum(p.numel() for p in model.parameters()) for model in models] == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", TFLOP)
+def test_counts_are_the_known_ones(name):
+    parts = count(BASES[name], torch.bfloat16)
+    for part, tera in TFLOP[name].items():
+        assert parts[part]["flops"] / 1e12 == pytest.approx(tera, rel=0.03 if tera < 1 else 0.003), part
+    weights = 2 * PARAMETERS[name][0] / BASES[name].config().train_batch_size  # bytes, bf16, read once per micro-step
+    assert weights < parts["policy forward"]["bytes"] < 10 * weights * BASES[name].config().train_batch_size
+
+
+def test_bytes_are_inputs_and_outputs_and_views_cost_nothing():
+    counts, a, b = {}, torch.randn(8, 16), torch.randn(16, 32)
+    with counted(counts, share=0.5):
+        torch.mm(a, b).t().reshape(-1)[:4].relu()
+    copied = 2 * 8 * 32  # the reshape of a transposed matrix is a copy
+    assert counts == {"flops": 8 * 16 * 32, "bytes": 2 * (8 * 16 + 16 * 32 + 8 * 32 + copied + 2 * 4)}
+
+
+def test_attention_costs_two_products_forward_and_four_backward():
+    forward, backward = {}, {}
+    q, k, v = (torch.randn(2, 3, length, 8, requires_grad=True) for length in (64, 77, 77))
+    with counted(forward):
+        out = F.scaled_dot_product_attention(q, k, v)
+    with counted(backward):
+        out.sum().backward()
+    product = 2 * 2 * 3 * 64 * 77 * 8
+    assert (forward["flops"], backward["flops"]) == (2 * product, 4 * product)
+
+
+def test_the_baseline_does_the_counted_work():
+    base = MICRO
+    assert check_baseline(base, count(base, torch.float32), CPU)["ratio"] == pytest.approx(1, abs=1e-3)
+
+
+def test_the_baseline_computes_the_same_loss_and_gradient_as_we_do():
+    baseline = build(MICRO, "baseline", CPU)
+    torch.manual_seed(1)
+    target, prediction, reference = (torch.randn(8, 4, 8, 8, dtype=torch.float32) for _ in range(3))
+    prediction, reference = target + 0.01 * prediction, target + 0.01 * reference
+    gradients, losses = [], []
+    for ours in (False, True):
+        x = prediction.clone().requires_grad_()
+        terms = pair_terms(x, reference, target, 5000.0, mu=0.9)
+        loss = diffusion_dpo(terms, 5000.0, 0.0).mean() if ours else baseline.loss(x, reference, target)[0]
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append(x.grad)
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*gradients)
+
+
+def test_the_baseline_updates_the_policy_and_fetches_seven_figures_per_micro_step(monkeypatch):
+    fetched, item = [], torch.Tensor.item
+    baseline = build(MICRO, "baseline", CPU)
+    before = [p.detach().clone() for p in baseline.unet.parameters()]
+    baseline.update()  # the first step of the warm-up has learning rate 0
+    baseline.micro_step()
+    monkeypatch.setattr(torch.Tensor, "item", lambda self: fetched.append(self.shape) or item(self))
+    baseline.log(*(torch.zeros(()) for _ in range(7)))
+    assert len(fetched) == 7
+    baseline.micro_step()
+    assert any(not torch.equal(a, b) for a, b in zip(before, baseline.unet.parameters(), strict=True))
+
+
+def test_cached_latents_are_the_encoded_ones():
+    base = MICRO
+    config, family = base.config(mixed_precision="no"), base.build(CPU)
+    contestant = Ours(config, family, Variant())
+    batch = make_batch(family, config)
+    encoded = make_inputs(family, batch)
+    cached = make_inputs(family, cache_latents(contestant.run, batch))
+    torch.testing.assert_close(vars(cached), vars(encoded), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("per_pair", [False, True])
+def test_the_safeguard_keeps_no_more_than_a_number_per_pair_for_the_backward_pass(per_pair):
+    def kept(side, mu):
+        sizes, pairs = [], 4
+        prediction = torch.randn(2 * pairs, 4, side, side, requires_grad=True)
+        reference, target = torch.randn(2, 2 * pairs, 4, side, side)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+            pair_terms(prediction, reference, target, 5000.0, mu=mu, per_pair=per_pair).margin.sum()
+        return sum(sizes)
+
+    assert [kept(side, 0.9) - kept(side, None) for side in (8, 32)] == ([3, 3] if per_pair else [0, 0])
+
+
+def test_the_safeguard_is_measured_on_and_off():
+    cost = safeguard_cost(MICRO, CPU, 0.0)
+    assert cost["on_to_off"]["rounds"] >= 4
+    assert 0 < cost["on_to_off"]["low"] <= cost["on_to_off"]["median"] <= cost["on_to_off"]["high"]
+
+
+BLOCK = """
+import importlib.util, sys
+
+MISSING = {"datasets", "open_clip", "pyarrow", "torchvision", "pooch", "scipy", "tensorboard"}
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name.split(".")[0] in MISSING else find_spec(name, *rest)
+
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in MISSING:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+sys.meta_path.insert(0, Missing())
+"""
+
+
+def test_the_gpu_suite_runs_without_packages_that_training_does_not_need(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(BLOCK)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "PYTHON": sys.executable, "OUT": str(tmp_path / "out")}
+    check = subprocess.run([sys.executable, "-c", "import datasets"], env=environment, capture_output=True, text=True)
+    assert "No module named 'datasets'" in check.stderr
+    flags = "--device cpu --bases tiny --pairs 2 --accumulation 1 --rounds 1 --seconds 0 --minutes 2"
+    script = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), *flags.split()]
+    run = subprocess.run(script, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    (path,) = (tmp_path / "out").glob("cpu-*.json")
+    tiny = json.loads(path.read_text())["bases"]["tiny"]
+    assert tiny["decode_ms_per_pair"] is None
+    for other in ("baseline", "default"):
+        for result in tiny[f"against_{other}"].values():
+            assert result[f"ratio_to_{other}"]["median"] > 0
+            assert result["parts_ms"]["backward"] > 0
+    table = path.with_suffix(".md").read_text()
+    assert "| baseline |" in table
+    assert "1.0000 of the count" in table
+
+
+def test_a_failing_contestant_is_named_and_the_others_go_on(monkeypatch):
+    def broken(run, batch):
+        raise torch.OutOfMemoryError("no memory for this one")
+
+    monkeypatch.setitem(VARIANTS, "greedy", Variant(changes=(broken,)))
+    settings = argparse.Namespace(rounds=2, seconds=0)
+    results = race(MICRO, ["default", "greedy"], CPU, settings, until=float("inf"))
+    compare(results, {"default": 1.0, "greedy": 1.0}, peak=1.0)
+    assert len(results["default"]["rounds"]) == 2
+    assert "| greedy | OutOfMemoryError: no memory for this one |" in show_race(results)
+
+
+def test_rounds_end_with_the_time():
+    results = race(MICRO, ["default"], CPU, argparse.Namespace(rounds=2, seconds=0), until=0.0)
+    compare(results, {"default": 1.0}, peak=1.0)
+    assert "| default | no time left |" in show_race(results)
+
+
+def test_the_official_loop_has_all_weights_of_the_reference_in_the_training_precision():
+    base = MICRO
+    config, family = base.config(mixed_precision="bf16"), base.build(CPU)
+    baseline = OfficialLoop(config, family, make_batch(family, config))
+    assert {p.dtype for p in baseline.reference.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in baseline.unet.parameters()} == {torch.float32}
+    noisy, noise, timesteps, conditioning = baseline.make_inputs()
+    assert {noisy.dtype, noise.dtype, conditioning["encoder_hidden_states"].dtype} == {torch.bfloat16}
+    with torch.no_grad():
+        assert family.predict(baseline.reference, noisy, timesteps, conditioning).isfinite().all()
