@@ -76,6 +76,9 @@ SMALL = {  # 49.5 M parameters: some quarter of the widths of SD1.5, its VAE inc
 }
 
 
+CHANGES = ("cached latents", "compiled blocks", "channels last", "unfused AdamW", "full checkpointing")
+
+
 @dataclass(frozen=True)
 class Base:
     """A base model and the official settings of its training."""
@@ -83,6 +86,7 @@ class Base:
     parts: dict[str, dict] | None  # configuration of every part; None: the embedded tiny base
     flags: dict[str, Any]
     stored: int  # side of the images on file, pixels
+    changes: tuple[str, ...] = CHANGES  # contestants that differ from the default in one thing
 
     def config(self, **flags: Any) -> TrainConfig:
         """The settings of a run, with some of its flags set otherwise."""
@@ -130,5 +134,10 @@ BASES = {
     "tiny": Base(None, batch_of(16, 32, accumulation=2), stored=32),
     "small": Base(SMALL, batch_of(4, 128, accumulation=2), stored=128),
     "sd15": Base(SD15, batch_of(8, 512, accumulation=8), stored=768),
-    "sdxl": Base(SDXL, batch_of(8, 1024, accumulation=2) | {"sdxl": True, "winner_preserving_mu": 0.6}, stored=1024),
+    "sdxl": Base(
+        SDXL,
+        batch_of(8, 1024, accumulation=2) | {"sdxl": True, "winner_preserving_mu": 0.6},
+        stored=1024,
+        changes=("cached latents", "compiled blocks", "channels last", "auto checkpointing"),
+    ),
 }

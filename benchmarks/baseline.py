@@ -36,13 +36,13 @@ class OfficialLoop:
         family.to(device, self.dtype)
         unet = family.load_unet().to(device).train()
         self.reference = copy.deepcopy(unet).requires_grad_(False).to(self.dtype)
-        if family.gradient_checkpointing:
+        if family.gradient_checkpointing == "full":
             unet.enable_gradient_checkpointing()
         decay = {"lr": config.learning_rate, "weight_decay": config.adam_weight_decay}
         adafactor = {"clip_threshold": 1.0, "scale_parameter": False, "relative_step": False}
         optimizer = (
             transformers.Adafactor(unet.parameters(), **decay, **adafactor)
-            if family.adafactor
+            if family.optimizer == "adafactor"
             else torch.optim.AdamW(unet.parameters(), betas=(0.9, 0.999), eps=1e-8, **decay)
         )
         schedule = get_scheduler("constant_with_warmup", optimizer, num_warmup_steps=500)
@@ -67,7 +67,7 @@ class OfficialLoop:
                 reference = self.family.predict(self.reference, noisy, timesteps, conditioning).to(self.dtype)
             loss = self.log(*self.loss(prediction, reference, noise))
             self.accelerator.backward(loss)
-            if self.accelerator.sync_gradients and not self.family.adafactor:
+            if self.accelerator.sync_gradients and self.family.optimizer == "adamw":
                 self.accelerator.clip_grad_norm_(self.unet.parameters(), self.config.max_grad_norm)
             self.optimizer.step()
             self.schedule.step()

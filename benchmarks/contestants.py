@@ -19,6 +19,7 @@ from benchmarks.baseline import OfficialLoop
 from sdpo.batch import Batch
 from sdpo.config import Plan, TrainConfig
 from sdpo.families import StableDiffusion
+from sdpo.memory import choose_checkpointing
 from sdpo.metrics import Meter
 from sdpo.rng import draw, normal
 from sdpo.step import Run, build_models, build_optimizer, update
@@ -40,24 +41,19 @@ def cache_latents(run: Run, batch: Batch) -> Batch:
     return dataclasses.replace(batch, pixels=batch.pixels[:, :1, :1])  # the width tells the resolution
 
 
-def fuse_optimizer(run: Run, batch: Batch) -> Batch:
-    """One kernel for all parameters of an AdamW step; Adafactor has none."""
+def choose_activations(run: Run, batch: Batch) -> Batch:
+    """Compute as few activations again as fit into the memory, as train.py does for a first sample."""
+    pairs = len(batch.captions)
+    pair = {"pixels": batch.pixels[::pairs], "posterior": batch.posterior[::pairs], "caption": batch.captions[0]}
+    noise = {"noise": batch.noise[0], "input_noise": batch.input_noise[0], "uniform": 0.0, "unreadable": []}
+    choose_checkpointing(run, pair | noise)
+    return batch
+
+
+def unfuse_optimizer(run: Run, batch: Batch) -> Batch:
+    """The kernels that torch chooses for AdamW when it is not asked for fused ones."""
     for group in run.optimizer.param_groups:
-        group |= {"fused": True, "foreach": False} if "fused" in group else {}
-    return batch
-
-
-def use_channels_last(run: Run, batch: Batch) -> Batch:
-    """Images in memory as convolution kernels prefer them: pixel by pixel."""
-    for model in (run.unet, run.reference):
-        model.to(memory_format=torch.channels_last)
-    return batch
-
-
-def compile_blocks(run: Run, batch: Batch) -> Batch:
-    """Compile the blocks that repeat, once for all of them."""
-    for model in (run.unet, run.reference):
-        model.compile_repeated_blocks()
+        group |= {"fused": None, "foreach": None}
     return batch
 
 
@@ -69,21 +65,22 @@ class Variant:
     changes: tuple[Callable[[Run, Batch], Batch], ...] = ()
 
 
-FAST = (cache_latents, fuse_optimizer, use_channels_last)
-ALL = {  # these are compared with the baseline
+CPU_GIB = 4.0  # of activations, where there is no device memory to go by
+AUTO = {"gradient_checkpointing": "auto"}
+FAST = (cache_latents, choose_activations)
+VARIANTS = {
+    "baseline": Variant(),  # of which only the flags count
     "default": Variant(),
-    "fast": Variant(changes=FAST),
-    "fast, compiled": Variant(changes=(*FAST, compile_blocks)),
-}
-ALONE = {  # these are compared with the default: one change each
-    "default": Variant(),
+    "fast": Variant({"channels_last": True} | AUTO, FAST),
+    "fast, compiled": Variant({"channels_last": True, "compile": True} | AUTO, FAST),
+    # one change each
     "cached latents": Variant(changes=(cache_latents,)),
-    "fused optimizer": Variant(changes=(fuse_optimizer,)),
-    "channels last": Variant(changes=(use_channels_last,)),
-    "compiled blocks": Variant(changes=(compile_blocks,)),
-    "full checkpointing": Variant({"gradient_checkpointing": True}),
+    "compiled blocks": Variant({"compile": True}),
+    "channels last": Variant({"channels_last": True}),
+    "unfused AdamW": Variant(changes=(unfuse_optimizer,)),
+    "full checkpointing": Variant({"gradient_checkpointing": "full"}),
+    "auto checkpointing": Variant(AUTO, (choose_activations,)),
 }
-VARIANTS = ALL | ALONE
 
 
 def make_batch(family: StableDiffusion, config: TrainConfig) -> Batch:
@@ -140,9 +137,13 @@ def build(base: Base, name: str, device: torch.device) -> Ours | OfficialLoop:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    torch.compiler.reset()  # its limit of variants of a function is not for models that come and go
     torch.manual_seed(0)
-    variant = VARIANTS.get(name, Variant())
-    config, family = base.config(mixed_precision=precision(device), **variant.flags), base.build(device)
+    variant = VARIANTS[name]
+    flags = {"mixed_precision": precision(device)} | variant.flags
+    if device.type == "cpu" and flags.get("gradient_checkpointing") == "auto":
+        flags["activation_memory"] = CPU_GIB
+    config, family = base.config(**flags), base.build(device)
     if name == "baseline":
         return OfficialLoop(config, family, make_batch(family, config))
     return Ours(config, family, variant)

@@ -37,22 +37,15 @@ from torch import Tensor  # noqa: E402
 
 from benchmarks.architectures import BASES, Base  # noqa: E402
 from benchmarks.baseline import OfficialLoop  # noqa: E402
-from benchmarks.contestants import (  # noqa: E402
-    ALL,
-    ALONE,
-    VARIANTS,
-    Ours,
-    build,
-    cache_latents,
-    compile_blocks,
-    precision,
-)
+from benchmarks.contestants import VARIANTS, Ours, build, cache_latents, precision  # noqa: E402
 from benchmarks.counting import count, counted  # noqa: E402
 from benchmarks.tables import PARTS, markdown, show_check, show_safeguard  # noqa: E402
 from sdpo.checkpoint import write_file  # noqa: E402
 from sdpo.losses import pair_terms  # noqa: E402
 from sdpo.rng import draw  # noqa: E402
 from sdpo.step import DTYPES  # noqa: E402
+
+AGAINST_BASELINE = ("baseline", "default", "fast", "fast, compiled")
 
 # Measuring
 
@@ -217,7 +210,7 @@ def check_baseline(base: Base, parts: dict[str, dict[str, float]], device: torch
     contestant, measured = build(base, "baseline", device), {}
     with counted(measured, 1 / contestant.config.train_batch_size):
         contestant.micro_step()
-    expected = expected_flops(parts, recomputed=contestant.family.gradient_checkpointing)
+    expected = expected_flops(parts, recomputed=contestant.family.gradient_checkpointing == "full")
     return {"measured": measured["flops"], "expected": expected, "ratio": measured["flops"] / expected}
 
 
@@ -272,11 +265,6 @@ def compare(results: dict[str, Any], flops: dict[str, float], peak: float) -> No
         result["peak_bytes"] = max(peaks, default=None)
 
 
-def changes(name: str) -> tuple[Callable, ...]:
-    """What a contestant changes in a run of the default."""
-    return VARIANTS[name].changes if name in VARIANTS else ()
-
-
 def measure_base(base: Base, args: argparse.Namespace, device: torch.device, limit: float) -> dict[str, Any]:
     """Everything about one base model, in about `limit` seconds; most of them for the race with the baseline."""
     began, config = time.monotonic(), base.config()
@@ -285,13 +273,17 @@ def measure_base(base: Base, args: argparse.Namespace, device: torch.device, lim
     checked = attempt(lambda: check_baseline(base, parts, device))
     safeguard = attempt(lambda: safeguard_cost(base, device, args.seconds))
     print(f"  baseline's FLOPs: {show_check(checked)}\n  safeguard: {show_safeguard(safeguard)}", flush=True)
-    races, began_racing = {"against_baseline": ["baseline", *ALL], "against_default": list(ALONE)}, time.monotonic()
-    untils = began_racing + 0.6 * (began + limit - began_racing), began + limit
-    for (race_name, names), until in zip(races.items(), untils, strict=True):
-        chosen = [name for name in names if args.compile or compile_blocks not in changes(name)]
-        races[race_name] = race(base, chosen, device, args, until)
-        flops = {name: expected_flops(parts, cached=cache_latents in changes(name)) for name in chosen}
-        compare(races[race_name], flops, peaks["matmul_flops_per_second"])
+    now = time.monotonic()
+    races = {
+        "against_baseline": (AGAINST_BASELINE, now + 0.6 * (began + limit - now)),
+        "against_default": (("default", *base.changes), began + limit),
+    }
+    results = {}
+    for title, (names, until) in races.items():
+        chosen = [name for name in names if args.compile or "compile" not in VARIANTS[name].flags]
+        results[title] = race(base, chosen, device, args, until)
+        flops = {name: expected_flops(parts, cached=cache_latents in VARIANTS[name].changes) for name in chosen}
+        compare(results[title], flops, peaks["matmul_flops_per_second"])
     return {
         **{name: getattr(config, name) for name in ("resolution", "train_batch_size", "gradient_accumulation_steps")},
         "per_pair": parts,
@@ -299,7 +291,7 @@ def measure_base(base: Base, args: argparse.Namespace, device: torch.device, lim
         "baseline_flops": checked,
         "decode_ms_per_pair": decode_milliseconds(base),
         "safeguard": safeguard,
-        **races,
+        **results,
         "took_s": time.monotonic() - began,
     }
 
