@@ -87,5 +87,5 @@ def markdown(results: dict[str, Any]) -> str:
             f"- data: {show_decoding(base)}",
         ]
         texts += [f"### {name}, {base['resolution']} px, {batch}", "\n".join(lines)]
-        texts += [show_race(base["against_baseline"]), show_race(base["against_default"])]
+        texts += [show_race(base[race]) for race in ("against_baseline", "against_default") if race in base]
     return "\n\n".join(texts) + "\n"

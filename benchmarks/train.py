@@ -165,14 +165,15 @@ def safeguard_cost(base: Base, device: torch.device, least: float) -> dict[str, 
     times, peaks = {"off": [], "on": []}, {}
     contestant.update()
     began = time.perf_counter()
-    while time.perf_counter() - began < least or len(times["on"]) < 4:
+    while time.perf_counter() - began < least or len(times["on"]) < 3:
         order = ("off", "on") if len(times["on"]) % 2 else ("on", "off")
         for name in order:
             run.config = configs[name]
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             times[name].append(seconds(contestant.update, device))
-            peaks[name] = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+            if device.type == "cuda":
+                peaks[name] = torch.cuda.max_memory_allocated(device)
     shape = (2 * on.train_batch_size, *run.family.latent_shape(on.resolution))
     loss = {name: loss_seconds(shape, mu, device) for name, mu in (("off", None), ("on", on.winner_preserving_mu))}
     micro_step = statistics.median(times["off"]) / run.plan.accumulation
@@ -181,7 +182,7 @@ def safeguard_cost(base: Base, device: torch.device, least: float) -> dict[str, 
         "added_to_loss_s": loss["on"] - loss["off"],
         "share_of_micro_step": (loss["on"] - loss["off"]) / micro_step,
     }
-    return result | ({"added_peak_bytes": peaks["on"] - peaks["off"]} if device.type == "cuda" else {})
+    return result | ({"added_peak_bytes": peaks["on"] - peaks["off"]} if peaks else {})
 
 
 def loss_seconds(shape: tuple[int, ...], mu: float | None, device: torch.device) -> float:
@@ -245,55 +246,53 @@ def race(base: Base, names: list[str], device: torch.device, args: argparse.Name
             result["rounds"].append(result.pop("figures"))
             speed = result["rounds"][-1]["pairs_per_second"]
             print(f"  round {number + 1}  {name:20} {speed:8.3f} pairs/s", flush=True)
-        took[name] = time.monotonic() - began
+            elapsed = time.monotonic() - began
+            took[name] = elapsed if number else elapsed - result["rounds"][0]["first_update_s"]  # compiled but once
     return results
 
 
 def compare(results: dict[str, Any], flops: dict[str, float], peak: float) -> None:
-    """Add speed, ratios by round to the first contestant, share of the matmul peak and peak memory."""
-    first = next(iter(results))
+    """Add speed, ratios by round to the first contestant and to the uncompiled one, share of the peak, memory."""
     speeds = {name: [r["pairs_per_second"] for r in result["rounds"]] for name, result in results.items()}
     for name, result in results.items():
         if not speeds[name]:
             continue
         result["pairs_per_second"] = spread(speeds[name])
         result["share_of_matmul_peak"] = statistics.median(speeds[name]) * flops[name] / peak
-        if speeds[first]:
-            ratios = [own / theirs for own, theirs in zip(speeds[name], speeds[first], strict=False)]
-            result[f"ratio_to_{first}"] = spread(ratios)
+        for other in (next(iter(results)), name.removesuffix(", compiled")):
+            if speeds[other]:
+                ratios = [own / theirs for own, theirs in zip(speeds[name], speeds[other], strict=False)]
+                result[f"ratio_to_{other}"] = spread(ratios)
         peaks = [r["peak_bytes"] for r in result["rounds"] if "peak_bytes" in r]
         result["peak_bytes"] = max(peaks, default=None)
 
 
-def measure_base(base: Base, args: argparse.Namespace, device: torch.device, limit: float) -> dict[str, Any]:
-    """Everything about one base model, in about `limit` seconds; most of them for the race with the baseline."""
+def measure_base(
+    base: Base, args: argparse.Namespace, device: torch.device, limit: float, result: dict[str, Any], save: Callable
+) -> None:
+    """Fill `result` with everything about one base model in about `limit` seconds, and save it after each race."""
     began, config = time.monotonic(), base.config()
-    parts = count(base, DTYPES[precision(device)])
-    peaks = ceilings(device)
-    checked = attempt(lambda: check_baseline(base, parts, device))
-    safeguard = attempt(lambda: safeguard_cost(base, device, args.seconds))
-    print(f"  baseline's FLOPs: {show_check(checked)}\n  safeguard: {show_safeguard(safeguard)}", flush=True)
+    for name in ("resolution", "train_batch_size", "gradient_accumulation_steps"):
+        result[name] = getattr(config, name)
+    parts = result["per_pair"] = count(base, DTYPES[precision(device)])
+    peaks = result["ceilings"] = ceilings(device)
+    result["decode_ms_per_pair"] = decode_milliseconds(base)
+    result["baseline_flops"] = attempt(lambda: check_baseline(base, parts, device))
+    result["safeguard"] = attempt(lambda: safeguard_cost(base, device, args.seconds))
+    print(f"  baseline's FLOPs: {show_check(result['baseline_flops'])}", flush=True)
+    print(f"  safeguard: {show_safeguard(result['safeguard'])}", flush=True)
     now = time.monotonic()
     races = {
         "against_baseline": (AGAINST_BASELINE, now + 0.6 * (began + limit - now)),
         "against_default": (("default", *base.changes), began + limit),
     }
-    results = {}
     for title, (names, until) in races.items():
         chosen = [name for name in names if args.compile or "compile" not in VARIANTS[name].flags]
-        results[title] = race(base, chosen, device, args, until)
+        result[title] = race(base, chosen, device, args, until)
         flops = {name: expected_flops(parts, cached=cache_latents in VARIANTS[name].changes) for name in chosen}
-        compare(results[title], flops, peaks["matmul_flops_per_second"])
-    return {
-        **{name: getattr(config, name) for name in ("resolution", "train_batch_size", "gradient_accumulation_steps")},
-        "per_pair": parts,
-        "ceilings": peaks,
-        "baseline_flops": checked,
-        "decode_ms_per_pair": decode_milliseconds(base),
-        "safeguard": safeguard,
-        **results,
-        "took_s": time.monotonic() - began,
-    }
+        compare(result[title], flops, peaks["matmul_flops_per_second"])
+        result["took_s"] = time.monotonic() - began
+        save()
 
 
 # Everything
@@ -309,8 +308,8 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {"date": date, "device": device.type, "name": name, **cores, "versions": versions}
 
 
-def main() -> None:
-    """Measure, print and write; exit code 1 if a contestant failed."""
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
@@ -323,7 +322,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="measure a contestant this long per round at least")
     parser.add_argument("--minutes", type=float, default=8.0, help="time for all bases, shared equally")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure, print and write; exit code 1 if a contestant failed."""
+    args = parse_arguments()
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
@@ -332,16 +336,19 @@ def main() -> None:
     device, until = torch.device(args.device), time.monotonic() + 60 * args.minutes
     os.environ["ACCELERATE_USE_CPU"] = str(device.type == "cpu").lower()
     torch.backends.cuda.matmul.allow_tf32 = True  # as the official recipe has it
-    results, bases = environment(device), {}
+    results = environment(device) | {"bases": {}}
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{device.type}-{results['date'][:10]}.json"
-    for left, name in zip(range(len(args.bases), 0, -1), args.bases, strict=True):
-        print(f"{name}", flush=True)
-        base = dataclasses.replace(BASES[name], flags=BASES[name].flags | size)
-        bases[name] = measure_base(base, args, device, (until - time.monotonic()) / left)
-        results["bases"] = bases
+
+    def save() -> None:
         for file, text in ((path, json.dumps(results, indent=2) + "\n"), (path.with_suffix(".md"), markdown(results))):
             write_file(file, lambda partial, text=text: partial.write_text(text))
+
+    for left, name in zip(range(len(args.bases), 0, -1), args.bases, strict=True):
+        print(name, flush=True)
+        base = dataclasses.replace(BASES[name], flags=BASES[name].flags | size)
+        limit, results["bases"][name] = (until - time.monotonic()) / left, {}
+        measure_base(base, args, device, limit, results["bases"][name], save)
     print(f"\n{markdown(results)}\nwritten to {path}")
     sys.exit('"error": ' in json.dumps(results))
 
