@@ -129,7 +129,8 @@ class Ours:
 
     def update(self) -> None:
         """One optimizer step, and its figures fetched once."""
-        update(self.run, self.batches, self.meter)
+        if update(self.run, self.batches, self.meter) is not None:
+            raise RuntimeError("an update was skipped: random weights gave a loss or gradient that is not finite")
         self.meter.reduce()
 
 
