@@ -132,7 +132,7 @@ def batch_of(pairs: int, resolution: int, accumulation: int) -> dict[str, int]:
 
 BASES = {
     "tiny": Base(None, batch_of(16, 32, accumulation=1), stored=32),
-    "small": Base(SMALL, batch_of(4, 128, accumulation=2), stored=128),
+    "small": Base(SMALL, batch_of(4, 128, accumulation=1), stored=128),
     "sd15": Base(SD15, batch_of(8, 512, accumulation=4), stored=768),
     "sdxl": Base(
         SDXL,

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -107,6 +108,14 @@ def test_the_baseline_updates_the_policy_and_fetches_seven_figures_per_micro_ste
     assert len(fetched) == 7
     baseline.micro_step()
     assert any(not torch.equal(a, b) for a, b in zip(before, baseline.unet.parameters(), strict=True))
+
+
+def test_an_update_that_is_skipped_is_an_error_and_no_fast_update():
+    contestant = build(MICRO, "default", CPU)
+    batch = next(contestant.batches)
+    contestant.batches = itertools.repeat(dataclasses.replace(batch, noise=batch.noise * float("nan")))
+    with pytest.raises(RuntimeError, match="skipped"):
+        contestant.update()
 
 
 def test_cached_latents_are_the_encoded_ones():
