@@ -57,9 +57,8 @@ def show_safeguard(cost: dict[str, Any]) -> str:
     """What the safeguard costs."""
     if "error" in cost:
         return cost["error"]
-    text = (
-        f"{cost['added_to_loss_s'] * 1e3:.3f} ms on the loss alone, {cost['share_of_micro_step']:.3%} of a micro-step"
-    )
+    alone, share = 1000 * cost["added_to_loss_s"], cost["share_of_micro_step"]
+    text = f"{alone:.3f} ms on the loss alone, {share:.3%} of a micro-step"
     text += f"; updates with it take {show_ratio(cost['on_to_off'], 3)} of the time without"
     return text + (f"; {cost['added_peak_bytes']:+d} bytes at the peak" if "added_peak_bytes" in cost else "")
 
@@ -86,6 +85,10 @@ def markdown(results: dict[str, Any]) -> str:
             f"- safeguard: {show_safeguard(base['safeguard'])}",
             f"- data: {show_decoding(base)}",
         ]
+        compiled = base["against_baseline"].get("fast, compiled", {})
+        if "ratio_to_fast" in compiled:
+            first, ratio = compiled["rounds"][0]["first_update_s"], show_ratio(compiled["ratio_to_fast"])
+            lines.append(f"- compiled blocks: {ratio} times as fast as without; the first update took {first:.0f} s")
         texts += [f"### {name}, {base['resolution']} px, {batch}", "\n".join(lines)]
         texts += [show_race(base[race]) for race in ("against_baseline", "against_default") if race in base]
     return "\n\n".join(texts) + "\n"

@@ -25,6 +25,7 @@ from sdpo.losses import diffusion_dpo, pair_terms
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 MICRO = dataclasses.replace(BASES["tiny"], flags=batch_of(2, 32, accumulation=1))
+SPEEDS = {"baseline": 1.0, "fast": 2.0, "fast, compiled": 3.0}  # pairs per second
 PARAMETERS = {  # of the published weights: UNet, VAE, text encoders
     "sd15": [859_520_964, 83_653_863, 123_060_480],
     "sdxl": [2_567_463_684, 83_653_863, 123_060_480, 694_659_840],
@@ -196,6 +197,16 @@ def test_a_failing_contestant_is_named_and_the_others_go_on(monkeypatch):
     compare(results, {"default": 1.0, "greedy": 1.0}, peak=1.0)
     assert len(results["default"]["rounds"]) == 2
     assert "| greedy | OutOfMemoryError: no memory for this one |" in show_race(results)
+
+
+def test_compiled_blocks_are_compared_with_the_same_without():
+    results = {
+        name: {"rounds": [{"pairs_per_second": v} for v in (speed, 3 * speed)]} for name, speed in SPEEDS.items()
+    }
+    compare(results, dict.fromkeys(SPEEDS, 1e12), peak=1e13)
+    assert results["fast, compiled"]["ratio_to_baseline"] == {"median": 3.0, "low": 3.0, "high": 3.0, "rounds": 2}
+    assert results["fast, compiled"]["ratio_to_fast"]["median"] == 1.5
+    assert results["fast"]["share_of_matmul_peak"] == pytest.approx(0.4)
 
 
 def test_rounds_end_with_the_time():
