@@ -19,6 +19,7 @@ from benchmarks.baseline import OfficialLoop
 from sdpo.batch import Batch
 from sdpo.config import Plan, TrainConfig
 from sdpo.families import StableDiffusion
+from sdpo.inputs import normalise
 from sdpo.memory import choose_checkpointing
 from sdpo.metrics import Meter
 from sdpo.rng import draw, normal
@@ -33,27 +34,26 @@ def give_back_memory() -> None:
 
 
 def cache_latents(run: Run, batch: Batch) -> Batch:
-    """Serve moments and conditioning from host memory, as from a cache, and take the encoders off the device."""
+    """The batch as it comes from a latent cache; the encoders are taken off the device."""
     family, device = run.family, run.accelerator.device
-    with torch.no_grad():
-        moments = family.vae.encode((batch.pixels.to(device).float() / 127.5 - 1).to(family.vae.dtype)).latent_dist
-    mean, std = moments.mean.float().cpu(), moments.std.float().cpu()
-    texts = {k: v.cpu() for k, v in family.encode_captions(batch.captions, run.config.resolution).items()}
-    scale = family.vae.config.scaling_factor
-    family.encode_images = lambda pixels, noise: (mean.to(device) + std.to(device) * noise) * scale
-    family.encode_captions = lambda captions, resolution: {k: v.to(device) for k, v in texts.items()}
+    moments = family.encode_moments(normalise(batch.pixels.to(device))).cpu()
+    texts = {name: value.cpu() for name, value in family.encode_texts(batch.captions).items()}
     for model in (family.vae, *family.text_encoders):
         model.cpu()
     give_back_memory()
-    return dataclasses.replace(batch, pixels=batch.pixels[:, :1, :1])  # the width tells the resolution
+    cached = dataclasses.replace(batch, pixels=None, moments=moments, texts=texts)
+    return cached.pin_memory() if device.type == "cuda" else cached
 
 
 def choose_activations(run: Run, batch: Batch) -> Batch:
     """Compute as few activations again as fit into the memory, as train.py does for a first sample."""
     pairs = len(batch.captions)
-    pair = {"pixels": batch.pixels[::pairs], "posterior": batch.posterior[::pairs], "caption": batch.captions[0]}
-    noise = {"noise": batch.noise[0], "input_noise": batch.input_noise[0], "uniform": 0.0, "unreadable": []}
-    choose_checkpointing(run, pair | noise)
+    images = {name: getattr(batch, name) for name in ("pixels", "moments", "posterior")}
+    pair = {name: value[::pairs] for name, value in images.items() if value is not None}
+    if batch.texts is not None:
+        pair["texts"] = {name: value[0] for name, value in batch.texts.items()}
+    noise = {"noise": batch.noise[0], "input_noise": batch.input_noise[0], "uniform": 0.0}
+    choose_checkpointing(run, pair | noise | {"caption": batch.captions[0], "unreadable": []})
     return batch
 
 
@@ -97,6 +97,8 @@ def make_batch(family: StableDiffusion, config: TrainConfig) -> Batch:
     pixels = draw(0, "benchmark-pixels").integers(0, 256, (2 * pairs, 3, size, size), dtype=np.uint8)
     batch = Batch(
         pixels=torch.from_numpy(pixels),
+        moments=None,
+        texts=None,
         captions=[spec.caption for spec in itertools.islice(itertools.cycle(pictures.HELD_OUT), pairs)],
         noise=noise,
         input_noise=noise,
