@@ -21,6 +21,7 @@ from diffusers.optimization import get_scheduler
 from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
+from transformers.integrations import unset_hf_deepspeed_config
 
 from sdpo import checkpoint as checkpoints
 from sdpo.cache import CachedPairs, open_cache
@@ -60,6 +61,13 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
         raise InputError(f"--report_to {config.report_to}: it is not installed; pip install {config.report_to}")
     if accelerator.distributed_type == DistributedType.FSDP:
         accelerator.state.fsdp_plugin.mixed_precision_policy = None  # autocast casts, as it does for the reference
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        if config.mixed_precision != "no":
+            raise InputError(
+                f"--mixed_precision {config.mixed_precision} under DeepSpeed would round the policy otherwise than the "
+                "reference: use configs/accelerate/fsdp2.yaml, or --mixed_precision no with --allow_tf32"
+            )
+        unset_hf_deepspeed_config()  # encoders and reference are loaded whole, also where the policy is shared out
     if config.use_ema and accelerator.distributed_type in SHARDING:
         raise InputError("--use_ema does not go with FSDP or DeepSpeed, which share out weights; drop it or use DDP")
     start_console(accelerator.is_main_process)
@@ -123,6 +131,10 @@ def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
         pairs, held_out_pairs = open_cache(config, accelerator, pairs, held_out_pairs)
     plan = Plan.of(config, accelerator.num_processes, len(pairs))
     accelerator.gradient_accumulation_steps = plan.accumulation
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        sizes = {"train_micro_batch_size_per_gpu": config.train_batch_size}
+        sizes |= {"gradient_accumulation_steps": plan.accumulation, "gradient_clipping": config.max_grad_norm}
+        accelerator.deepspeed_plugin.deepspeed_config |= sizes
 
     unet, reference, ema = build_models(config, family, accelerator)
     optimizer = build_optimizer(config, family, unet, plan.learning_rate)

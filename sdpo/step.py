@@ -146,7 +146,7 @@ def update(run: Run, micro_batches: Iterator[Batch], meter: Meter) -> Skipped | 
             if run.accelerator.sync_gradients:
                 limit = run.config.max_grad_norm or float("inf")
                 norm = run.accelerator.clip_grad_norm_(run.unet.parameters(), limit)
-                norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+                norm = norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm)
                 made = make_step(run, norm)
             run.optimizer.zero_grad()
     run.step += 1
@@ -163,6 +163,8 @@ def update(run: Run, micro_batches: Iterator[Batch], meter: Meter) -> Skipped | 
 
 def make_step(run: Run, norm: Tensor) -> bool:
     """Let the optimizer step unless the gradient's norm forbids it; returns whether it did."""
+    if run.accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return True  # its engine stepped at the end of the backward pass
     norm, scaler = norm.item(), run.accelerator.scaler
     if math.isfinite(norm) and norm > (run.config.skip_grad_norm_above or math.inf):
         if scaler is not None:
