@@ -113,14 +113,16 @@ def announce(run: Run, notes: list[str]) -> None:
     log.info(f"parameters     {parameters:,}")
     parts = ", ".join(f"{name} {size / 2**30:.3g}" for name, size in memory.items())
     log.info(f"memory         {sum(memory.values()) / 2**30:.3g} GiB per device before activations: {parts}")
-    for caution in (*config.obsolete(), *config.cautions()):
+    size = sum(memory.get(part, 0) for part in ("policy", "optimizer", "average"))
+    short = checkpoints.space_caution(config.output_dir, size) if config.checkpointing_steps else None
+    for caution in (*config.obsolete(), *config.cautions(), *([short] if short else [])):
         log.warning(f"CAUTION: {caution}")
 
 
 def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
     """The run, resumed if there is a checkpoint, its training samples and its held-out pairs."""
     accelerator = start_accelerator(config)
-    resume = checkpoints.find_checkpoint(config)
+    resume = checkpoints.find_checkpoint(accelerator, config)
     seed = choose_seed(config, resume)
     family = load_family(**config.base, encoders=not config.latent_cache or bool(config.validation_prompts))
     with accelerator.main_process_first():
@@ -292,12 +294,14 @@ def main(arguments: list[str] | None = None) -> None:
     """Train as the command line says."""
     config = parse_flags(TrainConfig, __doc__.splitlines()[0], "python train.py", arguments)
     run, dataset, held_out = set_up(config)
-    stopped_by = train(run, dataset, held_out)
+    with checkpoints.writing_to(config.output_dir):
+        stopped_by = train(run, dataset, held_out)
+        if not stopped_by:
+            save_model(run)
     if stopped_by:
         log.warning(f"stopped after {run.step} updates, checkpoint written; the same command continues")
         run.accelerator.end_training()
         sys.exit(128 + stopped_by)
-    save_model(run)
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
 

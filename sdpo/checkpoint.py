@@ -1,20 +1,27 @@
 """Checkpoints that are either whole or absent, and resuming from them.
 
-checkpoint-{step}/ holds unet.pth (plain fp32 state dict), unet_ema.pth, state.json (step, seed, config) and
-accelerate's optimizer, schedule and scaler. Nothing about data or random numbers is needed: both are functions of the
-step.
+checkpoint-{step}/ holds unet.pth (plain fp32 state dict), unet_ema.pth, state.json (step, seed, config), accelerate's
+optimizer, schedule and scaler, and files.json: size and sha256 of all of these, written last. Nothing about data or
+random numbers is needed: both are functions of the step.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import errno
+import hashlib
 import json
+import logging
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -22,12 +29,50 @@ from sdpo.config import InputError, Plan, TrainConfig
 from sdpo.families import load_weights
 from sdpo.files import brief, parse_json, read_text
 
+log = logging.getLogger(__name__)
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_ROOM = ("I/O error: No space left", "inline_container", "iostream error")  # safetensors, torch.save: no OSError
+
+
+# Files
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
 
 def write_file(path: Path, write) -> None:
     """Let `write` make the file under another name and move it into place, so that it is never seen half written."""
     partial = path.with_name(path.name + ".partial")
     write(partial)
+    sync(partial)
     os.replace(partial, path)
+    sync(path.parent)
+
+
+@contextmanager
+def writing_to(folder: str | Path) -> Iterator[None]:
+    """Say in an InputError that the folder is full, and what to do."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if getattr(error, "errno", None) in FULL or any(words in str(error) for words in NO_ROOM):
+            reason = getattr(error, "strerror", None) or "a write failed"
+            free = shutil.disk_usage(folder).free / 2**30
+            raise InputError(
+                f"{folder} cannot hold more ({reason}; {free:.3g} GiB free): free space there, lower "
+                "--checkpoints_total_limit or choose another --output_dir; the checkpoints already written are intact"
+            ) from error
+        raise
+
+
+# Checkpoints
 
 
 def save_state_dict(state: dict[str, Tensor], path: Path) -> None:
@@ -57,58 +102,169 @@ def register_hooks(accelerator: Accelerator, unet: nn.Module) -> None:
 def save_checkpoint(
     accelerator: Accelerator, config: TrainConfig, plan: Plan, ema: AveragedModel | None, step: int, seed: int
 ) -> Path:
-    """Write checkpoint-{step}; every rank calls this. The folder has its name only when it is complete."""
+    """Write checkpoint-{step}; every rank calls this. The folder has its name only when it is complete and on the disk.
+
+    Raises InputError, and leaves older checkpoints as they were, if it cannot be written.
+    """
     folder = Path(config.output_dir, f"checkpoint-{step}")
     partial = folder.with_name(folder.name + ".partial")
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    if accelerator.is_main_process:
-        if ema is not None:
-            save_state_dict(ema.module.state_dict(), partial / "unet_ema.pth")
-        shape = {"config": dataclasses.asdict(config), "plan": dataclasses.asdict(plan)}
-        state = {"step": step, "seed": seed, **shape}
-        (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(partial, folder)
-        for old in (
-            list_checkpoints(config.output_dir)[: -config.checkpoints_total_limit]
-            if config.checkpoints_total_limit
-            else []
-        ):
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
+    try:
+        with writing_to(config.output_dir):
+            if accelerator.is_main_process:
+                remove_remains(config.output_dir)
+            accelerator.wait_for_everyone()
+            accelerator.save_state(str(partial))
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                if ema is not None:
+                    save_state_dict(ema.module.state_dict(), partial / "unet_ema.pth")
+                shape = {"config": dataclasses.asdict(config), "plan": dataclasses.asdict(plan)}
+                state = {"step": step, "seed": seed, **shape}
+                (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+                seal(partial)
+                put_in_place(partial, folder)
+                if config.checkpoints_total_limit:
+                    remove_older(folder, keep=config.checkpoints_total_limit)
+            accelerator.wait_for_everyone()
+    except BaseException:
+        if accelerator.is_main_process:  # no other rank: it might delete from what the main process moves into place
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
     return folder
 
 
+def seal(folder: Path) -> None:
+    """Put every file on the disk, then files.json with the size in bytes and the sha256 of each."""
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        sync(path)
+        if path.is_file():
+            files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256(path)}
+    write_file(folder / "files.json", lambda partial: partial.write_text(json.dumps(files, indent=2) + "\n"))
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None if it is whole: every file as files.json has it."""
+    try:
+        files = json.loads((folder / "files.json").read_text())
+        known = {Path(folder, name): (entry["size"], entry["sha256"]) for name, entry in files.items()}
+    except FileNotFoundError:
+        return "files.json is missing: it was not finished, or an older version wrote it"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return "files.json cannot be read"
+    for name in ("state.json", "unet.pth"):
+        if folder / name not in known:
+            return f"files.json does not list {name}"
+    for path, (size, _) in known.items():
+        if not path.is_file():
+            return f"{path.name} is missing"
+        if path.stat().st_size != size:
+            return f"{path.name} has {path.stat().st_size} bytes instead of {size}"
+    changed = (path.name for path, (_, digest) in known.items() if sha256(path) != digest)
+    return next((f"{name} has changed since it was written (sha256 differs)" for name in changed), None)
+
+
+def put_in_place(partial: Path, folder: Path) -> None:
+    """Give a complete checkpoint its name; one that had it before, from an abandoned or damaged run, goes."""
+    if folder.exists():
+        remove(folder)
+    os.replace(partial, folder)
+    sync(folder.parent)
+
+
+def remove(folder: Path) -> None:
+    """Take away the name of a checkpoint, then its files, so that half of it is never taken for a checkpoint."""
+    removed = folder.with_name(folder.name + ".removed")
+    os.replace(folder, removed)
+    sync(folder.parent)
+    shutil.rmtree(removed, ignore_errors=True)
+
+
+def remove_remains(output_dir: str | Path) -> None:
+    """Delete what a crash while writing or removing a checkpoint has left."""
+    for ending in ("partial", "removed"):
+        for path in Path(output_dir).glob(f"checkpoint-*.{ending}"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_older(newest: Path, keep: int) -> None:
+    """Remove the oldest checkpoints up to the newest one, until `keep` are left; later ones are of another run."""
+    older = list_checkpoints(newest.parent)
+    for path in older[: older.index(newest) + 1][:-keep]:
+        remove(path)
+
+
 def list_checkpoints(folder: str | Path) -> list[Path]:
-    """Complete checkpoints in a folder, oldest first."""
-    found = [
-        path
-        for path in Path(folder).glob("checkpoint-*")
-        if path.name.removeprefix("checkpoint-").isdecimal() and (path / "state.json").is_file()
-    ]
+    """Checkpoints in a folder, whole or not, oldest first."""
+    found = [path for path in Path(folder).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
-def find_checkpoint(config: TrainConfig) -> Path | None:
-    """The checkpoint to resume from, if any; raises InputError if a folder is named that is none."""
+def find_checkpoint(accelerator: Accelerator, config: TrainConfig) -> Path | None:
+    """The checkpoint to resume from, if any; the main process checks it and every rank gets its answer.
+
+    Raises InputError if the named one is damaged, or if there are checkpoints and none is whole.
+    """
+    answer: list = [None, None]  # checkpoint, what is wrong
+    if accelerator.is_main_process:
+        try:
+            answer[0] = choose_checkpoint(config)
+        except InputError as error:
+            answer[1] = str(error)
+    found, wrong = broadcast_object_list(answer)
+    if wrong:
+        raise InputError(wrong)
+    return found
+
+
+def choose_checkpoint(config: TrainConfig) -> Path | None:
+    """The checkpoint that --resume_from_checkpoint means; raises InputError if it is damaged or none is whole."""
     wanted = config.resume_from_checkpoint
     if wanted in (None, "", "none"):
         return None
     if wanted == "latest":
-        found = list_checkpoints(config.output_dir)
-        return found[-1] if found else None
-    for path in (Path(wanted), Path(config.output_dir, Path(wanted).name)):
-        if (path / "state.json").is_file() and (path / "unet.pth").is_file():
+        return newest_whole(config.output_dir)
+    places = (Path(wanted), Path(config.output_dir, Path(wanted).name))
+    path = next((place for place in places if place.is_dir()), None)
+    wrong = damage(path) if path else "no such folder"
+    if wrong:
+        raise InputError(
+            f"--resume_from_checkpoint {wanted}: not a checkpoint of this trainer, or a damaged one ({wrong}). "
+            f"Use 'latest', or start a new run from its weights with --unet_init {wanted}/unet.pth"
+        )
+    return path
+
+
+def newest_whole(folder: str | Path) -> Path | None:
+    """The newest undamaged checkpoint, None if there are none at all; InputError if there are only damaged ones."""
+    found = list_checkpoints(folder)
+    for path in reversed(found):
+        wrong = damage(path)
+        if wrong is None:
             return path
-    raise InputError(
-        f"--resume_from_checkpoint {wanted}: not a checkpoint of this trainer (state.json or unet.pth missing). "
-        f"Use 'latest', or start a new run from its weights with --unet_init {wanted}/unet.pth"
+        log.warning(f"CAUTION: {path} is damaged and not used: {wrong}")
+    if found:
+        raise InputError(
+            f"--resume_from_checkpoint latest: none of the {len(found)} checkpoints in {folder} is whole "
+            f"({found[-1].name}: {wrong}); start anew with --resume_from_checkpoint none, or in another --output_dir"
+        )
+    return None
+
+
+def space_caution(folder: str | Path, size: int) -> str | None:
+    """A warning if a folder has less free space than a checkpoint of so many bytes takes."""
+    free = shutil.disk_usage(folder).free
+    if free >= size:
+        return None
+    return (
+        f"{folder} has {free / 2**30:.3g} GiB free and a checkpoint takes about {size / 2**30:.3g} GiB: "
+        "free space there or choose another --output_dir"
     )
 
 

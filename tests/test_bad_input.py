@@ -21,6 +21,7 @@ import eval_generate
 import eval_vs
 import train
 from sdpo import relabel
+from sdpo.checkpoint import seal
 from sdpo.config import run_command
 from sdpo.families import load_family
 from sdpo.pairs import read_table
@@ -767,6 +768,8 @@ def test_checkpoints(refused, trained, tmp_path, case):
     damage, message = CHECKPOINTS[case]
     shutil.copytree(trained / "checkpoint-1", tmp_path / "run" / "checkpoint-1")
     damage(tmp_path / "run" / "checkpoint-1")
+    (tmp_path / "run" / "checkpoint-1" / "files.json").unlink()
+    seal(tmp_path / "run" / "checkpoint-1")  # without it the damage is seen before any file is read
     check(refused("train", "--max_train_steps=2"), message)
     assert not list(tmp_path.rglob("ran"))
 

@@ -1,0 +1,379 @@
+"""Checkpoints are whole or absent: killed trainers, damaged files, full and read-only disks, pickled code."""
+
+import json
+import multiprocessing.forkserver
+import os
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import accelerate.checkpointing
+import numpy as np
+import pytest
+import torch
+from tqdm import tqdm
+
+import train
+from sdpo.checkpoint import damage, list_checkpoints, seal
+from sdpo.config import InputError, run_command
+
+ROOT = Path(__file__).parents[1]
+STEPS = 6
+FLAGS = [
+    f"--max_train_steps={STEPS}",
+    "--checkpointing_steps=1",
+    "--checkpoints_total_limit=2",
+    "--use_ema",
+    "--lr_scheduler=cosine",
+    "--validation_pairs=4",
+]
+WATCHED = {"open", "os.mkdir", "os.remove", "os.rename", "os.rmdir"}
+KILLS = 10  # of each kind
+FILES = [
+    "unet.pth",
+    "unet_ema.pth",
+    "optimizer.bin",
+    "scheduler.bin",
+    "random_states_0.pkl",
+    "state.json",
+    "files.json",
+]
+
+tqdm.get_lock()  # a semaphore made before the trainers are forked; each that is killed would leave its own behind
+
+
+# Killed
+
+
+def train_until(flags, fatal):
+    """train.main, killed before its operation number `fatal` on checkpoint files (0: not killed)."""
+    done = 0
+
+    def count(event, arguments):
+        nonlocal done
+        if event in WATCHED and ("checkpoint-" in str(arguments[0]) or event in ("os.remove", "os.rmdir")):
+            done += 1
+            if done == fatal:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+    train.main(flags)
+
+
+@pytest.fixture(scope="module")
+def trainer():
+    """Starts train_until in a fork of a process that has imported everything already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["conftest", "test_crash"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # where the server finds these modules
+        multiprocessing.forkserver.ensure_running()
+
+    def start(flags, fatal=0):
+        process = context.Process(target=train_until, args=(flags, fatal))
+        process.start()
+        return process
+
+    return start
+
+
+def finish(process):
+    """Exit code, negative for a signal."""
+    process.join(timeout=60)
+    return process.exitcode
+
+
+def what_is_left(run):
+    """What must not depend on interruptions: weights, the last checkpoint's states, metrics without wall clock."""
+    newest = list_checkpoints(run)[-1]
+    assert [path.name for path in list_checkpoints(run)] == [f"checkpoint-{STEPS - 1}", f"checkpoint-{STEPS}"]
+    assert damage(newest) is None
+    files = ["unet.pth", "unet_ema.pth", *(f"{newest.name}/{name}" for name in ("unet.pth", "unet_ema.pth"))]
+    states = {name: torch.load(newest / name, weights_only=True) for name in ("optimizer.bin", "scheduler.bin")}
+    states |= {name: torch.load(run / name, weights_only=True) for name in files}
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return states, [{name: row[name] for name in row if name != "pairs_per_second"} for row in rows]
+
+
+def assert_same(a, b):
+    """Equal states, tensors bit for bit."""
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for pair in zip(a, b, strict=True):
+            assert_same(*pair)
+    else:
+        assert a == b
+
+
+def kill_after_delay(trainer, flags, run, random):
+    """Kill a trainer at some moment between writing its settings and its end."""
+    (run / "config.json").unlink(missing_ok=True)
+    process = trainer(flags)
+    while process.is_alive() and not (run / "config.json").exists():
+        process.join(timeout=0.005)
+    process.join(timeout=random.uniform(0, 0.5))
+    process.kill()
+    return finish(process)
+
+
+def kill_at_operation(trainer, flags, run, random):
+    """Kill a trainer before some operation on the files of a checkpoint: inside a write, a rename, a removal."""
+    return finish(trainer(flags, int(random.integers(1, 100))))
+
+
+@pytest.mark.parametrize("kill", [kill_after_delay, kill_at_operation])
+def test_killed_runs_end_with_the_bits_of_the_uninterrupted_one(trainer, arguments, tmp_path, kill):
+    assert finish(trainer(arguments(*FLAGS, out="whole"))) == 0
+    expected, random = what_is_left(tmp_path / "whole"), np.random.default_rng(0)
+    flags, run, kills, halves = arguments(*FLAGS, out="cut"), tmp_path / "cut", 0, 0
+    while kills < KILLS:
+        code = kill(trainer, flags, run, random)
+        kills += code == -signal.SIGKILL
+        halves += any(run.glob("checkpoint-*.partial"))
+        if code == 0:  # it came to its end first: begin again
+            assert_same(what_is_left(run), expected)
+            shutil.rmtree(run)
+        else:
+            assert code == -signal.SIGKILL
+    assert halves or kill is kill_after_delay
+    assert finish(trainer(flags)) == 0
+    assert_same(what_is_left(run), expected)
+    assert not list(run.glob("checkpoint-*.*"))
+
+
+# Damaged
+
+
+def rewrite(change):
+    """Damage that replaces the bytes of a file."""
+    return lambda path: path.write_bytes(change(path.read_bytes()))
+
+
+DAMAGE = {  # file, what happens to it, what is said
+    "truncated": ("unet.pth", rewrite(lambda data: data[:1000]), "unet.pth has 1000 bytes instead of"),
+    "bit flipped": (
+        "optimizer.bin",
+        rewrite(lambda data: data[:-9] + bytes([data[-9] ^ 4]) + data[-8:]),
+        "has changed",
+    ),
+    "file deleted": ("scheduler.bin", Path.unlink, "scheduler.bin is missing"),
+    "manifest deleted": ("files.json", Path.unlink, "files.json is missing"),
+    "manifest empty": ("files.json", rewrite(lambda data: b""), "files.json cannot be read"),
+    "manifest garbage": ("files.json", rewrite(lambda data: b"\x80garbage"), "files.json cannot be read"),
+    "manifest of another form": ("files.json", rewrite(lambda data: b"[1, 2]"), "files.json cannot be read"),
+    "manifest of no files": ("files.json", rewrite(lambda data: b"{}"), "files.json does not list state.json"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_checkpoint_is_named_and_not_used(arguments, tmp_path, capsys, kind):
+    name, harm, said = DAMAGE[kind]
+    run = tmp_path / "run"
+    flags = arguments("--checkpointing_steps=1")
+    train.main(flags)
+    expected = torch.load(run / "unet.pth", weights_only=True)
+    harm(run / "checkpoint-3" / name)
+    with pytest.raises(InputError, match=f"checkpoint-3: not a checkpoint.*{said}"):
+        train.main([*flags, f"--resume_from_checkpoint={run / 'checkpoint-3'}"])
+    capsys.readouterr()
+    train.main(flags)
+    lines = capsys.readouterr().err
+    assert f"{run / 'checkpoint-3'} is damaged and not used" in lines and said in lines
+    assert f"{run / 'checkpoint-2'}, after 2 updates" in lines
+    assert_same(torch.load(run / "unet.pth", weights_only=True), expected)
+    assert damage(run / "checkpoint-3") is None
+
+
+def test_two_ranks_use_the_checkpoint_that_the_main_process_chose(arguments, tmp_path):
+    flags = arguments("--checkpointing_steps=1")
+    train.main(flags)
+    (tmp_path / "run" / "checkpoint-3" / "unet.pth").unlink()
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py"), *flags]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    result = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=120)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stderr.count("is damaged and not used") == 1 and "checkpoint-2, after 2 updates" in result.stderr
+    assert damage(tmp_path / "run" / "checkpoint-3") is None
+    assert (tmp_path / "run" / "checkpoint-3" / "random_states_1.pkl").is_file()
+
+
+def test_only_damaged_checkpoints_are_no_reason_to_start_again(arguments, tmp_path):
+    flags = arguments("--checkpointing_steps=1")
+    train.main(flags)
+    for folder in list_checkpoints(tmp_path / "run"):
+        (folder / "unet.pth").unlink()
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    with pytest.raises(
+        InputError, match=r"none of the 3 checkpoints in .* is whole .checkpoint-3: unet.pth is missing"
+    ):
+        train.main(flags)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_flipped_bit_passes(arguments, tmp_path, name):
+    train.main(arguments("--checkpointing_steps=1", "--max_train_steps=1", "--use_ema"))
+    path, random = tmp_path / "run" / "checkpoint-1" / name, np.random.default_rng(0)
+    data = path.read_bytes()
+    assert damage(path.parent) is None
+    for _ in range(50):
+        changed = bytearray(data)
+        changed[random.integers(len(data))] ^= 1 << random.integers(8)
+        path.write_bytes(changed)
+        assert damage(path.parent) is not None
+
+
+def test_limit_keeps_the_new_checkpoint_among_later_damaged_ones(arguments, tmp_path):
+    train.main(arguments("--checkpointing_steps=1"))
+    for step in (2, 3):
+        (tmp_path / "run" / f"checkpoint-{step}" / "unet.pth").unlink()
+    train.main([*arguments("--checkpointing_steps=1", "--checkpoints_total_limit=1"), "--max_train_steps=2"])
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-2", "checkpoint-3"]
+    assert damage(tmp_path / "run" / "checkpoint-2") is None
+
+
+# Full and read-only disks
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of 4 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def error_of(flags, capsys):
+    """The sentence, last on the console, of a command that ends with exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        run_command(lambda: train.main(flags))
+    assert stopped.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1].removeprefix("error: ")
+
+
+def begin(arguments, folder, *more):
+    """Flags of a run in a folder that has made one of its updates and written checkpoint-1."""
+    flags = [*arguments("--checkpointing_steps=1"), f"--output_dir={folder}", *more]
+    train.main([*flags, "--max_train_steps=1"])
+    return flags
+
+
+@pytest.mark.parametrize("free", [20, 200, 400, 700])  # KiB: a checkpoint has 254 of weights and 516 of optimizer
+def test_full_disk_is_one_sentence_and_costs_no_checkpoint(arguments, disk, capsys, free):
+    flags = begin(arguments, disk / "run", "--checkpoints_total_limit=1")
+    room = shutil.disk_usage(disk).free - free * 1024
+    (disk / "ballast").write_bytes(bytes(room))
+    error = error_of(flags, capsys)
+    assert error.startswith(f"{disk / 'run'} cannot hold more (")
+    assert "free space there" in error
+    assert [path.name for path in (disk / "run").glob("checkpoint-*")] == ["checkpoint-1"]
+    assert damage(disk / "run" / "checkpoint-1") is None
+    (disk / "ballast").unlink()
+    train.main(flags)
+    assert damage(disk / "run" / "checkpoint-3") is None
+
+
+def test_too_little_space_is_said_before_training(arguments, disk, capsys):
+    begin(arguments, disk / "run")
+    assert "a checkpoint takes about" not in capsys.readouterr().err
+    (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - 700 * 1024))
+    flags = [*arguments("--checkpointing_steps=1"), f"--output_dir={disk / 'run'}"]
+    with pytest.raises(InputError):
+        train.main(flags)
+    assert f"CAUTION: {disk / 'run'} has 0.000668 GiB free and a checkpoint takes about" in capsys.readouterr().err
+
+
+def test_file_too_large_is_one_sentence(arguments, tmp_path, capsys):
+    flags, limits = begin(arguments, tmp_path / "run"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (400 * 1024, limits[1]))  # weights fit, the optimizer does not
+    try:
+        error = error_of(flags, capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.startswith(f"{tmp_path / 'run'} cannot hold more (")
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]
+    train.main(flags)
+
+
+@pytest.mark.parametrize("free", [100, 400])  # KiB: not for unet.pth; not for the pipeline
+def test_no_room_for_the_trained_model_is_one_sentence(arguments, disk, capsys, free):
+    (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - free * 1024))
+    error = error_of([*arguments("--checkpointing_steps=0"), f"--output_dir={disk / 'run'}"], capsys)
+    assert error.startswith(f"{disk / 'run'} cannot hold more (")
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_read_only_folder_is_one_sentence(arguments, request, tmp_path, capsys, begun):
+    if os.geteuid():
+        disk, run = tmp_path / "disk", tmp_path / "disk" / "run"
+    else:  # who may mount may also write where the mode forbids it
+        disk = request.getfixturevalue("disk")
+        run = disk / "run"
+    flags = begin(arguments, run) if begun else [*arguments(), f"--output_dir={run}"]
+    if os.geteuid():
+        disk.mkdir(exist_ok=True)
+        (run if begun else disk).chmod(0o555)
+    else:
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    error = error_of(flags, capsys)
+    (run if begun else disk).chmod(0o755) if os.geteuid() else None
+    assert error.startswith(str(run)) and error.endswith("): correct the path or its permissions")
+    assert not begun or damage(run / "checkpoint-1") is None
+
+
+# Pickled code
+
+
+class Payload:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+@pytest.mark.parametrize("name", [*FILES[:5], "custom_checkpoint_0.pkl"])
+def test_code_in_a_checkpoint_does_not_run(arguments, tmp_path, name):
+    """A checkpoint made by an attacker, with a manifest that fits."""
+    flags = arguments("--checkpointing_steps=1", "--use_ema")
+    train.main([*flags, "--max_train_steps=1"])
+    path, trace = tmp_path / "run" / "checkpoint-1" / name, tmp_path / "trace"
+    torch.save(Payload(trace), path)
+    torch.load(path, weights_only=False)
+    trace.rmdir()  # the payload works
+    (path.parent / "files.json").unlink()
+    seal(path.parent)
+    assert damage(path.parent) is None
+    if name == "random_states_0.pkl":  # accelerate goes on without it, and nothing here depends on it
+        train.main(flags)
+    else:
+        with pytest.raises((InputError, RuntimeError)):
+            train.main(flags)
+    assert not trace.exists()
+
+
+def test_code_in_a_scalers_state_does_not_run(tmp_path):
+    """fp16 needs a GPU; what accelerate calls for scaler.pt does not."""
+    torch.save(Payload(tmp_path / "trace"), tmp_path / "scaler.pt")
+    accelerate.PartialState()
+    with pytest.raises(pickle.UnpicklingError):
+        accelerate.checkpointing.load_accelerator_state(tmp_path, [], [], [], [], 0, scaler=torch.amp.GradScaler("cpu"))
+    assert not (tmp_path / "trace").exists()
