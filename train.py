@@ -142,7 +142,8 @@ def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
     optimizer = build_optimizer(config, family, unet, plan.learning_rate)
     lengths = {"num_warmup_steps": config.lr_warmup_steps, "num_training_steps": plan.steps}
     schedule = get_scheduler(config.lr_scheduler, optimizer, **lengths)
-    run = Run(config, accelerator, family, plan, seed, unet, reference, ema, optimizer, schedule)
+    meter = Meter(accelerator)
+    run = Run(config, accelerator, family, plan, seed, unet, reference, ema, optimizer, schedule, meter)
     dataset = build_dataset(run, pairs, "train")
     announce(run, notes)
     run.unet, run.optimizer, run.schedule = accelerator.prepare(unet, optimizer, schedule)
@@ -157,7 +158,7 @@ def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
             )
         for change in changes:
             log.warning(f"CAUTION: resuming with a change: {change}")
-        run.step = checkpoints.load_checkpoint(accelerator, ema, resume)
+        checkpoints.load_checkpoint(run, resume)
         log.info(f"resumed        {resume}, after {run.step} updates")
     if config.gradient_checkpointing == "auto":
         log.info(choose_checkpointing(run, dataset[run.step, 0]))
@@ -206,7 +207,7 @@ def train(run: Run, dataset: PairDataset, held_out: HeldOutPairs | None) -> int:
 
     Returns 0, or the number of the signal that stopped the run early, with a checkpoint.
     """
-    config, plan, metrics, meter = run.config, run.plan, start_logs(run), Meter(run.accelerator)
+    config, plan, metrics = run.config, run.plan, start_logs(run)
     with StopRequest(run.accelerator) as request:
         if run.step == 0:
             metrics.write(0, validate(run, held_out))
@@ -216,20 +217,20 @@ def train(run: Run, dataset: PairDataset, held_out: HeldOutPairs | None) -> int:
         first, began, skipped = run.step, time.monotonic(), Skips(run, dataset)
         while run.step < plan.steps:
             learning_rate = run.schedule.get_last_lr()[0]
-            skipped.note(update(run, micro_batches, meter))
+            skipped.note(update(run, micro_batches))
             progress.update()
 
             last, stop = run.step == plan.steps, request.agreed()
             if run.step % config.logging_steps == 0 or last:
                 speed = (run.step - first) * plan.global_batch / (time.monotonic() - began)
-                figures = meter.reduce() | {"lr": learning_rate, "pairs_per_second": speed} | skipped.reduce()
+                figures = run.meter.reduce() | {"lr": learning_rate, "pairs_per_second": speed}
                 show_progress(progress, figures)
                 metrics.write(run.step, figures)
             if run.step % config.validation_steps == 0 or last:
                 metrics.write(run.step, validate(run, held_out))
             due = config.checkpointing_steps and run.step % config.checkpointing_steps == 0
             if due or (stop and not last):
-                checkpoints.save_checkpoint(run.accelerator, config, plan, run.ema, run.step, run.seed)
+                checkpoints.save_checkpoint(run)
             if stop and not last:
                 return stop
         progress.close()

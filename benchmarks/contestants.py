@@ -121,19 +121,20 @@ class Ours:
         unet, reference, ema = build_models(config, family, self.accelerator)
         optimizer = build_optimizer(config, family, unet, plan.learning_rate)
         schedule = get_scheduler(config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps)
-        self.run = Run(config, self.accelerator, family, plan, 0, unet, reference, ema, optimizer, schedule)
+        meter = Meter(self.accelerator)
+        self.run = Run(config, self.accelerator, family, plan, 0, unet, reference, ema, optimizer, schedule, meter)
         for change in variant.changes:
             batch = change(self.run, batch)
         prepared = self.accelerator.prepare(unet, optimizer, schedule)
         self.run.unet, self.run.optimizer, self.run.schedule = prepared
         self.unet, self.reference, self.optimizer, self.family = unet, reference, self.run.optimizer, family
-        self.batches, self.meter = itertools.repeat(batch), Meter(self.accelerator)
+        self.batches = itertools.repeat(batch)
 
     def update(self) -> None:
         """One optimizer step, and its figures fetched once."""
-        if update(self.run, self.batches, self.meter) is not None:
+        if update(self.run, self.batches) is not None:
             raise RuntimeError("an update was skipped: random weights gave a loss or gradient that is not finite")
-        self.meter.reduce()
+        self.run.meter.reduce()
 
 
 def precision(device: torch.device) -> str:

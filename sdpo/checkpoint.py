@@ -23,11 +23,11 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from sdpo.config import InputError, Plan, TrainConfig
 from sdpo.families import load_weights
 from sdpo.files import brief, parse_json, read_text
+from sdpo.step import Run
 
 log = logging.getLogger(__name__)
 
@@ -99,14 +99,15 @@ def register_hooks(accelerator: Accelerator, unet: nn.Module) -> None:
     accelerator.register_load_state_pre_hook(load)
 
 
-def save_checkpoint(
-    accelerator: Accelerator, config: TrainConfig, plan: Plan, ema: AveragedModel | None, step: int, seed: int
-) -> Path:
-    """Write checkpoint-{step}; every rank calls this. The folder has its name only when it is complete and on the disk.
+def save_checkpoint(run: Run) -> Path:
+    """Write checkpoint-{step}; every rank calls this.
+
+    The folder has its name only when it is complete and on the disk.
 
     Raises InputError, and leaves older checkpoints as they were, if it cannot be written.
     """
-    folder = Path(config.output_dir, f"checkpoint-{step}")
+    accelerator, config, state = run.accelerator, run.config, run.state()
+    folder = Path(config.output_dir, f"checkpoint-{run.step}")
     partial = folder.with_name(folder.name + ".partial")
     try:
         with writing_to(config.output_dir):
@@ -116,10 +117,8 @@ def save_checkpoint(
             accelerator.save_state(str(partial))
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
-                if ema is not None:
-                    save_state_dict(ema.module.state_dict(), partial / "unet_ema.pth")
-                shape = {"config": dataclasses.asdict(config), "plan": dataclasses.asdict(plan)}
-                state = {"step": step, "seed": seed, **shape}
+                if run.ema is not None:
+                    save_state_dict(run.ema.module.state_dict(), partial / "unet_ema.pth")
                 (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
                 seal(partial)
                 put_in_place(partial, folder)
@@ -269,15 +268,14 @@ def space_caution(folder: str | Path, size: int) -> str | None:
 
 
 def read_state(checkpoint: Path) -> dict:
-    """state.json of a checkpoint: step, seed, config and plan; raises InputError for anything else."""
+    """state.json of a checkpoint: what Run.state gave; raises InputError for anything else."""
     path, fix = checkpoint / "state.json", "remove the checkpoint, or resume from another one"
     state = parse_json(read_text(path), path, fix)
-    kinds = {"step": int, "seed": int, "config": dict}
+    kinds = {"step": int, "seed": int, "config": dict, "plan": dict, "meter": dict}
     known = isinstance(state, dict) and all(type(state.get(key)) is kind for key, kind in kinds.items())
     if not known or min(state["step"], state["seed"]) < 0:
-        raise InputError(f"{path} does not hold step and seed, both 0 or more, and config; {fix}")
-    plan = state.get("plan", {})
-    if not isinstance(plan, dict) or not all(isinstance(value, int | float) for value in plan.values()):
+        raise InputError(f"{path} does not hold step and seed, both 0 or more, config, plan and meter; {fix}")
+    if not all(isinstance(value, int | float) for value in state["plan"].values()):
         raise InputError(f"{path} does not hold the plan as numbers; {fix}")
     return state
 
@@ -308,24 +306,27 @@ def changed_settings(config: TrainConfig, plan: Plan, checkpoint: Path) -> list[
     if config.seed is not None and config.seed != then["seed"]:
         changes.append(f"--seed was {then['seed']}, is {config.seed}")
     for name, what in {"global_batch": "the global batch", "pairs": "the number of pairs"}.items():
-        old, new = then.get("plan", {}).get(name), getattr(plan, name)
+        old, new = then["plan"].get(name), getattr(plan, name)
         if old not in (None, new):
             changes.append(f"{what} was {old:,}, is {new:,}")
     return changes
 
 
-def load_checkpoint(accelerator: Accelerator, ema: AveragedModel | None, checkpoint: Path) -> int:
-    """Put a checkpoint into the prepared objects and return the number of updates it has seen."""
+def load_checkpoint(run: Run, checkpoint: Path) -> None:
+    """Put a checkpoint into a prepared run; raises InputError if it does not fit."""
+    state = read_state(checkpoint)
     try:
-        accelerator.load_state(str(checkpoint))
+        run.accelerator.load_state(str(checkpoint))
+        run.accelerator.step = 0  # micro-steps, of which this run may make another number per update
+        run.meter.load(state["meter"])
     except InputError:
         raise
     except Exception as error:  # torch, pickle and the objects' own
         raise InputError(
             f"{checkpoint} cannot be resumed from ({brief(error)}); remove it, or resume from another one"
         ) from error
-    if ema is not None:
+    if run.ema is not None:
         if not (checkpoint / "unet_ema.pth").is_file():
             raise InputError(f"{checkpoint} has no unet_ema.pth: it was trained without --use_ema; resume without it")
-        load_weights(ema.module, checkpoint / "unet_ema.pth")
-    return read_state(checkpoint)["step"]
+        load_weights(run.ema.module, checkpoint / "unet_ema.pth")
+    run.step = state["step"]

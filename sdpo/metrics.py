@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -54,10 +55,12 @@ def sum_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 class Meter:
-    """Averages of scalars over micro-steps and ranks, minima for names in /min; one transfer per reduction."""
+    """Averages of scalars over micro-steps, updates and ranks, minima for names in /min; one transfer per reduction."""
 
     def __init__(self, accelerator: Accelerator):
-        self.accelerator, self.sums, self.counts, self.unreadable = accelerator, {}, {}, 0
+        self.accelerator, self.unreadable = accelerator, 0
+        self.sums: dict[str, Tensor] = {}  # over updates, of this rank; minima for names in /min
+        self.made = self.skipped = 0  # updates
 
     def count_unreadable(self, reports: list[str], limit: int) -> None:
         """Report pairs that were replaced because an image could not be read; raises InputError past the limit."""
@@ -70,30 +73,52 @@ class Meter:
                 f"the last: {reports[-1]}"
             )
 
-    def add(self, values: dict[str, Tensor]) -> None:
-        """Take in scalars without leaving the device."""
-        for name, value in values.items():
-            value = value.detach().float()
-            if name not in self.sums:
-                self.sums[name], self.counts[name] = value, 1
+    def add(self, micro_steps: list[dict[str, Tensor]]) -> None:
+        """Take in the scalars of an update's micro-steps without leaving the device."""
+        for name in micro_steps[0]:
+            values = torch.stack([scalars[name].detach().float() for scalars in micro_steps])
+            if name.endswith("/min"):
+                self.sums[name] = torch.minimum(self.sums.get(name, values[0]), values.min())
             else:
-                self.sums[name] = (
-                    torch.minimum(self.sums[name], value) if name.endswith("/min") else self.sums[name] + value
-                )
-                self.counts[name] += 1
+                self.sums[name] = self.sums.get(name, 0) + values.mean()
+        self.made += 1
 
     def reduce(self) -> dict[str, float]:
-        """Values over all ranks since the last reduction, on every rank."""
-        names = list(self.sums)
-        if not names:  # every update was skipped
-            return {}
-        local = torch.stack([self.sums[name] / (1 if name.endswith("/min") else self.counts[name]) for name in names])
-        ranks = self.accelerator.gather(local[None]).cpu()  # (processes, names)
-        self.sums, self.counts = {}, {}
-        return {
-            name: (ranks[:, i].min() if name.endswith("/min") else ranks[:, i].mean()).item()
-            for i, name in enumerate(names)
+        """Values over all ranks since the last reduction, on every rank, and the number of updates skipped."""
+        figures = {
+            name: values.min() if name.endswith("/min") else (values / self.made).mean()
+            for name, values in self._gather().items()
         }
+        skipped = self.skipped
+        self.sums, self.made, self.skipped = {}, 0, 0
+        return {name: value.item() for name, value in figures.items()} | {"skipped_updates": skipped}
+
+    def state(self) -> dict[str, Any]:
+        """What was taken in since the last reduction, for a checkpoint; every rank calls this."""
+        sums = {name: values.tolist() for name, values in self._gather().items()}
+        return {"sums": sums, "made": self.made, "skipped": self.skipped}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what state() gave; where the number of ranks has changed, every rank takes their mean.
+
+        Raises ValueError for anything else.
+        """
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        try:
+            for name, values in state["sums"].items():
+                values = torch.tensor(values, device=self.accelerator.device)
+                reduced = values.min() if name.endswith("/min") else values.mean()
+                self.sums[name] = values[rank] if len(values) == ranks else reduced
+            self.made, self.skipped = int(state["made"]), int(state["skipped"])
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+            raise ValueError(f"not the state of a meter: {state}") from error
+
+    def _gather(self) -> dict[str, Tensor]:
+        """Sums of every rank (processes,) on the CPU, by name; one transfer."""
+        if not self.sums:
+            return {}
+        ranks = self.accelerator.gather(torch.stack(list(self.sums.values()))[None]).cpu()  # (processes, names)
+        return dict(zip(self.sums, ranks.unbind(1), strict=True))
 
 
 class MetricsLog:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers
@@ -42,7 +44,13 @@ class Run:
     ema: AveragedModel | None
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
+    meter: Meter
     step: int = 0  # updates made or skipped
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint says about the run beside weights and optimizer; every rank calls this."""
+        shape = {"config": dataclasses.asdict(self.config), "plan": dataclasses.asdict(self.plan)}
+        return {"step": self.step, "seed": self.seed, **shape, "meter": self.meter.state()}
 
     @property
     def sharded(self) -> bool:
@@ -129,7 +137,7 @@ class Skipped:
     losses: list[float]
 
 
-def update(run: Run, micro_batches: Iterator[Batch], meter: Meter) -> Skipped | None:
+def update(run: Run, micro_batches: Iterator[Batch]) -> Skipped | None:
     """One optimizer step over the accumulated micro-batches, the schedule's and the average's.
 
     If a loss or gradient of any rank is not finite, every rank leaves weights, optimizer, schedule and average as they
@@ -138,7 +146,7 @@ def update(run: Run, micro_batches: Iterator[Batch], meter: Meter) -> Skipped | 
     measured: list[dict[str, Tensor]] = []
     for _ in range(run.plan.accumulation):
         batch = next(micro_batches)
-        meter.count_unreadable(batch.unreadable, run.config.max_unreadable_images)
+        run.meter.count_unreadable(batch.unreadable, run.config.max_unreadable_images)
         with run.accelerator.accumulate(run.unet):
             loss, values = compute_loss(run, batch.to(run.accelerator.device))
             measured.append(values)
@@ -151,10 +159,9 @@ def update(run: Run, micro_batches: Iterator[Batch], meter: Meter) -> Skipped | 
             run.optimizer.zero_grad()
     run.step += 1
     if not made:
+        run.meter.skipped += 1
         return Skipped(norm.item(), [values["train_loss"].item() for values in measured])
-    for values in measured:
-        meter.add(values)
-    meter.add({"grad_norm": norm})
+    run.meter.add([values | {"grad_norm": norm} for values in measured])
     run.schedule.step()
     if run.ema:
         run.ema.update_parameters(run.accelerator.unwrap_model(run.unet))

@@ -53,14 +53,13 @@ class Skips:
     """Updates that were skipped: each is reported with its pairs, and too many in a row end the run."""
 
     def __init__(self, run: Run, dataset: PairDataset):
-        self.run, self.dataset, self.in_a_row, self.since_logged = run, dataset, 0, 0
+        self.run, self.dataset, self.in_a_row = run, dataset, 0
 
     def note(self, skipped: Skipped | None) -> None:
         """Take in the outcome of an update; raises InputError, after a checkpoint, for one too many in a row."""
         if skipped is None:
             self.in_a_row = 0
             return
-        self.since_logged += 1
         scaler, config = self.run.accelerator.scaler, self.run.config
         if scaler is not None and scaler.get_scale() > 1:
             return  # fp16's scale is being found
@@ -69,9 +68,7 @@ class Skips:
         log.error(report)
         if self.in_a_row < config.max_skipped_updates:
             return
-        folder = save_checkpoint(
-            self.run.accelerator, config, self.run.plan, self.run.ema, self.run.step, self.run.seed
-        )
+        folder = save_checkpoint(self.run)
         raise InputError(
             f"{self.in_a_row} updates in a row skipped, the last: {report}. {folder} holds the last good weights. Look "
             "at these pairs, lower --learning_rate, or try --mixed_precision bf16 or no; then --resume_with_changes"
@@ -87,8 +84,3 @@ class Skips:
         more = f" and {len(places) - SHOWN_ROWS} more" if len(places) > SHOWN_ROWS else ""
         losses = f"losses of {len(bad)} micro-batches not finite" if bad else "losses finite"
         return f"gradient norm {skipped.grad_norm:g}, {losses}, rows {rows}{more} of {self.dataset.pairs.source}"
-
-    def reduce(self) -> dict[str, int]:
-        """Number of skipped updates since the last call, the same on every rank."""
-        count, self.since_logged = self.since_logged, 0
-        return {"skipped_updates": count}

@@ -4,6 +4,9 @@ import os
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
@@ -16,6 +19,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from sdpo.rng import draw, normal
 from sdpo.tiny import make_pairs, pictures
 from sdpo.tiny.train_base import TOKENS, build_tokenizer
 
@@ -30,9 +34,18 @@ def text_config(tokenizer, width):
     )  # fmt: skip
 
 
+def draw_weights(model):
+    """Weights drawn by name, so that no library's own initialisation decides them; norms too are not the identity."""
+    for name, parameter in model.named_parameters():
+        value = torch.from_numpy(normal(0, name, (), tuple(parameter.shape)))
+        if parameter.dim() > 1:
+            parameter.data = value / parameter[0].numel() ** 0.5
+        else:
+            parameter.data = name.endswith("weight") + 0.05 * value
+
+
 def build_pipeline(family, prediction_type="epsilon"):
-    """A pipeline with some 100,000 random weights; norms too, which a fresh model leaves at 1 and 0."""
-    torch.manual_seed(0)
+    """A pipeline with some 100,000 random weights."""
     tokenizer, xl = build_tokenizer(), family == "sdxl"
     added = {
         "addition_embed_type": "text_time",
@@ -63,8 +76,7 @@ def build_pipeline(family, prediction_type="epsilon"):
     else:
         parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     for model in (value for value in parts.values() if isinstance(value, torch.nn.Module)):
-        for parameter in model.parameters():
-            parameter.data += 0.05 * torch.randn_like(parameter)
+        draw_weights(model)
     return (StableDiffusionXLPipeline if xl else StableDiffusionPipeline)(**parts)
 
 
@@ -84,6 +96,20 @@ def pairs_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pairs")
     make_pairs.write_split(pictures.TRAINED, 120, 0, folder / "train.parquet")
     make_pairs.write_split(pictures.HELD_OUT, 24, 1, folder / "validation.parquet")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wide_pairs(tmp_path_factory):
+    """A parquet file of 44 pairs, 4 of them ties, of 20 x 16 pixels of noise: 16 pixels are cropped without resizing."""
+    rng, rows = draw(0, "wide-pairs"), []
+    for i in range(44):
+        images = rng.integers(256, size=(2, 16, 20, 3), dtype=np.uint8)
+        label = 0.5 if i % 11 == 10 else i % 2
+        rows.append({"caption": f"a {'small' if i % 3 else 'large'} circle {i}", "label_0": float(label)})
+        rows[-1] |= {name: make_pairs.encode(image) for name, image in zip(("jpg_0", "jpg_1"), images, strict=True)}
+    folder = tmp_path_factory.mktemp("wide-pairs")
+    pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
     return folder
 
 

@@ -12,7 +12,7 @@ from sdpo.config import TrainConfig, parse_flags
 from sdpo.families import load_family
 from sdpo.inputs import Inputs
 from sdpo.memory import checkpoint_units, choose_units
-from sdpo.metrics import Meter, read_metrics
+from sdpo.metrics import read_metrics
 from sdpo.step import update
 
 GIB = 2**30
@@ -116,14 +116,13 @@ def test_compiled_blocks_keep_the_margin_exact_and_are_compiled_once(arguments, 
     run, dataset, held_out = train.set_up(config)
     assert all(value == 0 for name, value in train.validate(run, held_out).items() if "change" in name)
     batches = iter(train.train_loader(config, dataset, run.plan, 0, 0))
-    meter = Meter(run.accelerator)
-    update(run, batches, meter)
-    first = meter.reduce()
+    update(run, batches)
+    first = run.meter.reduce()
     assert first["rewards/margins"] == 0 and first["avg_lose_diff_loss"] == 0
     with torch.compiler.set_stance("fail_on_recompile"):
-        update(run, batches, meter)
+        update(run, batches)
         train.validate(run, held_out)
-        update(run, batches, meter)
+        update(run, batches)
     train.main(arguments(*[flag for flag in flags if flag != "--compile"], "--logging_steps=1", out="eager"))
     eager = dict(read_metrics(tmp_path / "eager", "grad_norm"))
     assert first["grad_norm"] == pytest.approx(eager[1], rel=0.02)

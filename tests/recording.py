@@ -1,0 +1,106 @@
+"""Runs of train.py that note what every update saw: draws, losses, gradients. As a script: several runs on every rank."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+import train
+from sdpo import step
+from sdpo.families import load_weights
+
+DEFAULTS = {
+    "resolution": 16, "mixed_precision": "no", "seed": 7, "report_to": "none", "lr_warmup_steps": 2, "learning_rate": 1e-3,
+    "beta_dpo": 10, "dmpo_alpha": 0.01, "checkpointing_steps": 0,
+}  # fmt: skip
+
+
+def arguments(base, data, output, **settings):
+    """Command line of a run on a tiny pipeline."""
+    places = {"pretrained_model_name_or_path": base, "train_data_dir": data, "output_dir": output}
+    return [f"--{name}={value}" for name, value in (DEFAULTS | places | settings).items()]
+
+
+def by_pair(batch, inputs):
+    """What was drawn for the pairs of a micro-batch: each a tensor (B, ...) or a list of B."""
+    pairs = len(batch.captions)
+    members = {name: getattr(batch, name).unflatten(0, (-1, pairs)).transpose(0, 1) for name in ("pixels", "posterior")}
+    shared = {name: getattr(batch, name) for name in ("noise", "input_noise", "uniform", "captions")}
+    return members | shared | {"timesteps": inputs.timesteps[:pairs]}
+
+
+class Recorder:
+    """Stands between train.py and its parts; `teacher` is a run whose checkpoints the policy takes before each update."""
+
+    def __init__(self, patch, teacher=None):
+        self.updates, self.teacher = [], teacher
+        for owner, name in (
+            (train, "update"),
+            (step, "make_inputs"),
+            (step, "compute_loss"),
+            (Accelerator, "clip_grad_norm_"),
+        ):
+            original, wrapper = getattr(owner, name), getattr(self, name.strip("_"))
+            patch.setattr(owner, name, lambda *given, f=original, wrapper=wrapper: wrapper(f, *given))
+
+    def update(self, original, run, *given):
+        if self.teacher and run.step:
+            unet = run.accelerator.unwrap_model(run.unet)
+            load_weights(unet, Path(self.teacher, f"checkpoint-{run.step}", "unet.pth"))
+        self.updates.append({"step": run.step, "draws": [], "losses": [], "gradient": None})
+        original(run, *given)
+
+    def make_inputs(self, original, family, batch):
+        inputs = original(family, batch)
+        self.updates[-1]["draws"].append(by_pair(batch, inputs))
+        return inputs
+
+    def compute_loss(self, original, *given):
+        loss, values = original(*given)
+        self.updates[-1]["losses"].append(loss.item())
+        return loss, values
+
+    def clip_grad_norm(self, original, accelerator, parameters, limit):
+        parameters = list(parameters)
+        self.updates[-1]["gradient"] = torch.cat([parameter.grad.flatten() for parameter in parameters])
+        return original(accelerator, parameters, limit)
+
+
+def record(command, teacher=None):
+    """Train on the CPU; one dict per update of what this rank saw."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        patch.setattr(Accelerator, "end_training", lambda self: None)  # it would end the process group for later runs
+        recorder = Recorder(patch, teacher)
+        train.main(command)
+    return recorder.updates
+
+
+def record_on_ranks(ranks, jobs, folder):
+    """`record` of several (command, teacher) one after the other on several ranks: [job][rank] -> updates."""
+    (folder / "jobs.json").write_text(json.dumps([(command, str(teacher or "")) for command, teacher in jobs]))
+    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", __file__, folder]
+    root = str(Path(__file__).parents[1])
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    result = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return [[torch.load(folder / f"job-{job}-rank-{rank}.pt") for rank in range(ranks)] for job in range(len(jobs))]
+
+
+def main(folder):
+    torch.set_num_threads(1)
+    for job, (command, teacher) in enumerate(json.loads(Path(folder, "jobs.json").read_text())):
+        updates = record(command, teacher)
+        torch.save(updates, Path(folder, f"job-{job}-rank-{os.environ['RANK']}.pt"))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,90 @@
+"""A run that is stopped after any update and started again is the same run: weights, optimizer, metrics, data read."""
+
+import json
+import shutil
+
+import pytest
+from recording import arguments, record_on_ranks
+from test_stopping import optimizer_state
+from test_training import same, weights
+
+import train
+from sdpo.metrics import read_metrics
+from sdpo.pairs import Pairs
+
+STEPS = 6
+RUN = {
+    "max_train_steps": STEPS, "train_batch_size": 2, "global_batch_size": 16, "checkpointing_steps": 1, "random_crop": True,
+    "lr_scheduler": "cosine", "use_ema": True, "ema_decay": 0.9, "validation_pairs": 4, "validation_steps": 2,
+    "learning_rate": 1e-4, "use_winner_preserving": True, "winner_preserving_mu": 0.5, "winner_preserving_per": "pair",
+}  # fmt: skip
+
+
+def metrics(folder):
+    """Rows of metrics.jsonl without what the clock says."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "pairs_per_second"} for row in rows]
+
+
+def assert_same_run(folder, whole):
+    for name in ("unet.pth", "unet_ema.pth"):
+        assert same(weights(folder, name), weights(whole, name))
+    assert same(optimizer_state(folder / f"checkpoint-{STEPS}"), optimizer_state(whole / f"checkpoint-{STEPS}"))
+    assert metrics(folder) == metrics(whole)
+    logged = [step for step, _ in read_metrics(folder, "train_loss")]
+    assert logged == sorted(set(logged)) and logged[-1] == STEPS
+
+
+def leave(whole, folder, step):
+    """What a run that got as far as the next checkpoint, and lost it, leaves behind."""
+    folder.mkdir()
+    shutil.copytree(whole / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+    shutil.copy(whole / "metrics.jsonl", folder)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"dataloader_num_workers": 0, "sdxl": False},
+        {"dataloader_num_workers": 2, "sdxl": False, "logging_steps": 4},  # averages over updates before and after
+        {"dataloader_num_workers": 0, "sdxl": True, "optimizer": "adamw"},
+    ],
+    ids=["sd15", "workers", "sdxl"],
+)
+def test_stopping_after_any_update_changes_nothing(bases, wide_pairs, tmp_path, monkeypatch, settings):
+    base, loaded, original = bases["sdxl" if settings["sdxl"] else "sd15", "epsilon"], [], Pairs.load
+    monkeypatch.setattr(
+        Pairs, "load", lambda pairs, index, members: loaded.append(index) or original(pairs, index, members)
+    )
+    train.main(arguments(base, wide_pairs, tmp_path / "whole", **RUN | settings))
+    whole, held_out = list(loaded), RUN["validation_pairs"]
+    assert len(whole) in (held_out, held_out + 16 * STEPS)  # workers load in processes of their own
+    for step in range(1, STEPS):
+        loaded.clear()
+        leave(tmp_path / "whole", tmp_path / f"cut-{step}", step)
+        train.main(arguments(base, wide_pairs, tmp_path / f"cut-{step}", **RUN | settings))
+        assert_same_run(tmp_path / f"cut-{step}", tmp_path / "whole")
+        assert loaded == whole[:held_out] + whole[held_out + 16 * step :]  # no data but what is trained on
+
+
+def test_on_two_ranks_too_and_with_another_number_of_ranks(bases, wide_pairs, tmp_path):
+    """Two ranks go on from two, bit for bit; two from one, and one from two, to rounding."""
+    names = ("one", "two", "again", "more", "less")
+    smooth = {
+        "adam_epsilon": 0.1,
+        "learning_rate": 1e-2,
+    }  # Adam otherwise turns the rounding of small gradients into steps
+    settings = RUN | {"use_ema": False, "logging_steps": 1} | smooth
+    command = {name: arguments(bases["sd15", "epsilon"], wide_pairs, tmp_path / name, **settings) for name in names}
+    train.main(command["one"])
+    leave(tmp_path / "one", tmp_path / "more", 3)
+    record_on_ranks(2, [(command["two"], None), (command["more"], None)], tmp_path)
+    leave(tmp_path / "two", tmp_path / "again", 3)
+    leave(tmp_path / "two", tmp_path / "less", 3)
+    record_on_ranks(2, [(command["again"], None)], tmp_path)
+    train.main(command["less"])
+    assert same(weights(tmp_path / "again"), weights(tmp_path / "two"))
+    assert metrics(tmp_path / "again") == metrics(tmp_path / "two")
+    losses = {name: dict(read_metrics(tmp_path / name, "train_loss")) for name in names}
+    for name in ("two", "more", "less"):
+        assert losses[name] == pytest.approx(losses["one"], rel=1e-5)
