@@ -532,7 +532,7 @@ CHECKPOINTS = {  # damage to a checkpoint: (what does it, message)
     "step not finite": (edit("state.json", step=float("nan")), r"state.json does not hold step and seed"),
     "settings a list": (edit("state.json", config=[]), r"state.json does not hold step and seed, .* config"),
     "plan a list": (edit("state.json", plan=[]), r"state.json does not hold step and seed, .* plan"),
-    "meter of texts": (edit("state.json", meter={"sums": {"x": ["y"]}}), r"cannot be resumed from \(not the state of a meter"),
+    "meter of texts": (edit("state.json", meter={"sums": {"x": ["y"]}}), r"checkpoint-1 cannot be resumed from \(.*\); remove it"),
     "plan of texts": (edit("state.json", plan={"pairs": "x"}), r"state.json does not hold the plan as numbers; remove"),
     "weights cut off": (cut("unet.pth"), r"unet.pth cannot be read as weights"),
     "weights with code": (malicious("unet.pth"), r"unet.pth cannot be read as weights"),

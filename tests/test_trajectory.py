@@ -9,10 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from recording import arguments
-
-import train
-from sdpo.metrics import read_metrics
 
 REWRITE = "REWRITE_TRAJECTORIES"
 FILE = Path(__file__).parent / "data" / "trajectories.json"
@@ -29,6 +25,11 @@ RTOL = 1e-4
 
 def follow(base, data, output, **settings):
     """{metric: its values after every update} of a run on a tiny random pipeline."""
+    from recording import arguments
+
+    import train  # after pytest has set the path, also where this file is run as a script
+    from sdpo.metrics import read_metrics
+
     train.main(arguments(base, data, output, **RUN | settings))
     return {name: [float(f"{value:.7g}") for _, value in read_metrics(output, name)] for name in METRICS}
 
