@@ -76,7 +76,7 @@ class Meter:
     def add(self, micro_steps: list[dict[str, Tensor]]) -> None:
         """Take in the scalars of an update's micro-steps without leaving the device."""
         for name in micro_steps[0]:
-            values = torch.stack([scalars[name].detach().float() for scalars in micro_steps])
+            values = torch.stack([scalars[name].float() for scalars in micro_steps])
             if name.endswith("/min"):
                 self.sums[name] = torch.minimum(self.sums.get(name, values[0]), values.min())
             else:

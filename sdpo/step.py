@@ -119,14 +119,14 @@ def compute_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         prediction = family.predict(run.unet, inputs.noisy, inputs.timesteps, inputs.conditioning)
     if config.method == "sft":
         loss = sft(prediction, inputs.target).mean()
-        return loss, {"train_loss": loss}
+        return loss, {"train_loss": loss.detach()}
     mu = config.winner_preserving_mu if config.use_winner_preserving else None
     scaling = {"mu": mu, "per_pair": config.winner_preserving_per == "pair", "constant": config.constant_loser_scale}
     terms = pair_terms(prediction, reference, inputs.target, config.beta_dpo, **scaling)
     form = family.dspo_form if config.dspo_form == "auto" else config.dspo_form
     method = f"dspo-{form}" if config.method == "dspo" else config.method
     loss = PAIR_LOSSES[method](terms, config.beta_dpo, config.dmpo_alpha).mean()
-    return loss, {"train_loss": loss, **pair_metrics(terms, config.beta_dpo)}
+    return loss, {"train_loss": loss.detach(), **pair_metrics(terms, config.beta_dpo)}
 
 
 @dataclass(frozen=True)
