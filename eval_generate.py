@@ -9,29 +9,15 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-import diffusers
-import transformers
 from accelerate import Accelerator
 
 from sdpo.config import parse_flags, run_command
+from sdpo.console import start_console
 from sdpo.generation import EvalConfig, generate
 from sdpo.report import write_report
 from sdpo.scoring import Scored, ScoringOptions, score_manifest, score_share, split_pairs, take_in_shares
 from sdpo.summary import summarise, write_summary
 from sdpo.winrates import collect_run
-
-
-def start_accelerator() -> Accelerator:
-    """Accelerate, and console logging on rank 0."""
-    accelerator = Accelerator()
-    level = logging.INFO if accelerator.is_main_process else logging.ERROR
-    logging.basicConfig(format="%(message)s", level=level, force=True)
-    for name in ("httpx", "accelerate", "huggingface_hub"):
-        logging.getLogger(name).setLevel(logging.ERROR)  # what fails in the end is said once, by InputError
-    for library in (diffusers, transformers):
-        library.utils.logging.disable_progress_bar()
-        library.utils.logging.set_verbosity_error()
-    return accelerator
 
 
 def score(config: EvalConfig, manifests: dict[str, Path], accelerator: Accelerator) -> dict[str, Scored]:
@@ -58,7 +44,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Path]:
         from sdpo.scorers import check_parts  # slow to import, and not needed where all scores are there
 
         check_parts(dict(split_pairs(config.weights, "--weights")))
-    accelerator = start_accelerator()
+    accelerator = Accelerator()
+    start_console(accelerator.is_main_process)
     manifests, side = generate(config, accelerator)
     for path in manifests.values():
         logging.info(f"manifest       {path}")

@@ -29,6 +29,7 @@ from sdpo.config import InputError, Plan, TrainConfig, parse_flags, run_command
 from sdpo.console import start_console
 from sdpo.data import PairDataset, Transform, train_loader
 from sdpo.families import load_family
+from sdpo.files import write_text
 from sdpo.heldout import HeldOutPairs
 from sdpo.memory import choose_checkpointing, planned_memory
 from sdpo.metrics import Meter, MetricsLog
@@ -192,8 +193,7 @@ def start_logs(run: Run) -> MetricsLog:
     settings = {**dataclasses.asdict(run.config), "seed": run.seed}
     if run.accelerator.is_main_process:
         text = json.dumps({"config": settings, "plan": dataclasses.asdict(run.plan)}, indent=2) + "\n"
-        path = Path(run.config.output_dir, "config.json")
-        checkpoints.write_file(path, lambda partial: partial.write_text(text))
+        write_text(Path(run.config.output_dir, "config.json"), text)
     shown = {name: value for name, value in settings.items() if value is not None}
     run.accelerator.init_trackers(run.config.tracker_project_name, shown)
     return MetricsLog(run.accelerator, run.config.output_dir, run.step)

@@ -30,8 +30,8 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.eval import environment  # noqa: E402
 from sdpo.batch import collate  # noqa: E402
 from sdpo.cache import SHARD_BYTES, CachedPairs, Shards, cut  # noqa: E402
-from sdpo.checkpoint import write_file  # noqa: E402
 from sdpo.data import PairDataset, Transform  # noqa: E402
+from sdpo.files import write_file  # noqa: E402
 from sdpo.pairs import IMAGES, Pairs  # noqa: E402
 from sdpo.rng import normal  # noqa: E402
 

@@ -28,8 +28,8 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from sdpo.checkpoint import write_file  # noqa: E402
 from sdpo.families import StableDiffusion, load_family  # noqa: E402
+from sdpo.files import write_file  # noqa: E402
 from sdpo.sampling import draw_noise, sample  # noqa: E402
 from sdpo.scorers import Aesthetics, ClipScore, Head, HPSv2, HPSv21, PickScore, Scorer, score_rows  # noqa: E402
 from sdpo.tiny import pictures  # noqa: E402

@@ -40,7 +40,7 @@ from benchmarks.baseline import OfficialLoop  # noqa: E402
 from benchmarks.contestants import VARIANTS, Ours, build, cache_latents, precision  # noqa: E402
 from benchmarks.counting import count, counted  # noqa: E402
 from benchmarks.tables import PARTS, markdown, show_check, show_safeguard  # noqa: E402
-from sdpo.checkpoint import write_file  # noqa: E402
+from sdpo.files import write_file  # noqa: E402
 from sdpo.losses import pair_terms  # noqa: E402
 from sdpo.rng import draw  # noqa: E402
 from sdpo.step import DTYPES  # noqa: E402

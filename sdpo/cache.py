@@ -32,11 +32,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from sdpo.checkpoint import write_file
 from sdpo.config import InputError, TrainConfig, flag, parse_flags, run_command
 from sdpo.console import start_console
 from sdpo.data import Transform
 from sdpo.families import Conditioning, StableDiffusion, load_family
+from sdpo.files import write_file, write_text
 from sdpo.inputs import normalise
 from sdpo.pairs import Pairs, column, decode, prepare_pairs
 from sdpo.step import DTYPES
@@ -68,9 +68,7 @@ class Shards:
 
     def create(self) -> None:
         """Write index.json."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"key": self.key}, indent=2) + "\n"
-        write_file(self.folder / "index.json", lambda partial: partial.write_text(text))
+        write_text(self.folder / "index.json", json.dumps({"key": self.key}, indent=2) + "\n")
 
     def scan(self) -> None:
         """Note where each row of the complete files is; raises InputError for a file that is damaged."""
@@ -84,7 +82,7 @@ class Shards:
         """Write one file of len(names) rows; every tensor is (len(names), ...)."""
         about = {"names": names, "notes": notes, "sha256": hash_content(names, notes, tensors)}
         path = self.folder / f"{hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]}.safetensors"
-        write_file(path, lambda partial: save_synced(tensors, partial, about, self.folder / "index.json"))
+        write_file(path, lambda partial: save_readable(tensors, partial, about, self.folder / "index.json"))
 
     def read(self, place: tuple[int, int]) -> dict[str, Tensor]:
         """The tensors of one row, as views of the mapped file."""
@@ -131,12 +129,10 @@ def hash_content(names: list, notes: dict[str, str], tensors: dict[str, Tensor])
     return digest.hexdigest()
 
 
-def save_synced(tensors: dict[str, Tensor], path: Path, about: dict, model: Path) -> None:
-    """Write a safetensors file with the permissions of the file `model`, and wait until it is on disk."""
+def save_readable(tensors: dict[str, Tensor], path: Path, about: dict, model: Path) -> None:
+    """Write a safetensors file with the permissions of the file `model`."""
     save_file(tensors, path, {"about": json.dumps(about)})
     shutil.copymode(model, path)  # save_file lets nobody else read it
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 # What a cache is made from

@@ -1,6 +1,6 @@
 """Checkpoints that are either whole or absent, and resuming from them.
 
-checkpoint-{step}/ holds unet.pth (plain fp32 state dict), unet_ema.pth, state.json (step, seed, config), accelerate's
+checkpoint-{step}/ holds unet.pth (plain fp32 state dict), unet_ema.pth, state.json (Run.state), accelerate's
 optimizer, schedule and scaler, and files.json: size and sha256 of all of these, written last. Nothing about data or
 random numbers is needed: both are functions of the step.
 """
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from sdpo.config import InputError, Plan, TrainConfig
 from sdpo.families import load_weights
-from sdpo.files import brief, parse_json, read_text
+from sdpo.files import brief, parse_json, read_text, sync, write_file
 from sdpo.step import Run
 
 log = logging.getLogger(__name__)
@@ -36,24 +36,6 @@ NO_ROOM = ("I/O error: No space left", "inline_container", "iostream error")  # 
 
 
 # Files
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_file(path: Path, write) -> None:
-    """Let `write` make the file under another name and move it into place, so that it is never seen half written."""
-    partial = path.with_name(path.name + ".partial")
-    write(partial)
-    sync(partial)
-    os.replace(partial, path)
-    sync(path.parent)
 
 
 @contextmanager
@@ -100,9 +82,7 @@ def register_hooks(accelerator: Accelerator, unet: nn.Module) -> None:
 
 
 def save_checkpoint(run: Run) -> Path:
-    """Write checkpoint-{step}; every rank calls this.
-
-    The folder has its name only when it is complete and on the disk.
+    """Write checkpoint-{step}; every rank calls this. The folder has its name only when it is complete and on the disk.
 
     Raises InputError, and leaves older checkpoints as they were, if it cannot be written.
     """

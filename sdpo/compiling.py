@@ -20,9 +20,7 @@ def compile_blocks(model: nn.Module) -> None:
     torch._dynamo.config.recompile_limit = 64  # every shape of a block counts, for policy and reference
     for block in model.modules():
         if type(block).__name__ in model._repeated_blocks:
-            block.requires_grad_(
-                True
-            )  # decides the graph; what is frozen is in no optimizer and its outputs are detached
+            block.requires_grad_(True)  # decides the graph; outputs of what is frozen are detached
             compiled = torch.compile(block.forward, fullgraph=True, dynamic=False)
             block.forward = functools.partial(_run, compiled)
 

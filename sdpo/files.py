@@ -1,8 +1,10 @@
-"""Text and JSON that users give: read, or refused in one sentence."""
+"""Files: text and JSON that users give, read or refused in one sentence; files of ours, written whole or not at all."""
 
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,3 +39,27 @@ def is_text(value: Any) -> bool:
         return isinstance(value, str) and value.encode() is not None
     except UnicodeEncodeError:
         return False
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make the file under another name and move it into place, so that it is never seen half written."""
+    partial = path.with_name(path.name + ".partial")
+    write(partial)
+    sync(partial)
+    os.replace(partial, path)
+    sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, and the folder for it, so that it is never seen half written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))

@@ -27,9 +27,9 @@ from PIL import ExifTags, Image
 from torch import nn
 from tqdm.auto import tqdm
 
-from sdpo.checkpoint import write_file
 from sdpo.config import InputError, flag
 from sdpo.families import FAMILIES, StableDiffusion, load_family, load_part, read_pipeline_class
+from sdpo.files import write_file
 from sdpo.hub import fetch
 from sdpo.manifest import write_manifest
 from sdpo.prompts import GROUPS, OFFICIAL, Prompt, read_prompts

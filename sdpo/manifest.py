@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sdpo.config import InputError
-from sdpo.files import is_text, parse_json, read_text
+from sdpo.files import is_text, parse_json, read_text, write_text
 
 ABOUT_A_ROW = {"image", "prompt", "models", "sha256"}  # keys of a row of scores that are not metrics
 MAX_SCORE = 1e100
@@ -39,14 +39,6 @@ class Entry:
     def key(self) -> tuple[str, str]:
         """What identifies the entry's scores."""
         return self.image, self.prompt
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file under another name and move it into place, so that it is never seen half written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def check_labels(labels: Sequence[str]) -> None:
@@ -74,7 +66,7 @@ def write_manifest(path: str | Path, entries: Iterable[dict[str, Any]]) -> None:
     """
     order = ("prompt", "gen_image_path", "raw_image_path", "metadata")
     complete = [{**dict.fromkeys(order), "raw_image_path": "", "metadata": {}, **entry} for entry in entries]
-    write_atomically(Path(path), json.dumps(complete, indent=2))
+    write_text(Path(path), json.dumps(complete, indent=2))
 
 
 def read_manifest(path: str | Path) -> list[Entry]:
@@ -221,7 +213,7 @@ def append_scores(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
 
 def write_scores(path: str | Path, scores: Scores) -> None:
     """Write the file anew with one row per image, whole or not at all."""
-    write_atomically(Path(path), "".join(json.dumps(row) + "\n" for row in scores.values()))
+    write_text(Path(path), "".join(json.dumps(row) + "\n" for row in scores.values()))
 
 
 def drop_stale(entries: Iterable[Entry], scores: Scores) -> Scores:

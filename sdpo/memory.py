@@ -24,7 +24,7 @@ FREE_SHARE = 0.85  # of the free memory that activations may take; the rest is f
 
 
 def planned_memory(run: Run) -> dict[str, int]:
-    """Bytes per device of everything but activations, by what they hold."""
+    """Bytes per device of everything but activations, by what they hold, before an engine shares any of it out."""
     parameters = sum(p.numel() for p in run.unet.parameters())
     state = OPTIMIZER_BYTES[optimizer_name(run.config, run.family)]
     sizes = {"policy": 4, "gradients": 4, "optimizer": state, "average": 4 if run.ema else 0}  # bytes per parameter

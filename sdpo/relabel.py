@@ -20,9 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
-from sdpo.checkpoint import write_file
 from sdpo.config import CHOICE_MODELS, InputError, TrainConfig, flag, parse_flags, run_command
-from sdpo.files import parse_json, read_text
+from sdpo.files import parse_json, read_text, write_file
 from sdpo.manifest import check_score
 from sdpo.pairs import IMAGES, check_captions, column, read_table
 from sdpo.scorers import load_scorers, score_rows

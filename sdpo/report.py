@@ -18,7 +18,7 @@ from urllib.parse import quote
 import numpy as np
 
 from sdpo.config import InputError
-from sdpo.manifest import write_atomically
+from sdpo.files import write_text
 
 if TYPE_CHECKING:  # their module needs scipy
     from sdpo.winrates import Comparison, Run
@@ -53,7 +53,7 @@ def write_report(
     }
     # one pass, so that a marker inside a prompt is not filled in
     page = re.sub(r"<!--slot:(\w+)-->", lambda slot: parts[slot[1]], TEMPLATE.read_text(encoding="utf-8"))
-    write_atomically(path, page)
+    write_text(path, page)
     return path
 
 

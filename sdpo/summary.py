@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
-from sdpo.manifest import Entry, Scores, find_score, write_atomically
+from sdpo.files import write_text
+from sdpo.manifest import Entry, Scores, find_score
 
 OFFICIAL_NAMES = {"Aesthetics": "AesScore", "CLIP": "CLIPScore"}  # as the official console lines spell them
 ORDER = ("PickScore", "HPSv2", "Aesthetics", "CLIP", "ImageReward")  # of the official console lines
@@ -49,7 +50,7 @@ def write_summary(rows: Sequence[dict], folder: str | Path, size: int | str) -> 
     writer = csv.DictWriter(table, ["group", "metric", "mean", "standard_error", "n"], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_atomically(folder / "summary.json", json.dumps(rows, indent=2) + "\n")
-    write_atomically(folder / "summary.csv", table.getvalue())
-    write_atomically(folder / f"joint_test_{size}.log", text + "\n")
+    write_text(folder / "summary.json", json.dumps(rows, indent=2) + "\n")
+    write_text(folder / "summary.csv", table.getvalue())
+    write_text(folder / f"joint_test_{size}.log", text + "\n")
     return text

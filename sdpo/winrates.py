@@ -22,7 +22,8 @@ import numpy as np
 from scipy import stats
 
 from sdpo.config import InputError
-from sdpo.manifest import Entry, Scores, check_labels, check_score, find_score, write_atomically
+from sdpo.files import write_text
+from sdpo.manifest import Entry, Scores, check_labels, check_score, find_score
 
 METRICS = ("PickScore", "HPSv2", "CLIP", "Aesthetics", "ImageReward")  # order of summary.json; others come after
 TIE_FOR_A = {"half": 0.5, "loss_for_a": 0.0}  # what a tie counts by ties policy
@@ -293,7 +294,7 @@ def write_comparison(comparison: Comparison, outdir: str | Path, now: datetime |
 def write_matrix(matrix: dict[str, Any], outdir: str | Path, now: datetime | None = None) -> Path:
     """Write {outdir}/matrix_{MMDD-HHMMSS}.json and return its path."""
     path = Path(outdir, f"matrix_{now or datetime.now():%m%d-%H%M%S}.json")
-    write_atomically(path, json.dumps(matrix, indent=2))
+    write_text(path, json.dumps(matrix, indent=2))
     return path
 
 
