@@ -291,7 +291,7 @@ class StableDiffusion:
                 truncation=True,
                 max_length=tokenizer.model_max_length,
                 return_tensors="pt",
-            ).input_ids.to(self.device)
+            ).input_ids.to(self.device, non_blocking=True)
             for tokenizer in self.tokenizers
         ]
 
@@ -369,8 +369,9 @@ class StableDiffusionXL(StableDiffusion):
         """Adds the time ids: original size, crop corner, target size."""
         conditioning = super().condition(texts, resolution)
         pooled = conditioning["text_embeds"]
-        time_ids = pooled.new_tensor([resolution, resolution, 0, 0, resolution, resolution])
-        return conditioning | {"time_ids": time_ids.repeat(len(pooled), 1)}
+        time_ids = pooled.new_full((len(pooled), 6), resolution)
+        time_ids[:, 2:4] = 0  # on the device: a tensor made from a list would wait for it
+        return conditioning | {"time_ids": time_ids}
 
     def predict(self, unet: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """The model's prediction (N, C, h, w) in fp32."""

@@ -43,10 +43,9 @@ def choose_checkpointing(run: Run, sample: dict) -> str:
     if budget is None:
         if device.type != "cuda":
             raise InputError("--gradient_checkpointing auto: say how many GiB may be kept with --activation_memory")
-        memory = planned_memory(run)
-        free = torch.cuda.mem_get_info(device)[0] - memory["gradients"] - memory.get("optimizer", 0)
-        shares = run.accelerator.gather(torch.tensor([free * FREE_SHARE / 2**30], device=device))
-        budget = shares.min().item()  # ranks that compute other units again would wait for each other
+        room = room_for_activations(run, torch.cuda.mem_get_info(device)[0])
+        rooms = run.accelerator.gather(torch.tensor([room / 2**30], device=device))
+        budget = rooms.min().item()  # ranks that compute other units again would wait for each other
     inputs = make_inputs(run.family, collate([sample] * config.train_batch_size).to(device))
     unet, dtype = run.accelerator.unwrap_model(run.unet), DTYPES[config.mixed_precision]
     units, kept = choose_units(run.family, unet, inputs, dtype, budget * 2**30)
@@ -54,6 +53,13 @@ def choose_checkpointing(run: Run, sample: dict) -> str:
     for name, unit in checkpoint_units(unet).items():
         unit.gradient_checkpointing = name in units
     return f"activations    {kept / 2**30:.3g} GiB of {budget:.3g} GiB, {len(units)} units are computed again"
+
+
+def room_for_activations(run: Run, free: int) -> float:
+    """Bytes that activations may take of `free` ones, once there are gradients and, unless resumed, optimizer state."""
+    memory = planned_memory(run)
+    coming = memory["gradients"] + (0 if run.optimizer.state else memory.get("optimizer", 0))
+    return (free - coming) * FREE_SHARE
 
 
 def checkpoint_units(unet: nn.Module) -> dict[str, nn.Module]:
@@ -80,16 +86,21 @@ def choose_units(
 
 
 class KeptBytes:
-    """Counts what a forward pass keeps for the backward pass, without weights, on a copy without data."""
+    """Counts what a forward pass keeps for the backward pass, without weights, on a copy without data.
+
+    The copy is on the device of `inputs`: autocast keeps other operations in fp32 on a GPU than on a CPU.
+    """
 
     def __init__(self, family: StableDiffusion, unet: ModelMixin, inputs: Inputs, dtype: torch.dtype):
-        self.family, self.dtype = family, dtype
-        self.model = type(unet).from_config(unet.config).train()
+        device = inputs.noisy.device
+        self.family, self.autocast = family, torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+        with device:
+            self.model = type(unet).from_config(unet.config).train()
+            conditioning = {name: torch.empty(value.shape) for name, value in inputs.conditioning.items()}
+            timesteps = torch.empty(inputs.timesteps.shape, dtype=torch.long)
+            self.inputs = torch.empty(inputs.noisy.shape), timesteps, conditioning
         self.model.enable_gradient_checkpointing(self._checkpoint)
         self.units = checkpoint_units(self.model)
-        conditioning = {name: torch.empty(value.shape) for name, value in inputs.conditioning.items()}
-        timesteps = torch.empty(inputs.timesteps.shape, dtype=torch.long)
-        self.inputs = torch.empty(inputs.noisy.shape), timesteps, conditioning
         self.weights = {weight.untyped_storage()._cdata for weight in self.model.parameters()}
         self.kept: dict[int, tuple[torch.UntypedStorage, str]] = {}  # by address; held, so that none is used again
         self.within = [""]  # names of the units that are running
@@ -110,8 +121,7 @@ class KeptBytes:
         for name, unit in self.units.items():
             unit.gradient_checkpointing = name in checkpointed
         self.kept.clear()
-        autocast = torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32)
-        with torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor), autocast:
+        with torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor), self.autocast:
             self.family.predict(self.model, *self.inputs)
         counts: Counter = Counter()
         for storage, name in self.kept.values():
@@ -131,4 +141,4 @@ class KeptBytes:
         for value in inputs:
             if isinstance(value, Tensor):
                 self._keep(value)
-        return checkpoint(function, *inputs, use_reentrant=False)
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)

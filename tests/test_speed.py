@@ -4,9 +4,11 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from diffusers import UNet2DConditionModel
 from test_training import same, weights
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train
 from sdpo.config import TrainConfig, parse_flags
@@ -64,16 +66,57 @@ def test_as_few_units_as_the_budget_needs_are_computed_again(case):
     assert 0 < sizes[0] <= sizes[1] <= sizes[2] < len(all_units)
 
 
-def test_activations_of_sd15_are_counted_without_memory():
-    """The real architecture at 8 pairs of 512 pixels, whose activations would take more than 10 GiB."""
+@pytest.fixture
+def like_a_gpu(monkeypatch):
+    """Tensors without data on "cuda" choose precision and kernels as on a GPU, where there is none."""
+    flash = torch.ops.aten._scaled_dot_product_flash_attention
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **_: flash(q, k, v)[0])
+
+
+class Plain:
+    """What counting asks of a family."""
+
+    def predict(self, unet, noisy, timesteps, conditioning):
+        return unet(noisy, timesteps, **conditioning).sample.float()
+
+
+def micro_batch(side, text, device):
+    """Inputs of 8 pairs without data."""
+    with FakeTensorMode(), torch.device(device):
+        conditioning = {"encoder_hidden_states": torch.empty(16, *text)}
+        return Inputs(torch.empty(16, 4, side, side), torch.empty(16), conditioning, torch.empty(0))
+
+
+def test_activations_of_sd15_are_counted_without_memory(like_a_gpu):
+    """The real architecture at 8 pairs of 512 pixels, whose activations would take 20 GiB on a GPU."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
-        text = {"encoder_hidden_states": torch.empty(16, 77, 768)}
-        inputs = Inputs(torch.empty(16, 4, 64, 64), torch.empty(16), text, torch.empty(0))
-    predict = type("Family", (), {"predict": lambda self, unet, x, t, c: unet(x, t, **c).sample.float()})()
-    kept = {gib: choose_units(predict, unet, inputs, torch.bfloat16, gib * GIB)[1] for gib in (1000, 8)}
-    assert 10 * GIB < kept[1000] < 25 * GIB
+    inputs = micro_batch(64, (77, 768), "cuda")
+    kept = {gib: choose_units(Plain(), unet, inputs, torch.bfloat16, gib * GIB)[1] for gib in (1000, 8)}
+    assert 19 * GIB < kept[1000] < 21 * GIB
     assert 6 * GIB < kept[8] <= 8 * GIB
+
+
+def test_norms_that_a_gpu_computes_in_fp32_are_counted_so(like_a_gpu):
+    """Against a real pass on the CPU whose norms are in fp32, which is what autocast does on a GPU."""
+    unet = UNet2DConditionModel(
+        sample_size=16, block_out_channels=(32, 64), layers_per_block=1, attention_head_dim=2, cross_attention_dim=32,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    counted = {
+        device: choose_units(Plain(), unet, micro_batch(16, (8, 32), device), torch.bfloat16, float("inf"))[1]
+        for device in ("cuda", "cpu")
+    }
+    inputs = Inputs(torch.randn(16, 4, 16, 16), torch.arange(16), {"encoder_hidden_states": torch.randn(16, 8, 32)}, None)
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
+        for name in ("group_norm", "layer_norm"):
+            norm = getattr(F, name)
+            patch.setattr(F, name, lambda x, *rest, norm=norm, **options: norm(x.float(), *rest, **options))
+        patch.setattr(F, "scaled_dot_product_attention", torch._C._nn.scaled_dot_product_attention)
+        assert counted["cuda"] == pytest.approx(kept_for_backward(Plain(), unet, inputs), rel=0.01)
+    assert counted["cuda"] > 1.2 * counted["cpu"]
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
