@@ -87,6 +87,7 @@ class Base:
     flags: dict[str, Any]
     stored: int  # side of the images on file, pixels
     changes: tuple[str, ...] = CHANGES  # contestants that differ from the default in one thing
+    lean: float | None = None  # GiB of activations that the contestant which saves memory keeps on a GPU
 
     def config(self, **flags: Any) -> TrainConfig:
         """The settings of a run, with some of its flags set otherwise."""
@@ -136,11 +137,12 @@ def batch_of(pairs: int, resolution: int, accumulation: int) -> dict[str, int]:
 BASES = {
     "tiny": Base(None, batch_of(16, 32, accumulation=1), stored=32),
     "small": Base(SMALL, batch_of(4, 128, accumulation=1), stored=128),
-    "sd15": Base(SD15, batch_of(8, 512, accumulation=4), stored=768),
+    "sd15": Base(SD15, batch_of(8, 512, accumulation=4), stored=768, lean=8.0),
     "sdxl": Base(
         SDXL,
         batch_of(8, 1024, accumulation=1) | {"sdxl": True, "winner_preserving_mu": 0.6},
         stored=1024,
         changes=("cached latents", "channels last", "auto checkpointing"),
+        lean=11.0,
     ),
 }

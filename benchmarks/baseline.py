@@ -34,6 +34,7 @@ class OfficialLoop:
         )
         device, self.dtype = self.accelerator.device, DTYPES[config.mixed_precision]
         family.to(device, self.dtype)
+        family.vae.disable_slicing()
         unet = family.load_unet().to(device).train()
         self.reference = copy.deepcopy(unet).requires_grad_(False).to(self.dtype)
         if family.gradient_checkpointing == "full":

@@ -79,6 +79,7 @@ VARIANTS = {
     "baseline": Variant(),  # of which only the flags count
     "default": Variant(),
     "fast": Variant({"channels_last": True} | AUTO, FAST),
+    "fast, lean": Variant({"channels_last": True} | AUTO, FAST),
     "fast, compiled": Variant({"channels_last": True, "compile": True} | AUTO, FAST),
     # one change each
     "cached latents": Variant(changes=(cache_latents,)),
@@ -149,8 +150,8 @@ def build(base: Base, name: str, device: torch.device) -> Ours | OfficialLoop:
     torch.manual_seed(0)
     variant = VARIANTS[name]
     flags = {"mixed_precision": precision(device)} | variant.flags
-    if device.type == "cpu" and flags.get("gradient_checkpointing") == "auto":
-        flags["activation_memory"] = CPU_GIB
+    if flags.get("gradient_checkpointing") == "auto":  # within a budget, or else what is free on the GPU
+        flags["activation_memory"] = base.lean if name.endswith("lean") else CPU_GIB if device.type == "cpu" else None
     config, family = base.config(**flags), base.build(device)
     if name == "baseline":
         return OfficialLoop(config, family, make_batch(family, config))

@@ -67,6 +67,18 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, *_, **__) -> Tensor:
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
 
 
+@contextmanager
+def like_a_gpu() -> Iterator[None]:
+    """Let tensors without data on "cuda" choose precision and kernels as on a GPU, where there is none."""
+    flash = torch.ops.aten._scaled_dot_product_flash_attention
+    with (
+        patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
+        patch.object(torch.cuda, "is_bf16_supported", lambda: True),
+        patch.object(F, "scaled_dot_product_attention", lambda q, k, v, **_: flash(q, k, v)[0]),
+    ):
+        yield
+
+
 def count(base: Base, dtype: torch.dtype) -> dict[str, dict[str, float]]:
     """FLOPs and bytes per pair by part, in micro-steps of the base's size with all tensors in `dtype`.
 

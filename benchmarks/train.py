@@ -45,7 +45,7 @@ from sdpo.losses import pair_terms  # noqa: E402
 from sdpo.rng import draw  # noqa: E402
 from sdpo.step import DTYPES  # noqa: E402
 
-AGAINST_BASELINE = ("baseline", "default", "fast", "fast, compiled")
+AGAINST_BASELINE = ("baseline", "default", "fast", "fast, lean", "fast, compiled")
 
 # Measuring
 
@@ -290,7 +290,9 @@ def measure_base(
         "against_default": (("default", *base.changes), began + limit),
     }
     for title, (names, until) in races.items():
-        chosen = [name for name in names if args.compile or "compile" not in VARIANTS[name].flags]
+        unwanted = set() if args.compile else {"fast, compiled"}
+        unwanted |= set() if device.type == "cuda" else {"fast, lean"}  # for its peak memory
+        chosen = [name for name in names if name not in unwanted]
         result[title] = race(base, chosen, device, args, until)
         flops = {name: expected_flops(parts, cached=cache_latents in VARIANTS[name].changes) for name in chosen}
         compare(result[title], flops, peaks["matmul_flops_per_second"])

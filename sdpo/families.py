@@ -353,6 +353,11 @@ class StableDiffusionXL(StableDiffusion):
         "text_encoder_2": CLIPTextModelWithProjection,
     }
 
+    def _load_vae(self, cls: type = AutoencoderKL) -> AutoencoderKL:
+        vae = super()._load_vae(cls)
+        vae.enable_slicing()  # one image at a time: 16 of 1024 pixels at once would take some 20 GiB in bf16
+        return vae
+
     @torch.no_grad()
     def encode_texts(self, captions: list[str]) -> Conditioning:
         """Adds the second encoder's pooled embedding."""

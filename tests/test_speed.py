@@ -1,22 +1,29 @@
 """What makes training faster or smaller does not change what is trained."""
 
+import dataclasses
+import itertools
 import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import UNet2DConditionModel
 from test_training import same, weights
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
+from benchmarks.architectures import BASES
+from benchmarks.contestants import Ours, Variant
+from benchmarks.counting import like_a_gpu
+from sdpo import step
 from sdpo.config import TrainConfig, parse_flags
 from sdpo.families import load_family
 from sdpo.inputs import Inputs
-from sdpo.memory import checkpoint_units, choose_units
+from sdpo.memory import checkpoint_units, choose_units, room_for_activations
 from sdpo.metrics import read_metrics
-from sdpo.step import update
 
 GIB = 2**30
 
@@ -66,15 +73,6 @@ def test_as_few_units_as_the_budget_needs_are_computed_again(case):
     assert 0 < sizes[0] <= sizes[1] <= sizes[2] < len(all_units)
 
 
-@pytest.fixture
-def like_a_gpu(monkeypatch):
-    """Tensors without data on "cuda" choose precision and kernels as on a GPU, where there is none."""
-    flash = torch.ops.aten._scaled_dot_product_flash_attention
-    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **_: flash(q, k, v)[0])
-
-
 class Plain:
     """What counting asks of a family."""
 
@@ -89,34 +87,84 @@ def micro_batch(side, text, device):
         return Inputs(torch.empty(16, 4, side, side), torch.empty(16), conditioning, torch.empty(0))
 
 
-def test_activations_of_sd15_are_counted_without_memory(like_a_gpu):
+def test_activations_of_sd15_are_counted_without_memory():
     """The real architecture at 8 pairs of 512 pixels, whose activations would take 20 GiB on a GPU."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
     inputs = micro_batch(64, (77, 768), "cuda")
-    kept = {gib: choose_units(Plain(), unet, inputs, torch.bfloat16, gib * GIB)[1] for gib in (1000, 8)}
+    with like_a_gpu():
+        kept = {gib: choose_units(Plain(), unet, inputs, torch.bfloat16, gib * GIB)[1] for gib in (1000, 8)}
     assert 19 * GIB < kept[1000] < 21 * GIB
     assert 6 * GIB < kept[8] <= 8 * GIB
 
 
-def test_norms_that_a_gpu_computes_in_fp32_are_counted_so(like_a_gpu):
+def test_norms_that_a_gpu_computes_in_fp32_are_counted_so():
     """Against a real pass on the CPU whose norms are in fp32, which is what autocast does on a GPU."""
     unet = UNet2DConditionModel(
         sample_size=16, block_out_channels=(32, 64), layers_per_block=1, attention_head_dim=2, cross_attention_dim=32,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
     )  # fmt: skip
-    counted = {
-        device: choose_units(Plain(), unet, micro_batch(16, (8, 32), device), torch.bfloat16, float("inf"))[1]
-        for device in ("cuda", "cpu")
-    }
-    inputs = Inputs(torch.randn(16, 4, 16, 16), torch.arange(16), {"encoder_hidden_states": torch.randn(16, 8, 32)}, None)
+    batches = {device: micro_batch(16, (8, 32), device) for device in ("cuda", "cpu")}
+    with like_a_gpu():
+        gpu = choose_units(Plain(), unet, batches["cuda"], torch.bfloat16, float("inf"))[1]
+    cpu = choose_units(Plain(), unet, batches["cpu"], torch.bfloat16, float("inf"))[1]
+    text = {"encoder_hidden_states": torch.randn(16, 8, 32)}
+    inputs = Inputs(torch.randn(16, 4, 16, 16), torch.arange(16), text, None)
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
         for name in ("group_norm", "layer_norm"):
             norm = getattr(F, name)
             patch.setattr(F, name, lambda x, *rest, norm=norm, **options: norm(x.float(), *rest, **options))
-        patch.setattr(F, "scaled_dot_product_attention", torch._C._nn.scaled_dot_product_attention)
-        assert counted["cuda"] == pytest.approx(kept_for_backward(Plain(), unet, inputs), rel=0.01)
-    assert counted["cuda"] > 1.2 * counted["cpu"]
+        assert gpu == pytest.approx(kept_for_backward(Plain(), unet, inputs), rel=0.01)
+    assert gpu > 1.2 * cpu
+
+
+def test_room_for_activations_is_what_gradients_and_new_optimizer_state_leave(arguments, tmp_path):
+    config = parse_flags(TrainConfig, "", "", arguments())
+    run = train.set_up(config)[0]
+    weights = sum(parameter.numel() for parameter in run.unet.parameters())
+    assert room_for_activations(run, 20 * weights) == pytest.approx(0.85 * (20 - 4 - 8) * weights)
+    for parameter in run.unet.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    run.optimizer.step()  # from now on its state is in memory, as after a resume
+    assert room_for_activations(run, 20 * weights) == pytest.approx(0.85 * (20 - 4) * weights)
+
+
+class WaitingCopies(TorchDispatchMode):
+    """Notes the shapes of copies between devices for which the host waits."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            source, rest = (args[1], args[2:]) if func is torch.ops.aten.copy_.default else (args[0], ())
+            if source.device != out.device and not any(rest) and not kwargs.get("non_blocking"):
+                self.shapes.append(tuple(source.shape))
+        return out
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["encoded", "cached"])
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_nothing_but_the_decision_to_step_waits_for_the_device(family, cached, monkeypatch):
+    """On the meta device, from which nothing can be fetched: .item() or .cpu() would raise."""
+    monkeypatch.setattr(Accelerator, "device", torch.device("meta"))
+    monkeypatch.setattr(step, "make_step", lambda run, norm: True)
+    base = dataclasses.replace(BASES[family], flags=BASES[family].flags | {"gradient_accumulation_steps": 2})
+    config = base.config(train_batch_size=1, optimizer="adafactor")  # fused AdamW refuses the meta device
+    contestant = Ours(config, base.build("meta"), Variant())
+    batch = next(contestant.batches)
+    if cached:
+        moments = torch.zeros(2, 2, *batch.posterior.shape[1:])
+        texts = contestant.family.encode_texts(batch.captions)
+        texts = {name: torch.zeros(value.shape) for name, value in texts.items()}
+        batch = dataclasses.replace(batch, pixels=None, moments=moments, texts=texts)
+    with WaitingCopies() as waiting:
+        assert step.update(contestant.run, itertools.repeat(batch)) is None
+    assert contestant.run.step == 1
+    assert waiting.shapes == []
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
@@ -160,13 +208,13 @@ def test_compiled_blocks_keep_the_margin_exact_and_are_compiled_once(arguments, 
     run, dataset, held_out = train.set_up(config)
     assert all(value == 0 for name, value in train.validate(run, held_out).items() if "change" in name)
     batches = iter(train.train_loader(config, dataset, run.plan, 0, 0))
-    update(run, batches)
+    step.update(run, batches)
     first = run.meter.reduce()
     assert first["rewards/margins"] == 0 and first["avg_lose_diff_loss"] == 0
     with torch.compiler.set_stance("fail_on_recompile"):
-        update(run, batches)
+        step.update(run, batches)
         train.validate(run, held_out)
-        update(run, batches)
+        step.update(run, batches)
     AcceleratorState._reset_state(reset_partial_state=True)  # holds the precision
     train.main(arguments(*flags[2:], out="fp32"))
     exact = dict(read_metrics(tmp_path / "fp32", "grad_norm"))

@@ -1,0 +1,59 @@
+"""Memory that training takes on a GPU, computed without one: `python benchmarks/memory.py`.
+
+Prints the table of docs/performance.md: weights, gradients and optimizer state from the number of parameters,
+activations as sdpo/memory.py counts them. With cached latents, without averaged weights, in bf16.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.architectures import BASES  # noqa: E402
+from benchmarks.counting import like_a_gpu  # noqa: E402
+from sdpo.inputs import Inputs  # noqa: E402
+from sdpo.memory import choose_units, planned_memory  # noqa: E402
+from sdpo.step import Run  # noqa: E402
+
+ROWS = (
+    *(("sd15", "adamw", pairs) for pairs in (1, 4, 8)),
+    ("sd15", "adamw8bit", 8),
+    *(("sdxl", "adafactor", pairs) for pairs in (1, 4, 8)),
+    ("sdxl", "adamw8bit", 4),
+    ("sdxl", "adamw", 4),
+)
+COLUMNS = ("base", "optimizer", "pairs per GPU", "before activations", "activations", "all computed again", "total")
+
+
+def gibibytes(name: str, optimizer: str, pairs: int) -> tuple[float, float, float]:
+    """(weights, gradients and optimizer state; activations if none is computed again; if all are), GiB."""
+    config = BASES[name].config(mixed_precision="bf16", optimizer=optimizer, train_batch_size=pairs)
+    family = BASES[name].build("meta")
+    unet, shape = family.load_unet(), family.latent_shape(config.resolution)
+    run = Run(config, None, family, None, 0, unet, unet, None, None, None, None)
+    conditioning = family.encode_captions([""] * 2 * pairs, config.resolution)
+    with FakeTensorMode():
+        noisy = torch.empty(2 * pairs, *shape, device="cuda")
+    inputs = Inputs(noisy, torch.empty(2 * pairs), conditioning, noisy)
+    kept = [choose_units(family, unet, inputs, torch.bfloat16, budget)[1] for budget in (float("inf"), 0)]
+    return tuple(size / 2**30 for size in (sum(planned_memory(run).values()), *kept))
+
+
+def main() -> None:
+    """Print the table."""
+    print("| " + " | ".join(COLUMNS) + " |\n|---|---" + "|---:" * 5 + "|")
+    with like_a_gpu():
+        for name, optimizer, pairs in ROWS:
+            before, most, least = gibibytes(name, optimizer, pairs)
+            total = f"{before + least:.1f} to {before + most:.1f}"
+            print(f"| {name} | {optimizer} | {pairs} | {before:.1f} | {most:.1f} | {least:.1f} | {total} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
