@@ -52,7 +52,7 @@ def choose_activations(run: Run, batch: Batch) -> Batch:
     pair = {name: value[::pairs] for name, value in images.items() if value is not None}
     if batch.texts is not None:
         pair["texts"] = {name: value[0] for name, value in batch.texts.items()}
-    noise = {"noise": batch.noise[0], "input_noise": batch.input_noise[0], "uniform": 0.0}
+    noise = {"noise": batch.noise[0], "input_noise": None, "uniform": 0.0}
     choose_checkpointing(run, pair | noise | {"caption": batch.captions[0], "unreadable": []})
     return batch
 
@@ -102,7 +102,7 @@ def make_batch(family: StableDiffusion, config: TrainConfig) -> Batch:
         texts=None,
         captions=[spec.caption for spec in itertools.islice(itertools.cycle(pictures.HELD_OUT), pairs)],
         noise=noise,
-        input_noise=noise,
+        input_noise=None,
         posterior=torch.from_numpy(normal(0, "benchmark-posterior", (0,), (2 * pairs, *shape))),
         uniform=torch.from_numpy(draw(0, "benchmark-timestep").random(pairs, dtype=np.float32)),
         unreadable=[],

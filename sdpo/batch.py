@@ -20,7 +20,7 @@ class Batch:
     texts: Conditioning | None  # each (B, ...), what the text encoders say of the captions, from a latent cache
     captions: list[str]  # B
     noise: Tensor  # (B, C, h, w), shared by the pair
-    input_noise: Tensor  # (B, C, h, w), what noises the model's input: noise, plus the perturbation if any
+    input_noise: Tensor | None  # (B, C, h, w), what noises the model's input in place of noise, if that is perturbed
     posterior: Tensor  # (2B, C, h, w), for sampling the latents
     uniform: Tensor  # (B,) in [0, 1), for drawing the timestep that the pair shares
     unreadable: list[str]
@@ -50,7 +50,7 @@ def collate(samples: list[dict]) -> Batch:
     return Batch(
         **by_member,
         noise=stack(samples, "noise"),
-        input_noise=stack(samples, "input_noise"),
+        input_noise=None if samples[0]["input_noise"] is None else stack(samples, "input_noise"),
         texts={name: stack(texts, name) for name in texts[0]} if texts else None,
         captions=[s["caption"] for s in samples],
         uniform=torch.tensor([s["uniform"] for s in samples], dtype=torch.float32),

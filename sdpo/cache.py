@@ -210,6 +210,7 @@ def make_keys(config: TrainConfig, family: StableDiffusion, tables: dict[str, Pa
             **precision,
             "resolution": config.resolution or family.resolution,
             "crop": "centre",
+            "JPEGs decoded": "reduced" if pairs.least else "whole",
             "flips": flips or read_key(Path(config.latent_cache, name)).get("flips", False),  # unused flips do no harm
             **describe_data(pairs.table, pairs.caption_column, pairs.columns),
         }
@@ -278,7 +279,7 @@ class ImageRows(Dataset):
         values, unreadable, images = self.pairs.table[row], {}, []
         for number, name in enumerate(self.pairs.columns):
             try:
-                images.append(decode(values[name]))
+                images.append(decode(values[name], self.pairs.least))
             except Exception as error:  # every decoder has errors of its own
                 unreadable[f"{row} {number}"] = re.sub(r" at 0x\w+", "", str(error))  # the same in every run
                 images.append(Image.new("RGB", (1, 1)))

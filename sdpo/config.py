@@ -112,6 +112,10 @@ class TrainConfig:
     random_crop: bool = flag(False, "crop at random instead of at the centre")
     no_hflip: bool = flag(False, "never flip images")
     shared_flip: bool = flag(False, "flip both images of a pair together; officially each is flipped on its own")
+    draft_decoding: bool = flag(
+        False,
+        "decode JPEGs at 1/2, 1/4 or 1/8 of their size where that is still --resolution or more: quicker, less exact",
+    )
     proportion_empty_prompts: float = flag(0.2, "share of captions replaced by the empty string")
     max_unreadable_images: int = flag(100, "replace up to this many unreadable pairs per process by others, then stop")
     dataloader_num_workers: int = flag(0, "data loading processes per rank; 0 loads in the main process")
@@ -273,6 +277,10 @@ class TrainConfig:
         yield (
             self.activation_memory is not None and self.gradient_checkpointing != "auto",
             "--activation_memory goes with --gradient_checkpointing auto; drop it or add that",
+        )
+        yield (
+            self.draft_decoding and not self.resolution,
+            "--draft_decoding needs --resolution, which says how far JPEGs may be reduced: give it too",
         )
         yield (
             self.latent_cache and self.random_crop,

@@ -85,7 +85,7 @@ class PairDataset(Dataset):
         noise = self._normal("noise", place, self.latent_shape)
         if self.noise_offset:
             noise = noise + self.noise_offset * self._normal("offset", place, (self.latent_shape[0], 1, 1))
-        input_noise = noise
+        input_noise = None
         if self.input_perturbation:
             input_noise = noise + self.input_perturbation * self._normal("perturbation", place, self.latent_shape)
         caption = self._caption(caption, place)

@@ -41,7 +41,7 @@ def make_inputs(family: StableDiffusion, batch: Batch) -> Inputs:
         latents = family.sample_posterior(batch.moments, batch.posterior)
         conditioning = family.condition(batch.texts, family.image_size(latents.shape[-1]))
     timesteps = family.timesteps(batch.uniform).repeat(members)
-    noise, input_noise = (x.repeat(members, 1, 1, 1) for x in (batch.noise, batch.input_noise))
-    noisy, target = family.add_noise(latents, noise, timesteps, input_noise)
+    noise, perturbed = (None if x is None else x.repeat(members, 1, 1, 1) for x in (batch.noise, batch.input_noise))
+    noisy, target = family.add_noise(latents, noise, timesteps, perturbed)
     conditioning = {name: value.repeat(members, *[1] * (value.dim() - 1)) for name, value in conditioning.items()}
     return Inputs(noisy, timesteps, conditioning, target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import os
 from collections.abc import Iterable
@@ -165,6 +166,7 @@ class Pairs:
     columns: tuple[str, ...]  # image columns: (jpg_0, jpg_1), or one column of single images for sft
     caption_column: str
     source: str
+    least: int = 0  # side that JPEGs may be reduced to while they are decoded, pixels; 0: decode them whole
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -181,11 +183,11 @@ class Pairs:
         """The first `members` of (winner, loser) as RGB images, and the caption; raises if an image is broken."""
         row = self.table[int(self.rows[index])]
         columns = self.columns if self.first_won[index] else self.columns[::-1]
-        return [decode(row[name]) for name in columns[:members]], row[self.caption_column]
+        return [decode(row[name], self.least) for name in columns[:members]], row[self.caption_column]
 
     def select(self, keep: np.ndarray) -> Pairs:
         """The pairs at these indices or in this mask."""
-        return Pairs(self.table, self.rows[keep], self.first_won[keep], self.columns, self.caption_column, self.source)
+        return dataclasses.replace(self, rows=self.rows[keep], first_won=self.first_won[keep])
 
 
 def column(table: datasets.Dataset, name: str, rows: np.ndarray | None = None) -> list:
@@ -194,8 +196,11 @@ def column(table: datasets.Dataset, name: str, rows: np.ndarray | None = None) -
     return (table if rows is None else table.select(rows))[:][name]
 
 
-def decode(value: bytes | str | dict | Image.Image) -> Image.Image:
-    """An RGB image from encoded bytes, a path, a datasets image record or a PIL image."""
+def decode(value: bytes | str | dict | Image.Image, least: int = 0) -> Image.Image:
+    """An RGB image from encoded bytes, a path, a datasets image record or a PIL image.
+
+    With `least`, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that leaves both sides at `least` pixels or more.
+    """
     if isinstance(value, dict):
         value = value["bytes"] if value.get("bytes") is not None else value["path"]
     if isinstance(value, Image.Image):
@@ -203,6 +208,8 @@ def decode(value: bytes | str | dict | Image.Image) -> Image.Image:
     if not isinstance(value, bytes | str):
         raise TypeError(f"{value!r:.40} is no image")
     with Image.open(io.BytesIO(value) if isinstance(value, bytes) else value) as image:
+        if least:
+            image.draft(None, (least, least))  # other formats ignore it
         return image.convert("RGB")
 
 
@@ -243,7 +250,9 @@ def load_pairs(config: TrainConfig, split: str, folder: str | None = None) -> tu
         keep &= dreamlike
     if not keep.any():
         raise InputError(f"{source}: no pair is left after the filters ({'; '.join(notes)})")
-    return Pairs(table, np.flatnonzero(keep), labels[keep] == 1, columns, config.caption_column, source), notes
+    least = config.resolution if config.draft_decoding else 0
+    rows, first_won = np.flatnonzero(keep), labels[keep] == 1
+    return Pairs(table, rows, first_won, columns, config.caption_column, source, least), notes
 
 
 def name_dreamlike(table: datasets.Dataset, name: str, source: str) -> np.ndarray:

@@ -32,7 +32,8 @@ def by_pair(batch, inputs):
     pairs = len(batch.captions)
     members = {name: getattr(batch, name).unflatten(0, (-1, pairs)).transpose(0, 1) for name in ("pixels", "posterior")}
     shared = {name: getattr(batch, name) for name in ("noise", "input_noise", "uniform", "captions")}
-    return members | shared | {"timesteps": inputs.timesteps[:pairs]}
+    drawn = members | shared | {"timesteps": inputs.timesteps[:pairs]}
+    return {name: value for name, value in drawn.items() if value is not None}
 
 
 class Recorder:

@@ -368,6 +368,7 @@ STALE = {
     "stored": (None, ["--latent_cache_dtype=fp32"], "images: stored in was bf16, is fp32"),
     "computed": (None, ["--mixed_precision=bf16"], "images: computed in was float32, is bfloat16"),
     "flips": (None, [], "images: flips was False, is True"),
+    "decoded": (None, ["--draft_decoding"], "images: JPEGs decoded was whole, is reduced"),
     "caption": (lambda base, data: change_rows(data, edit_caption), [], "images: captions of the data was"),
     "image": (lambda base, data: change_rows(data, edit_image), [], "images: image sizes of the data was"),
     "rows": (lambda base, data: change_rows(data, list.pop), [], "images: rows of the data was 40, is 39"),

@@ -201,6 +201,12 @@ def test_choice_model_answers():
         parse("--choice_model=aes", "--choice_margin=-1")
 
 
+def test_draft_decoding_needs_to_know_how_far():
+    assert parse("--draft_decoding", "--resolution=512").draft_decoding
+    with pytest.raises(InputError, match="--draft_decoding needs --resolution"):
+        parse("--draft_decoding")
+
+
 @pytest.mark.parametrize(
     "flags", (("--hub_model_id=someone/model",), ("--local_rank", "0"), ("--hard_skip_resume",)), ids=lambda f: f[0]
 )

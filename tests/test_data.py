@@ -18,7 +18,7 @@ from torchvision import transforms
 from sdpo.batch import collate
 from sdpo.config import InputError, Plan, TrainConfig
 from sdpo.data import PairDataset, RankSampler, Transform, train_loader
-from sdpo.pairs import Pairs, load_pairs, prepare_pairs, split_by_prompt
+from sdpo.pairs import Pairs, decode, load_pairs, prepare_pairs, split_by_prompt
 
 LABELS = (1.0, 0.0, 0.5, 0.0, 1.0, 1.0)  # one tie
 DECIDED = (0, 1, 3, 4, 5)
@@ -169,7 +169,9 @@ def loaded(dataset, processes=1, accumulation=4, batch=2, workers=0, first_step=
                 assert place not in found, f"{place} was loaded twice"
                 found[place] = {
                     **{name: value[:, i] for name, value in members.items()},
-                    **{name: getattr(got, name)[i] for name in ("noise", "input_noise", "uniform")},
+                    "noise": got.noise[i],
+                    "input_noise": None if got.input_noise is None else got.input_noise[i],
+                    "uniform": got.uniform[i],
                     "caption": got.captions[i],
                 }
     return found
@@ -194,7 +196,7 @@ class StubFamily:
         return (uniform * 1000).long()
 
     def add_noise(self, latents, noise, timesteps, perturbed):
-        return latents + perturbed, noise
+        return latents + (noise if perturbed is None else perturbed), noise
 
     def encode_captions(self, captions, resolution):
         return {"lengths": torch.tensor([[len(caption)] for caption in captions])}
@@ -229,6 +231,46 @@ def test_images_are_rgb_whatever_their_mode(tmp_path):
     pairs, _ = load(as_jsonl(tmp_path / "pairs", palette_and_alpha))
     assert {image.mode for index in range(5) for image in pairs.load(index, 2)[0]} == {"RGB"}
     assert pairs.load(0, 2)[0][0].getpixel((0, 0)) == winner(0)
+
+
+def in_format(image, name):
+    buffer = io.BytesIO()
+    image.save(buffer, name, quality=95)
+    return buffer.getvalue()
+
+
+def waves(width, height):
+    """A picture without fine detail, so that reducing it early or late makes little difference."""
+    y, x = np.mgrid[:height, :width] / 40
+    return Image.fromarray((127 + 60 * np.stack([np.sin(x), np.cos(y), np.sin(x + y)], -1)).astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("size", "least", "decoded"),
+    [
+        ((256, 192), 0, (256, 192)),
+        ((256, 192), 97, (256, 192)),
+        ((256, 192), 96, (128, 96)),
+        ((192, 256), 48, (48, 64)),
+        ((200, 100), 12, (25, 13)),
+    ],
+)
+def test_jpegs_are_reduced_to_no_less_than_what_training_needs(size, least, decoded):
+    picture = waves(*size)
+    image = decode(in_format(picture, "JPEG"), least)
+    assert (image.mode, image.size) == ("RGB", decoded)
+    assert decode(in_format(picture, "PNG"), least).size == size
+    exact, reduced = (np.asarray(whole.resize((12, 12)), float) for whole in (picture, image))
+    assert np.abs(exact - reduced).max() < 8  # of 120 between light and dark
+
+
+def test_draft_decoding_reduces_the_images_of_a_run(tmp_path):
+    folder = as_jsonl(tmp_path / "pairs")
+    for path in folder.glob("**/*.png"):
+        path.write_bytes(in_format(waves(64, 64), "JPEG"))
+    for flags, side in (({}, 64), ({"draft_decoding": True}, 16)):
+        pairs, _ = load(folder, resolution=16, **flags)
+        assert {image.size for image in pairs.select(np.arange(3)).load(2, 2)[0]} == {(side, side)}
 
 
 def test_csv_as_spreadsheets_write_it(tmp_path):
@@ -506,11 +548,10 @@ def test_noise_offset_and_input_perturbation():
         return torch.stack([sample[name] for sample in drawn])
 
     noise = stacked("noise", plain)
-    assert torch.equal(stacked("input_noise", plain), noise)
     shift = (stacked("noise", offset) - noise) / 0.5  # (64, C, h, w), constant over h and w
     torch.testing.assert_close(shift, shift[..., :1, :1].expand_as(shift), rtol=0, atol=1e-5)
     assert abs(shift[..., 0, 0].var() - 1) < 4 * (2 / 256) ** 0.5
-    assert torch.equal(stacked("input_noise", offset), stacked("noise", offset))
+    assert all(sample["input_noise"] is None for sample in (*plain, *offset))
     extra = (stacked("input_noise", perturbed) - noise) / 0.3
     assert torch.equal(stacked("noise", perturbed), noise)
     assert abs(extra.mean()) < 4 / extra.numel() ** 0.5

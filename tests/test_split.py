@@ -30,6 +30,7 @@ def command(case, batch, base, data, output, **changes):
     common = {
         "max_train_steps": STEPS,
         "random_crop": True,
+        "input_perturbation": 0.1,
         "max_grad_norm": 0,
         "lr_warmup_steps": 0,
         "learning_rate": 1e-4,
