@@ -11,22 +11,25 @@ import functools
 import torch
 from torch import Tensor, nn
 
+BLOCKS = {"BasicTransformerBlock": 1, "ResnetBlock2D": 2}  # how many of their first inputs carry the policy's gradient
+
 
 def compile_blocks(model: nn.Module) -> None:
-    """Compile the blocks that a diffusers model repeats (its `_repeated_blocks`), in place, one graph per shape.
+    """Compile the blocks that make up a diffusers UNet, in place, one graph per shape.
 
     Without gradients they run the same graph as with them, block by block, so that nothing is kept for a backward pass.
     """
-    torch._dynamo.config.recompile_limit = 64  # every shape of a block counts, for policy and reference
+    torch._dynamo.config.recompile_limit = 128  # every shape of a block counts, for policy and reference
     for block in model.modules():
-        if type(block).__name__ in model._repeated_blocks:
+        if carrying := BLOCKS.get(type(block).__name__):
             block.requires_grad_(True)  # decides the graph; outputs of what is frozen are detached
             compiled = torch.compile(block.forward, fullgraph=True, dynamic=False)
-            block.forward = functools.partial(_run, compiled)
+            block.forward = functools.partial(_run, compiled, carrying)
 
 
-def _run(compiled, hidden_states: Tensor, *inputs, **options) -> Tensor:
+def _run(compiled, carrying: int, *inputs: Tensor | None, **options) -> Tensor:
     if torch.is_grad_enabled():
-        return compiled(hidden_states, *inputs, **options)
+        return compiled(*inputs, **options)
     with torch.enable_grad():
-        return compiled(hidden_states.detach().requires_grad_(), *inputs, **options).detach()
+        tracked = (value.detach().requires_grad_() for value in inputs[:carrying])
+        return compiled(*tracked, *inputs[carrying:], **options).detach()

@@ -204,6 +204,7 @@ def test_adamw_with_8_bit_state_resumes(arguments, tmp_path):
 def test_compiled_blocks_keep_the_margin_exact_and_are_compiled_once(arguments, tmp_path):
     """bf16, where the compiler rounds a training graph and an inference graph differently."""
     flags = ["--mixed_precision=bf16", "--compile", "--validation_pairs=5", "--use_ema", "--max_train_steps=4"]
+    flags += ["--channels_last", "--gradient_checkpointing=full"]
     config = parse_flags(TrainConfig, "", "", arguments(*flags))
     run, dataset, held_out = train.set_up(config)
     assert all(value == 0 for name, value in train.validate(run, held_out).items() if "change" in name)
