@@ -281,12 +281,12 @@ def measure_base(
     peaks = result["ceilings"] = ceilings(device)
     result["decode_ms_per_pair"] = decode_milliseconds(base)
     result["baseline_flops"] = attempt(lambda: check_baseline(base, parts, device))
-    result["safeguard"] = attempt(lambda: safeguard_cost(base, device, args.seconds))
+    result["safeguard"] = attempt(lambda: safeguard_cost(base, device, 4 * args.seconds))
     print(f"  baseline's FLOPs: {show_check(result['baseline_flops'])}", flush=True)
     print(f"  safeguard: {show_safeguard(result['safeguard'])}", flush=True)
     now = time.monotonic()
     races = {
-        "against_baseline": (AGAINST_BASELINE, now + 0.6 * (began + limit - now)),
+        "against_baseline": (AGAINST_BASELINE, now + 0.7 * (began + limit - now)),
         "against_default": (("default", *base.changes), began + limit),
     }
     for title, (names, until) in races.items():
