@@ -8,7 +8,6 @@ random numbers is needed: both are functions of the step.
 from __future__ import annotations
 
 import dataclasses
-import errno
 import hashlib
 import json
 import logging
@@ -24,15 +23,14 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from sdpo.config import InputError, Plan, TrainConfig
+from sdpo.config import NO_ROOM, InputError, Plan, TrainConfig
 from sdpo.families import load_weights
 from sdpo.files import brief, parse_json, read_text, sync, write_file
 from sdpo.step import Run
 
 log = logging.getLogger(__name__)
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-NO_ROOM = ("I/O error: No space left", "inline_container", "iostream error")  # safetensors, torch.save: no OSError
+FULL = ("I/O error: No space left", "inline_container", "iostream error")  # safetensors, torch.save: no OSError
 
 
 # Files
@@ -44,7 +42,7 @@ def writing_to(folder: str | Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        if getattr(error, "errno", None) in FULL or any(words in str(error) for words in NO_ROOM):
+        if getattr(error, "errno", None) in NO_ROOM or any(words in str(error) for words in FULL):
             reason = getattr(error, "strerror", None) or "a write failed"
             free = shutil.disk_usage(folder).free / 2**30
             raise InputError(

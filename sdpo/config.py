@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import math
 import sys
 from collections.abc import Callable
@@ -19,6 +20,9 @@ class InputError(ValueError):
         super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))  # input may hold anything
 
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a full disk
+
+
 def run_command(main: Callable[[], Any]) -> Any:
     """What a command's main function returns; what the user must correct is said in one sentence, with exit code 2."""
     try:
@@ -26,10 +30,16 @@ def run_command(main: Callable[[], Any]) -> Any:
     except InputError as error:
         message = str(error)
     except OSError as error:
-        if error.filename is None:  # not about a file
-            raise
         path = error.filename2 or error.filename
-        message = str(InputError(f"{path} cannot be used ({error.strerror}): correct the path or its permissions"))
+        if error.errno in NO_ROOM:
+            message = (
+                f"{path or 'a file'} cannot be written ({error.strerror}): make room and run the same command again"
+            )
+        elif path is not None:
+            message = f"{path} cannot be used ({error.strerror}): correct the path or its permissions"
+        else:
+            raise  # not about a file
+        message = str(InputError(message))
     print(f"error: {message}", file=sys.stderr)  # on a line of its own: with the error, progress bars of main are gone
     sys.exit(2)  # as argparse does; in a multi-rank run every rank for itself
 

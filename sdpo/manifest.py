@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,9 @@ def check_labels(labels: Sequence[str]) -> None:
             raise InputError("label 'tie' is what a draw is called in the results; choose another label")
     if len(set(labels)) < len(labels):
         raise InputError(f"labels must differ, got {', '.join(labels)}; give each run its own")
+    folders = [f"{a}_vs_{b}" for a, b in combinations(labels, 2)]
+    if len(set(folders)) < len(folders):
+        raise InputError(f"results of two pairs of {', '.join(labels)} would have the same folder; choose other labels")
 
 
 # The manifest
@@ -99,15 +103,27 @@ def _parse_entry(row: Any, manifest: Path, where: str) -> Entry:
         raise InputError(f'{where}: has no text under "prompt"; add the prompt or remove the entry')
     images = images if isinstance(images, list) else [images]
     image = next((image for image in images if image), None)
-    if not isinstance(image, str):
+    if not isinstance(image, str) or not _is_path(image):
         raise InputError(f'{where}: has no path under "gen_image_path"; add the image\'s path or remove the entry')
     return Entry(prompt, image, _resolve(image, manifest.parent, where), where)
 
 
+def _is_path(text: str) -> bool:
+    try:
+        return os.fsencode(text) is not None
+    except UnicodeEncodeError:
+        return False
+
+
 def _resolve(image: str, folder: Path, where: str) -> Path:
-    """Absolute path: as seen from the working directory if there is such a file, else from the manifest's folder."""
-    here, beside = os.path.abspath(image), os.path.abspath(folder / image)
-    path = Path(here if os.path.isfile(here) else beside)
+    """Absolute path of the first that is a file: from the working directory, or from the manifest's folder.
+
+    There leading folders of the path are left out as far as needed: it was written from another working directory, or
+    the folder was moved.
+    """
+    parts = Path(image).parts
+    beside = [os.path.abspath(Path(folder, *parts[n:])) for n in range(1 if ".." in parts else max(1, len(parts)))]
+    path = Path(next(filter(os.path.isfile, [os.path.abspath(image), *beside]), beside[0]))
     roots = os.getcwd(), os.path.abspath(folder)
     if not os.path.isabs(image) and not any(path.is_relative_to(root) for root in roots):
         raise InputError(
@@ -161,7 +177,7 @@ def _is_whole(line: bytes) -> bool:
     """Whether a last line was written to its end: a line feed, or the closing brace of an object, was reached."""
     try:
         return line.endswith(b"\n") or isinstance(json.loads(line), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
@@ -185,7 +201,7 @@ def check_score(value: Any, what: str) -> None:
 
 
 def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    if old.get("sha256") != new.get("sha256"):
+    if "sha256" in old and "sha256" in new and old["sha256"] != new["sha256"]:
         return new  # the image is another one
     kept = {metric: model for metric, model in old.get("models", {}).items() if metric not in new}
     models = {**kept, **new.get("models", {})}

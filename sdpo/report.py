@@ -47,7 +47,9 @@ def write_report(
     else:
         views = [_run_view(run, place, path.parent) for place, run in enumerate(runs)]
     parts = {
-        "title": escape(title or " against ".join(labels)),
+        "title": escape(
+            (title or " against ".join(labels)).encode("utf-8", "replace").decode()
+        ),  # may be a file's name
         "summary": "\n".join([_summary(runs), *map(_win_rates, comparisons), _histograms(runs)] if scored else []),
         "data": json.dumps({"views": views}, separators=(",", ":")).replace("<", "\\u003c"),
     }

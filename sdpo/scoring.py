@@ -18,6 +18,7 @@ from sdpo.manifest import (
     read_manifest,
     read_scores,
     require_images,
+    write_scores,
 )
 
 Scored = tuple[list[Entry], Scores]  # a manifest and its scores
@@ -81,10 +82,13 @@ def score_manifest(manifest: str | Path, metrics: Sequence[str], options: Scorin
     options = options or ScoringOptions()
     entries, path = read_manifest(manifest), Path(manifest).parent / "scores.jsonl"
     take_in_shares(path)
-    for lacking, missing in _missing(entries, path, metrics, options).items():
+    todo = _missing(entries, path, metrics, options)
+    for lacking, missing in todo.items():
         require_images(missing)
         _compute(missing, lacking, path, options)
     scores = read_scores(path)
+    if todo:
+        write_scores(path, scores)  # one row per image again
     for metric in metrics:
         find_model(entries, scores, metric, str(path))
     return entries, scores

@@ -59,13 +59,14 @@ def collect_run(label: str, entries: Sequence[Entry], scores: Scores, metrics: S
     """A run from score rows (sdpo.manifest.read_scores); raises InputError if an entry has no score."""
     table = {}
     for metric in metrics:
-        table[metric] = [find_score(entry, scores, metric) for entry in entries]
-        missing = [entry for entry, score in zip(entries, table[metric], strict=True) if score is None]
+        found = [find_score(entry, scores, metric) for entry in entries]
+        missing = [entry for entry, score in zip(entries, found, strict=True) if score is None]
         if missing:
             raise InputError(
                 f"{label} has no {metric} for {len(missing)} of {len(entries)} images, the first is "
                 f"{missing[0].image} ({missing[0].where}); score the manifest first"
             )
+        table[metric] = [float(score) for score in found]  # ties are between floats
     return Run(label, entries, table)
 
 
@@ -310,6 +311,9 @@ def format_comparison(comparison: Comparison) -> str:
         f"average over metrics: macro {averages['macro_win_rate_a_over_b']:.1%}, "
         f"micro {averages['micro_win_rate_a_over_b']:.1%}",
     ]
+    results = next(iter(comparison.details.values()))["results"]
+    if (prompts := len({result["prompt"] for result in results})) < len(results):
+        lines.append(f"CAUTION: only {prompts} prompts are distinct, but intervals and p count pairs as independent")
     for label, dropped in ((pair["model_a"], pairing["dropped_a"]), (pair["model_b"], pairing["dropped_b"])):
         if dropped:
             lines.append(f"{label}: {len(dropped)} without a partner dropped (all listed in summary.json):")

@@ -577,6 +577,7 @@ MANIFESTS = {  # manifest of run B, which has no scores: (its content, message)
     "no prompt": ([GOOD, {"gen_image_path": "0.png"}], r'B.json, entry 1 .*: has no text under "prompt"; add'),
     "prompt a list": ([GOOD | {"prompt": ["p"]}], r'B.json, entry 0 .*: has no text under "prompt"'),
     "half a surrogate": ([GOOD | {"prompt": "\ud83c"}], r'B.json, entry 0 .*: has no text under "prompt"'),
+    "half a surrogate in a path": ([GOOD | {"gen_image_path": "\ud800.png"}], r'entry 0 .*: has no path under "gen_'),
     "no image": ([GOOD, {"prompt": "p"}], r'B.json, entry 1 .*: has no path under "gen_image_path"; add'),
     "images empty": ([GOOD | {"gen_image_path": ["", None]}], r'entry 0 .*: has no path under "gen_image_path"'),
     "image a number": ([GOOD | {"gen_image_path": 3}], r'B.json, entry 0 .*: has no path under "gen_image_path"'),

@@ -8,6 +8,7 @@ from PIL import Image
 
 from scripts.eval import check_scorers
 from scripts.eval.check_scorers import SMALL, STORED, deviation, main
+from sdpo.config import InputError
 
 KINDS = {"HPSv2": [SMALL, STORED], "ImageReward": [STORED]}
 
@@ -54,3 +55,13 @@ def test_verdict(metric, kind, error, agree, tmp_path, monkeypatch, capsys):
     assert main([str(tmp_path / "m.json"), "--images", "2", "--reference_python", "none"]) is agree
     assert ("DIFFER" in capsys.readouterr().out) is not agree
     assert seen == 2 * [[(224, 224)] * 2 + [(64, 40)] * 2] + 2 * [[(64, 40)] * 2]  # HPSv2 twice, then ImageReward
+
+
+def test_a_damaged_image_is_one_sentence(tmp_path):
+    Image.new("RGB", (64, 40)).save(tmp_path / "0.png")
+    (tmp_path / "0.png").write_bytes((tmp_path / "0.png").read_bytes()[:60])
+    (tmp_path / "m.json").write_text(json.dumps([{"prompt": "p", "gen_image_path": "0.png"}]))
+    with pytest.raises(InputError, match=r"image .*0\.png cannot be read: .*; make it again"):
+        main([str(tmp_path / "m.json"), "--reference_python", "none"])
+    with pytest.raises(InputError, match="--images must be at least 1, got 0"):
+        main([str(tmp_path / "m.json"), "--reference_python", "none", "--images", "0"])

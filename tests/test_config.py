@@ -1,5 +1,6 @@
 """The command line against the official one, what it refuses, warns about and computes, and the launchers."""
 
+import errno
 import json
 import os
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sdpo.config import InputError, Plan, TrainConfig, parse_flags
+from sdpo.config import InputError, Plan, TrainConfig, parse_flags, run_command
 
 LAUNCHERS = Path(__file__).parents[1] / "scripts" / "train"
 NEEDED = ("--pretrained_model_name_or_path=model", "--dataset_name=pairs")
@@ -214,6 +215,17 @@ def test_obsolete_flags_say_so(flags):
     (sentence,) = parse(*flags).obsolete()
     assert sentence.startswith(f"{flags[0].split('=')[0]} has no effect: ")
     assert parse().obsolete() == []
+
+
+def test_a_full_disk_is_one_sentence(capsys):
+    def main():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(SystemExit) as end:
+        run_command(main)
+    assert end.value.code == 2
+    said = "error: a file cannot be written (No space left on device): make room and run the same command again\n"
+    assert capsys.readouterr().err == said
 
 
 # Launchers

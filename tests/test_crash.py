@@ -83,7 +83,7 @@ def trainer():
 
 def finish(process):
     """Exit code, negative for a signal."""
-    process.join(timeout=60)
+    process.join(timeout=300)
     return process.exitcode
 
 

@@ -137,17 +137,33 @@ def test_scores_of_other_models_are_made_again_and_not_mixed(tmp_path, monkeypat
 
     eval_vs.main(command)
     assert models() == ["official"] * 8
+    official = path.read_text().splitlines(keepends=True)
     eval_vs.main([*command, "--score_dtype", "bf16", "--outdir", str(tmp_path / "low")])
-    assert models() == ["official"] * 8 + ["bf16"] * 8
+    assert models() == ["bf16"] * 8
+    low = path.read_text().splitlines(keepends=True)
     eval_vs.main([*command, "--outdir", str(tmp_path / "again")])  # nothing was said, so what exists is used
-    assert len(models()) == 16
-    lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(lines[:8]))
+    assert path.read_text().splitlines(keepends=True) == low
+    path.write_text("".join(official))
     with pytest.raises(InputError, match=r"different models \(a: official, b: bf16\); score all runs alike"):
         eval_vs.main(command)
-    path.write_text("".join(lines[:12]))
+    path.write_text("".join(official + low[:4]))
     with pytest.raises(InputError, match=r"different models \(bf16; official\); say which one with --weights"):
         eval_vs.main(command)
+
+
+def test_scores_made_by_hand_are_kept_when_others_are_computed(tmp_path):
+    manifests = {label: picture_run(tmp_path / label, 2) for label in "ab"}
+    for label, manifest in manifests.items():
+        rows = [{"image": row["gen_image_path"], "prompt": row["prompt"]} for row in json.loads(manifest.read_text())]
+        lines = [json.dumps(row | {"PickScore": 0.1 * (label == "a") + i}) + "\n" for i, row in enumerate(rows)]
+        manifest.with_name("scores.jsonl").write_text("".join(lines))
+    named = [text for label in "ab" for text in (f"--label_{label}", label, f"--json_{label}", str(manifests[label]))]
+    eval_vs.main([*named, "--metrics", "PickScore", "Pixels", "--outdir", str(tmp_path / "out")])
+    (summary,) = (tmp_path / "out").glob("*/summary.json")
+    pick, _ = json.loads(summary.read_text())["metrics"]
+    assert (pick["metric"], pick["wins_a"], pick["total_pairs"]) == ("PickScore", 8, 8)
+    rows = [json.loads(line) for line in manifests["a"].with_name("scores.jsonl").read_text().splitlines()]
+    assert len(rows) == 8 and all({"PickScore", "Pixels", "sha256"} <= row.keys() for row in rows)
 
 
 def test_model_names_the_weights_of_a_metric(tmp_path, monkeypatch):

@@ -138,3 +138,9 @@ def test_runs_that_do_not_fit_are_refused(tmp_path):
         write_report(tmp_path / "report.html", [])
     with pytest.raises(InputError, match="of b, which is not among"):
         write_report(tmp_path / "report.html", runs[:1], [compare(*runs)])
+
+
+def test_a_title_that_is_no_text(tmp_path):
+    """Such as the name of a file that is not UTF-8."""
+    path = write_report(tmp_path / "report.html", [make_run(tmp_path, "a", ["p"], 0)], title="\udcff/unet.pth")
+    assert "<title>?/unet.pth</title>" in path.read_text()

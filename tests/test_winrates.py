@@ -356,6 +356,19 @@ def test_images_are_found_from_the_working_directory_first(tmp_path, monkeypatch
     assert entries[4].image == "4.png"
 
 
+def test_images_are_found_from_another_working_directory_and_in_a_moved_folder(tmp_path, monkeypatch):
+    """The generator writes paths as seen from where it ran."""
+    run, elsewhere = tmp_path / "out" / "run", tmp_path / "elsewhere"
+    manifest = image_manifest(run, ["out/run/group/0.png", str(tmp_path / "gone" / "run" / "group" / "0.png")])
+    for place in (run / "group", elsewhere):
+        place.mkdir()
+        (place / "0.png").touch()
+    monkeypatch.chdir(elsewhere)
+    entries = read_manifest(manifest)
+    require_images(entries)
+    assert [entry.path for entry in entries] == [run / "group" / "0.png"] * 2
+
+
 def test_an_official_output_folder_outside_the_working_directory(tmp_path, monkeypatch):
     """Official paths are relative to the directory the tool ran in, and may climb out of it; absolute ones always may."""
     work, out = tmp_path / "work", tmp_path / "out"
@@ -419,6 +432,7 @@ def test_missing_images_are_named_and_counted(tmp_path):
         (["a" * 61, "c"], "cannot name an output folder"),
         (["a", "tie"], "'tie' is what a draw is called"),
         (["a", "c", "a"], "labels must differ, got a, c, a"),
+        (["x", "y_vs_z", "x_vs_y", "z"], "results of two pairs of x, y_vs_z, x_vs_y, z would have the same folder"),
     ],
 )
 def test_bad_labels_are_refused(labels, sentence):
@@ -475,8 +489,36 @@ def test_lines_of_an_image_complete_each_other(tmp_path):
     assert list(read_scores(path).values()) == [expected, {**about, "prompt": "q", "CLIP": 0.4}]
     write_scores(path, read_scores(path))
     assert [json.loads(line) for line in path.read_text().splitlines()] == list(read_scores(path).values())
-    append_scores(path, [{**about, "sha256": "another image", "PickScore": 0.5}])
-    assert read_scores(path)["0.png", "p"].keys() == {"image", "prompt", "sha256", "PickScore"}
+    append_scores(path, [{**about, "sha256": "an image", "PickScore": 0.5}])  # of which the other lines may be, too
+    assert read_scores(path)["0.png", "p"] == {**expected, "sha256": "an image", "PickScore": 0.5}
+    append_scores(path, [{**about, "sha256": "another image", "PickScore": 0.6}])
+    assert read_scores(path)["0.png", "p"] == {**about, "sha256": "another image", "PickScore": 0.6}
+
+
+def test_a_last_line_that_was_cut_off_is_no_line_however_deep(tmp_path):
+    path = tmp_path / "scores.jsonl"
+    append_scores(path, [{"image": "0.png", "prompt": "p", "CLIP": 0.1}])
+    with path.open("a") as file:
+        file.write("[" * 200_000)
+    append_scores(path, [{"image": "1.png", "prompt": "p", "CLIP": 0.2}])
+    assert [row["CLIP"] for row in read_scores(path).values()] == [0.1, 0.2]
+
+
+def test_scores_tie_as_the_floats_that_are_written():
+    entries = make_run("a", "x", [0.0]).entries
+    runs = [
+        collect_run(label, entries, {entries[0].key: {"CLIP": 2**53 + more}}, ["CLIP"])
+        for label, more in (("a", 1), ("b", 0))
+    ]
+    (result,) = compare(*runs).details["CLIP"]["results"]
+    assert (result["score_a"], result["winner"]) == (float(2**53), "tie")
+
+
+def test_repeated_prompts_are_pointed_out():
+    comparison = compare(make_run("a", "xxy", [1.0, 2.0, 3.0]), make_run("b", "xxy", [0.0, 0.0, 0.0]))
+    assert "CAUTION: only 2 prompts are distinct" in format_comparison(comparison)
+    comparison = compare(make_run("a", "xy", [1.0, 2.0]), make_run("b", "xy", [0.0, 0.0]))
+    assert "CAUTION" not in format_comparison(comparison)
 
 
 def test_scores_serve_only_the_image_and_model_they_were_made_for(tmp_path):

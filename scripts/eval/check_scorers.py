@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from sdpo.config import InputError, run_command
+from sdpo.files import brief
 from sdpo.manifest import read_manifest, require_images
 from sdpo.scorers import SCORERS, load_scorers, locate, score_rows
 from sdpo.scoring import METRICS, split_pairs
@@ -99,13 +100,19 @@ def main(arguments: list[str] | None = None) -> bool:
     """Compare every metric on a manifest's first images, print the verdict and return whether all agree."""
     args = parse_arguments(arguments)
     sources = dict(split_pairs(args.weights, "--weights"))
+    if args.images < 1:
+        raise InputError(f"--images must be at least 1, got {args.images}")
     entries = read_manifest(args.manifest)[: args.images]
     require_images(entries)
     images: dict[str, Rows] = {STORED: [(str(entry.path), entry.prompt) for entry in entries], SMALL: []}
     with TemporaryDirectory() as folder:
         for number, (path, prompt) in enumerate(images[STORED]):
             small = Path(folder, f"{number}.png")
-            ImageOps.fit(Image.open(path).convert("RGB"), (224, 224), Image.Resampling.BICUBIC).save(small)
+            try:
+                picture = Image.open(path).convert("RGB")
+            except Exception as error:  # every image format has errors of its own
+                raise InputError(f"image {path} cannot be read: {brief(error)}; make it again") from error
+            ImageOps.fit(picture, (224, 224), Image.Resampling.BICUBIC).save(small)
             images[SMALL].append((str(small), prompt))
         print(f"{'metric':<12}{'images':<10}{'n':>4}{'spread':>10}{'max |d|':>10}{'relative':>10}")
         agree = [compare(metric, images, sources, args.reference_python) for metric in args.metrics]
