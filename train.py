@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from transformers.integrations import unset_hf_deepspeed_config
 
 from sdpo import checkpoint as checkpoints
+from sdpo.batch import collate
 from sdpo.cache import CachedPairs, open_cache
 from sdpo.config import InputError, Plan, TrainConfig, parse_flags, run_command
 from sdpo.console import start_console
@@ -162,7 +163,7 @@ def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
         checkpoints.load_checkpoint(run, resume)
         log.info(f"resumed        {resume}, after {run.step} updates")
     if config.gradient_checkpointing == "auto":
-        log.info(choose_checkpointing(run, dataset[run.step, 0]))
+        log.info(choose_checkpointing(run, collate([dataset[run.step, 0]] * config.train_batch_size)))
     return run, dataset, hold_out(run, held_out_pairs)
 
 

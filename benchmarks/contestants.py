@@ -46,14 +46,8 @@ def cache_latents(run: Run, batch: Batch) -> Batch:
 
 
 def choose_activations(run: Run, batch: Batch) -> Batch:
-    """Compute as few activations again as fit into the memory, as train.py does for a first sample."""
-    pairs = len(batch.captions)
-    images = {name: getattr(batch, name) for name in ("pixels", "moments", "posterior")}
-    pair = {name: value[::pairs] for name, value in images.items() if value is not None}
-    if batch.texts is not None:
-        pair["texts"] = {name: value[0] for name, value in batch.texts.items()}
-    noise = {"noise": batch.noise[0], "input_noise": None, "uniform": 0.0}
-    choose_checkpointing(run, pair | noise | {"caption": batch.captions[0], "unreadable": []})
+    """Compute as few activations again as fit into the memory, as train.py does."""
+    choose_checkpointing(run, batch)
     return batch
 
 

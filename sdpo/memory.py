@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from sdpo.batch import collate
+from sdpo.batch import Batch
 from sdpo.config import InputError
 from sdpo.families import StableDiffusion
 from sdpo.inputs import Inputs, make_inputs
@@ -34,8 +34,8 @@ def planned_memory(run: Run) -> dict[str, int]:
     return {name: parameters * size for name, size in sizes.items() if size} | {"encoders": frozen}
 
 
-def choose_checkpointing(run: Run, sample: dict) -> str:
-    """Checkpoint as few of the policy's units as keep the activations of a micro-batch of such samples within budget.
+def choose_checkpointing(run: Run, batch: Batch) -> str:
+    """Checkpoint as few of the policy's units as keep the activations of micro-batches like this one within budget.
 
     Returns a sentence for the console. The budget is --activation_memory, or what is free on the fullest GPU.
     """
@@ -46,7 +46,7 @@ def choose_checkpointing(run: Run, sample: dict) -> str:
         room = room_for_activations(run, torch.cuda.mem_get_info(device)[0])
         rooms = run.accelerator.gather(torch.tensor([room / 2**30], device=device))
         budget = rooms.min().item()  # ranks that compute other units again would wait for each other
-    inputs = make_inputs(run.family, collate([sample] * config.train_batch_size).to(device))
+    inputs = make_inputs(run.family, batch.to(device))
     unet, dtype = run.accelerator.unwrap_model(run.unet), DTYPES[config.mixed_precision]
     units, kept = choose_units(run.family, unet, inputs, dtype, budget * 2**30)
     unet.enable_gradient_checkpointing()

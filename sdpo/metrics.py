@@ -116,7 +116,7 @@ class Meter:
 
 
 class MetricsLog:
-    """Appends a JSON object per logged step to {folder}/metrics.jsonl and gives the same numbers to the trackers."""
+    """Appends a JSON object per logged step or measurement to {folder}/metrics.jsonl; the trackers get it too."""
 
     def __init__(self, accelerator: Accelerator, folder: str | Path, first_step: int):
         self.accelerator, self.path = accelerator, Path(folder, "metrics.jsonl")
@@ -131,7 +131,9 @@ class MetricsLog:
         return [line for line in lines if line.endswith("\n")]  # a line cut off by a crash is not one
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Log finished numbers under the number of updates made so far."""
+        """Log finished numbers under the number of updates made so far; nothing where there are none."""
+        if not values:
+            return
         self.accelerator.log(values, step=step)
         if self.accelerator.is_main_process:
             with self.path.open("a") as file:

@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 import train
-from sdpo.config import InputError
+from sdpo.config import InputError, TrainConfig, parse_flags
 from sdpo.families import load_family
 from sdpo.metrics import read_metrics
 
@@ -126,17 +126,33 @@ def test_averaged_weights_are_the_recursion(arguments, tmp_path):
         torch.testing.assert_close(averaged[name], value, rtol=1e-5, atol=1e-7)
 
 
-def test_held_out_errors_are_those_of_the_saved_weights(arguments, tmp_path, pairs_folder):
-    """The last held-out figures, computed again from unet.pth without train.py's loop; batch size does not matter."""
+def test_held_out_figures_are_those_of_the_saved_weights(arguments, tmp_path):
+    """Computed again from unet.pth and the base, pair by pair; the batch size does not matter."""
     flags = ["--validation_split=validation", "--validation_pairs=10", "--validation_steps=2"]
     train.main([*arguments(*flags), "--train_batch_size=4"])
     first = read_metrics(tmp_path / "run", "heldout/winner_error_change")
-    assert [step for step, _ in first] == [0, 2, 3]
-    assert first[0][1] == 0
-    again = arguments(*flags, f"--unet_init={tmp_path / 'run' / 'unet.pth'}", "--max_train_steps=1", out="again")
-    train.main([*again, "--learning_rate=0", "--train_batch_size=1", "--adam_weight_decay=0"])
-    assert read_metrics(tmp_path / "again", "heldout/winner_error_change")[-1][1] == 0
-    assert first[-1][1] != 0
+    assert [step for step, _ in first] == [0, 2, 3] and first[0][1] == 0
+    config = parse_flags(TrainConfig, "", "", [*arguments(*flags, out="again"), "--train_batch_size=1"])
+    run, _, held_out = train.set_up(config)
+    models = run.family.load_unet(str(tmp_path / "run" / "unet.pth")), run.family.load_unet()
+    changes = []
+    for _, x, _ in held_out.shares:  # winner, loser of one pair
+        with torch.no_grad():
+            outputs = [model(x.noisy, x.timesteps, **x.conditioning).sample for model in models]
+        trained, base = ((output - x.target).square().mean((1, 2, 3)) for output in outputs)
+        changes.append(trained - base)
+    winner, loser = torch.stack(changes).double().unbind(1)
+    margin = -config.beta_dpo / 2 * (winner - loser)
+    expected = {
+        "winner_error_change": winner.mean(),
+        "winner_error_change_se": winner.std() / 10**0.5,
+        "loser_error_change": loser.mean(),
+        "margin": margin.mean(),
+        "margin_accuracy": (margin > 0).double().mean(),
+    }
+    for name, value in expected.items():
+        last = read_metrics(tmp_path / "run", f"heldout/{name}")[-1][1]
+        assert last == pytest.approx(value.item(), rel=1e-3), name
 
 
 def test_validation_prompts_are_sampled(arguments, tmp_path):

@@ -165,8 +165,8 @@ def main() -> None:
     """Train both stages from seed 0, save the pipeline in fp16 and its measured shares beside it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "base")
-    parser.add_argument("--vae_steps", type=int, default=6000)
-    parser.add_argument("--unet_steps", type=int, default=25000)
+    parser.add_argument("--vae_steps", type=int, default=3000)
+    parser.add_argument("--unet_steps", type=int, default=11000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument(
         "--faulty", type=float, default=0.15, help="share of training pictures that break their caption"
