@@ -300,12 +300,11 @@ def main(arguments: list[str] | None = None) -> None:
         stopped_by = train(run, dataset, held_out)
         if not stopped_by:
             save_model(run)
-    if stopped_by:
-        log.warning(f"stopped after {run.step} updates, checkpoint written; the same command continues")
-        run.accelerator.end_training()
-        sys.exit(128 + stopped_by)
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
+    if stopped_by:
+        log.warning(f"stopped after {run.step} updates, checkpoint written; the same command continues")
+        sys.exit(128 + stopped_by)
 
 
 if __name__ == "__main__":

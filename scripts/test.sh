@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh
-"$PYTHON" -m pip install --quiet "pytest>=8" "pytest-xdist>=3.8" "ruff>=0.9" "playwright>=1.50" "hypothesis>=6.170"
+"$PYTHON" -m pip install --quiet "pytest>=9" "pytest-xdist>=3.8" "ruff>=0.9" "playwright>=1.50" "hypothesis>=6.170"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-"$PYTHON" -m pytest -q -rs -n 2 --dist loadfile "$@"
+"$PYTHON" -m pytest -q -rs -n 2 --dist loadfile --max-worker-restart 0 "$@"

@@ -343,7 +343,7 @@ def prepare_pairs(config: TrainConfig, seed: int) -> tuple[Pairs, Pairs | None, 
     pairs, notes = load_pairs(config, config.split)
     held_out = None
     if config.validation_split or config.validation_data_dir:
-        split = config.validation_split or ("train" if config.validation_data_dir else config.split)
+        split = config.validation_split or "train"
         held_out, more = load_pairs(config, split, config.validation_data_dir)
         notes += more
         if config.validation_pairs and config.validation_pairs < len(held_out):

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import accelerate.checkpointing
@@ -43,14 +44,12 @@ FILES = [
     "files.json",
 ]
 
-tqdm.get_lock()  # a semaphore made before the trainers are forked; each that is killed would leave its own behind
-
-
 # Killed
 
 
 def train_until(flags, fatal):
     """train.main, killed before its operation number `fatal` on checkpoint files (0: not killed)."""
+    tqdm.set_lock(threading.RLock())  # its default is a semaphore, which outlives a process that is killed holding it
     done = 0
 
     def count(event, arguments):
