@@ -8,6 +8,7 @@ matching) need nothing elsewhere.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from pathlib import Path
 from typing import ClassVar
@@ -222,14 +223,25 @@ class StableDiffusion:
         }
 
     def load_unet(self, init: str = "") -> UNet2DConditionModel:
-        """A UNet in fp32: the base model's, or that of a diffusers folder, a hub id or a file with a state dict."""
-        if init.endswith((".pth", ".pt", ".bin", ".safetensors")):
+        """A UNet in fp32: the base model's, or that of a file with a state dict, a diffusers folder or a hub id.
+
+        Raises InputError unless it has the base's architecture.
+        """
+        if not init or Path(init).is_file() or init.endswith((".pth", ".pt", ".bin", ".safetensors")):
             unet = self.load(UNet2DConditionModel, "unet")
-            load_weights(unet, init)
-        elif init:
-            unet = load_part(UNet2DConditionModel, init, "unet", **self.options)
-        else:
-            unet = self.load(UNet2DConditionModel, "unet")
+            if init:
+                load_weights(unet, init)  # compares names and shapes
+            return unet.float()
+        bare = Path(init, "config.json").is_file()  # the folder of the UNet itself, not of a pipeline
+        unet = load_part(UNet2DConditionModel, init, None if bare else "unet", cache_dir=self.cache_dir)
+        base = UNet2DConditionModel.load_config(self.source, subfolder="unet", **self.options)
+        for name in ("in_channels", "block_out_channels", "cross_attention_dim", "addition_embed_type"):
+            theirs, own = unet.config.get(name), base.get(name, unet.config.get(name))
+            if json.dumps(theirs) != json.dumps(own):  # tuples and lists are one in JSON
+                raise InputError(
+                    f"{init} belongs to another architecture: {name} is {theirs}, {own} in {self.source}; "
+                    "give the base model it was trained from"
+                )
         return unet.float()
 
     def to(self, device: torch.device, dtype: torch.dtype) -> StableDiffusion:

@@ -28,7 +28,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from sdpo.config import InputError, flag
-from sdpo.families import FAMILIES, StableDiffusion, load_family, load_part, read_pipeline_class
+from sdpo.families import FAMILIES, StableDiffusion, load_family, read_pipeline_class
 from sdpo.files import write_file
 from sdpo.hub import fetch
 from sdpo.manifest import write_manifest
@@ -181,23 +181,6 @@ def load_base(config: EvalConfig) -> StableDiffusion:
     return load_family(families[found], base, vae=config.vae_path, **options)
 
 
-def load_unet(family: StableDiffusion, source: str) -> UNet2DConditionModel:
-    """The UNet of a file, folder or hub id in fp32; raises InputError unless it has the base's architecture."""
-    if not source or Path(source).is_file():
-        return family.load_unet(source)  # names and shapes are checked there
-    bare = Path(source, "config.json").is_file()  # the folder of the UNet itself, not of a pipeline
-    unet = load_part(UNet2DConditionModel, source, None).float() if bare else family.load_unet(source)
-    base = UNet2DConditionModel.load_config(family.source, subfolder="unet", **family.options)
-    for name in ("in_channels", "block_out_channels", "cross_attention_dim", "addition_embed_type"):
-        theirs, own = unet.config.get(name), base.get(name, unet.config.get(name))
-        if json.dumps(theirs) != json.dumps(own):  # tuples and lists are one in JSON
-            raise InputError(
-                f"{source} belongs to another architecture: {name} is {theirs}, {own} in {family.source}; "
-                "give the base model it was trained from"
-            )
-    return unet
-
-
 def hash_weights(models: Iterable[nn.Module]) -> str:
     """The sha256 over names and fp32 values of all parameters and buffers, whatever file they came from."""
     digest = hashlib.sha256()
@@ -269,7 +252,7 @@ def load_run(config: EvalConfig, accelerator: Accelerator) -> Run:
     device, dtype = accelerator.device, DTYPES[config.dtype]
     source, folder = locate_unet(config)
     family = load_base(config)
-    unet = load_unet(family, source).requires_grad_(False).eval()
+    unet = family.load_unet(source).requires_grad_(False).eval()
     if config.steps > (most := family.scheduler.config.num_train_timesteps):
         raise InputError(f"--steps must be at most {most} for {config.pretrain_path}, got {config.steps}")
     resolution = choose_resolution(config, family, unet)

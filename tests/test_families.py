@@ -8,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from sdpo.config import InputError
-from sdpo.families import hold_matmul_weights, load_family, load_state, load_weights
+from sdpo.families import hold_matmul_weights, load_family, load_state
 from sdpo.losses import pair_terms
 
 KEYS = [("sd15", "epsilon"), ("sd15", "v_prediction"), ("sdxl", "epsilon")]
@@ -87,7 +87,7 @@ def test_timesteps_cover_the_schedule(bases):
     assert family.timesteps(torch.tensor([0.0, 0.5, 1 - 1e-12], dtype=torch.float64)).tolist() == [0, 500, 999]
 
 
-@pytest.mark.parametrize("suffix", ["pth", "safetensors", "folder"])
+@pytest.mark.parametrize("suffix", ["pth", "safetensors", "pipeline", "folder"])
 def test_unet_init_replaces_the_weights(bases, tmp_path, suffix):
     family = load_family("sd15", str(bases["sd15", "epsilon"]))
     unet = family.load_unet()
@@ -101,7 +101,7 @@ def test_unet_init_replaces_the_weights(bases, tmp_path, suffix):
     else:
         unet.load_state_dict(changed)
         unet.save_pretrained(tmp_path / "unet")
-    init = tmp_path if suffix == "folder" else tmp_path / f"unet.{suffix}"
+    init = tmp_path / {"pipeline": "", "folder": "unet"}.get(suffix, f"unet.{suffix}")
     again = load_family("sd15", str(bases["sd15", "epsilon"])).load_unet(str(init))
     assert all(torch.equal(value, changed[name]) for name, value in again.state_dict().items())
 
@@ -117,7 +117,9 @@ def test_unusable_models_are_refused(bases, tmp_path):
     other = load_family("sdxl", str(bases["sdxl", "epsilon"])).load_unet()
     torch.save(other.state_dict(), tmp_path / "other.pth")
     with pytest.raises(InputError, match=r"other\.pth belongs to another architecture"):
-        load_weights(family.load_unet(), tmp_path / "other.pth")
+        family.load_unet(str(tmp_path / "other.pth"))
+    with pytest.raises(InputError, match="belongs to another architecture: cross_attention_dim is 32, 16 in"):
+        family.load_unet(str(bases["sdxl", "epsilon"]))
     for name, content in {"list": [1, 2], "empty": {}, "nested": {"state_dict": {"a": torch.ones(1)}}}.items():
         torch.save(content, tmp_path / f"{name}.pth")
         with pytest.raises(InputError, match=rf"{name}\.pth is not a state dict"):
