@@ -31,7 +31,7 @@ from benchmarks.eval import environment  # noqa: E402
 from sdpo.batch import collate  # noqa: E402
 from sdpo.cache import SHARD_BYTES, CachedPairs, Shards, cut  # noqa: E402
 from sdpo.data import PairDataset, Transform  # noqa: E402
-from sdpo.files import write_file  # noqa: E402
+from sdpo.files import write_text  # noqa: E402
 from sdpo.pairs import IMAGES, Pairs  # noqa: E402
 from sdpo.rng import normal  # noqa: E402
 
@@ -153,9 +153,8 @@ def main() -> None:
         print(
             f"  {task:>26}  {row['pairs_per_second']:9,.0f} pairs/s  {row['cpu_ms_per_pair']:6.3f} ms of CPU per pair"
         )
-    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "cache-cpu.json"
-    write_file(path, lambda partial: partial.write_text(json.dumps(results, indent=2) + "\n"))
+    write_text(path, json.dumps(results, indent=2) + "\n")
     print(f"written to {path}")
 
 

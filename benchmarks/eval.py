@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from sdpo.families import StableDiffusion, load_family  # noqa: E402
-from sdpo.files import write_file  # noqa: E402
+from sdpo.files import write_text  # noqa: E402
 from sdpo.sampling import draw_noise, sample  # noqa: E402
 from sdpo.scorers import Aesthetics, ClipScore, Head, HPSv2, HPSv21, PickScore, Scorer, score_rows  # noqa: E402
 from sdpo.tiny import pictures  # noqa: E402
@@ -178,9 +178,8 @@ def main() -> None:
         show(f"generation, {name} ({result['parameters'] / 1e6:.1f} M parameters), by batch size", result["batch"])
     results["scoring"] = scoring(args.device, args.images, args.repeats)
     show(f"scoring, {len(results['scoring']['scorers'])} metrics", results["scoring"]["passes"])
-    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"eval-{args.device.replace(':', '-')}.json"
-    write_file(path, lambda partial: partial.write_text(json.dumps(results, indent=2) + "\n"))
+    write_text(path, json.dumps(results, indent=2) + "\n")
     print(f"written to {path}")
 
 

@@ -40,7 +40,7 @@ from benchmarks.baseline import OfficialLoop  # noqa: E402
 from benchmarks.contestants import VARIANTS, Ours, build, cache_latents, precision  # noqa: E402
 from benchmarks.counting import count, counted  # noqa: E402
 from benchmarks.tables import PARTS, markdown, show_check, show_safeguard  # noqa: E402
-from sdpo.files import write_file  # noqa: E402
+from sdpo.files import write_text  # noqa: E402
 from sdpo.losses import pair_terms  # noqa: E402
 from sdpo.rng import draw  # noqa: E402
 from sdpo.step import DTYPES  # noqa: E402
@@ -342,12 +342,11 @@ def main() -> None:
     os.environ["ACCELERATE_USE_CPU"] = str(device.type == "cpu").lower()
     torch.backends.cuda.matmul.allow_tf32 = True  # as the official recipe has it
     results = environment(device) | {"bases": {}}
-    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{device.type}-{results['date'][:10]}.json"
 
     def save() -> None:
-        for file, text in ((path, json.dumps(results, indent=2) + "\n"), (path.with_suffix(".md"), markdown(results))):
-            write_file(file, lambda partial, text=text: partial.write_text(text))
+        write_text(path, json.dumps(results, indent=2) + "\n")
+        write_text(path.with_suffix(".md"), markdown(results))
 
     for left, name in zip(range(len(args.bases), 0, -1), args.bases, strict=True):
         print(name, flush=True)

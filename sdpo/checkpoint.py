@@ -8,7 +8,6 @@ random numbers is needed: both are functions of the step.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
 import os
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 from sdpo.config import NO_ROOM, InputError, Plan, TrainConfig
 from sdpo.families import load_weights
-from sdpo.files import brief, parse_json, read_text, sync, write_file
+from sdpo.files import brief, parse_json, read_text, sha256, sync, write_file, write_text
 from sdpo.step import Run
 
 log = logging.getLogger(__name__)
@@ -117,13 +116,7 @@ def seal(folder: Path) -> None:
         sync(path)
         if path.is_file():
             files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256(path)}
-    write_file(folder / "files.json", lambda partial: partial.write_text(json.dumps(files, indent=2) + "\n"))
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    write_text(folder / "files.json", json.dumps(files, indent=2) + "\n")
 
 
 def damage(folder: Path) -> str | None:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sdpo.config import InputError
-from sdpo.files import brief, parse_json, read_text
+from sdpo.files import brief, parse_json, read_text, sha256
 from sdpo.hub import fetch, load_tensors
 
 Conditioning = dict[str, Tensor]  # every tensor has one row per sample
@@ -81,8 +81,7 @@ def hash_part(cls, source: str, subfolder: str | None, **options) -> str:
             load_part(cls, source, subfolder, **options)  # fetches the other files
     digest = hashlib.sha256()
     for path in [*sorted(path for path in folder.iterdir() if path.name in PART_FILES), *list_weights(folder)]:
-        with path.open("rb") as file:
-            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+        digest.update(path.name.encode() + bytes.fromhex(sha256(path)))
     return digest.hexdigest()
 
 

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from sdpo.config import InputError, flag
 from sdpo.families import FAMILIES, StableDiffusion, load_family, read_pipeline_class
-from sdpo.files import write_file
+from sdpo.files import write_file, write_text
 from sdpo.hub import fetch
 from sdpo.manifest import write_manifest
 from sdpo.prompts import GROUPS, OFFICIAL, Prompt, read_prompts
@@ -325,9 +325,7 @@ def claim_folder(run: Run, group: str, prompts: list[Prompt]) -> None:
             raise InputError(f"{folder} holds images but no {FINGERPRINT} that says what made them: {fix}")
         about = {"unet_path": run.config.unet_path, "pretrain_path": run.config.pretrain_path}
         about |= {"torch": torch.__version__, "diffusers": diffusers.__version__}
-        folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"settings": settings, "about": about}, indent=2) + "\n"
-        write_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+        write_text(path, json.dumps({"settings": settings, "about": about}, indent=2) + "\n")
     try:
         then = dict(json.loads(path.read_text(encoding="utf-8"))["settings"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

@@ -8,7 +8,6 @@ file. Lines about the same image and prompt complete each other.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sdpo.config import InputError
-from sdpo.files import is_text, parse_json, read_text, write_text
+from sdpo.files import is_text, parse_json, read_text, sha256, write_text
 
 ABOUT_A_ROW = {"image", "prompt", "models", "sha256"}  # keys of a row of scores that are not metrics
 MAX_SCORE = 1e100
@@ -147,11 +146,6 @@ def require_images(entries: Sequence[Entry]) -> None:
 # Scores per image
 
 
-def image_digest(path: str | Path) -> str:
-    """The sha256 of an image file, hexadecimal."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
 def read_scores(path: str | Path) -> Scores:
     """Rows of a score file by (image, prompt), one each, lines merged in file order; none if there is no file.
 
@@ -238,7 +232,7 @@ def drop_stale(entries: Iterable[Entry], scores: Scores) -> Scores:
         entry.key
         for entry in entries
         if (digest := scores.get(entry.key, {}).get("sha256")) and entry.path.is_file()
-        if digest != image_digest(entry.path)
+        if digest != sha256(entry.path)
     }
     return {key: row for key, row in scores.items() if key not in stale}
 

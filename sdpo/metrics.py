@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from sdpo.config import InputError
+from sdpo.files import write_text
 from sdpo.losses import PairTerms
 
 log = logging.getLogger(__name__)
@@ -122,9 +122,7 @@ class MetricsLog:
         self.accelerator, self.path = accelerator, Path(folder, "metrics.jsonl")
         if accelerator.is_main_process:
             keep = [line for line in self._lines() if json.loads(line)["step"] <= first_step] if first_step else []
-            partial = self.path.with_suffix(".partial")
-            partial.write_text("".join(keep))
-            os.replace(partial, self.path)  # what was logged after the checkpoint will be logged again
+            write_text(self.path, "".join(keep))  # what was logged after the checkpoint will be logged again
 
     def _lines(self) -> list[str]:
         lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from sdpo.config import CHOICE_MODELS, InputError, TrainConfig, flag, parse_flags, run_command
-from sdpo.files import parse_json, read_text, write_file
+from sdpo.files import parse_json, read_text, write_file, write_text
 from sdpo.manifest import check_score
 from sdpo.pairs import IMAGES, check_captions, column, read_table
 from sdpo.scorers import load_scorers, score_rows
@@ -147,7 +147,7 @@ def score_table(config: RelabelConfig, table: datasets.Dataset, about: dict, kep
     """[score of jpg_0, score of jpg_1] of every row; those in the file `kept` are reused, new ones appended to it."""
     scores = read_kept(kept, about)
     lines = [json.dumps(row) + "\n" for row in (about, *scores)]
-    write_file(kept, lambda partial: partial.write_text("".join(lines)))  # without a line that was cut off
+    write_text(kept, "".join(lines))  # without a line that was cut off
     name = CHOICE_MODELS[config.metric]
     images = iterate_images(table, config.caption_column, len(scores))
     results = score_rows(

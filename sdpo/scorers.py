@@ -6,7 +6,6 @@ hub reference (`owner/repository` or `owner/repository:file`) or a local path. `
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from torchvision import transforms as T
 
 from sdpo.config import InputError
-from sdpo.files import brief
+from sdpo.files import brief, sha256
 from sdpo.hub import fetch, load_tensors
 from sdpo.tiny import pictures
 
@@ -258,7 +257,7 @@ class Aesthetics(Scorer):
     def load(self, head_sha256: str | None = head_sha256) -> None:
         """CLIP and the head, whose file must have this sha256; None accepts a head of one's own."""
         source = self.sources["head"]
-        found = hashlib.sha256(Path(locate(source)).read_bytes()).hexdigest()
+        found = sha256(locate(source))
         if head_sha256 not in (None, found):
             raise InputError(f"{source} has sha256 {found}, not {head_sha256}; download the official file again")
         self.model = load_clip(self.sources["model"]).to(self.dtype)

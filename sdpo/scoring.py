@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sdpo.config import InputError
+from sdpo.files import sha256
 from sdpo.manifest import (
     Entry,
     Scores,
     append_scores,
     drop_stale,
     find_score,
-    image_digest,
     read_manifest,
     read_scores,
     require_images,
@@ -147,7 +147,7 @@ def _compute(
     models = {metric: options.model(metric) for metric in metrics}
     for entry, row in zip(tqdm(entries, desc="scoring", unit="image", disable=quiet), rows, strict=True):
         values = {metric: row[METRICS[metric]] for metric in metrics}
-        about = {"image": entry.image, "prompt": entry.prompt, "sha256": image_digest(entry.path)}
+        about = {"image": entry.image, "prompt": entry.prompt, "sha256": sha256(entry.path)}
         append_scores(path, [{**about, **values, "models": models}])
 
 

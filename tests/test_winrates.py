@@ -14,13 +14,13 @@ import pytest
 from scipy import stats
 
 from sdpo.config import InputError
+from sdpo.files import sha256
 from sdpo.manifest import (
     Entry,
     append_scores,
     check_labels,
     drop_stale,
     find_score,
-    image_digest,
     read_manifest,
     read_scores,
     require_images,
@@ -525,7 +525,7 @@ def test_scores_serve_only_the_image_and_model_they_were_made_for(tmp_path):
     (entry,) = read_manifest(image_manifest(tmp_path, ["0.png"]))
     entry.path.write_bytes(b"first picture")
     row = {"image": "0.png", "prompt": "p0", "HPSv2": 0.2, "CLIP": 0.1, "models": {"HPSv2": "v2.0"}}
-    scores = {entry.key: {**row, "sha256": image_digest(entry.path)}}
+    scores = {entry.key: {**row, "sha256": sha256(entry.path)}}
     assert [find_score(entry, scores, "HPSv2", model) for model in (None, "v2.0", "v2.1")] == [0.2, 0.2, None]
     assert find_score(entry, scores, "CLIP", "any") == 0.1
     assert find_score(entry, scores, "PickScore") is None
