@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration, broadcast_object_list
-from diffusers.optimization import get_scheduler
 from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
@@ -33,12 +32,12 @@ from sdpo.families import load_family
 from sdpo.files import write_text
 from sdpo.heldout import HeldOutPairs
 from sdpo.memory import choose_checkpointing, planned_memory
-from sdpo.metrics import Meter, MetricsLog
+from sdpo.metrics import MetricsLog
 from sdpo.pairs import Pairs, prepare_pairs
 from sdpo.prompts import read_prompts
 from sdpo.rng import normal
 from sdpo.sampling import sample
-from sdpo.step import SHARDING, Run, build_models, build_optimizer, update
+from sdpo.step import SHARDING, Run, build_run, update
 from sdpo.stopping import Skips, StopRequest
 
 log = logging.getLogger("train")
@@ -134,21 +133,15 @@ def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
     if config.latent_cache:
         pairs, held_out_pairs = open_cache(config, accelerator, pairs, held_out_pairs)
     plan = Plan.of(config, accelerator.num_processes, len(pairs))
-    accelerator.gradient_accumulation_steps = plan.accumulation
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         sizes = {"train_micro_batch_size_per_gpu": config.train_batch_size}
         sizes |= {"gradient_accumulation_steps": plan.accumulation, "gradient_clipping": config.max_grad_norm}
         accelerator.deepspeed_plugin.deepspeed_config |= sizes
 
-    unet, reference, ema = build_models(config, family, accelerator)
-    optimizer = build_optimizer(config, family, unet, plan.learning_rate)
-    lengths = {"num_warmup_steps": config.lr_warmup_steps, "num_training_steps": plan.steps}
-    schedule = get_scheduler(config.lr_scheduler, optimizer, **lengths)
-    meter = Meter(accelerator)
-    run = Run(config, accelerator, family, plan, seed, unet, reference, ema, optimizer, schedule, meter)
+    run = build_run(config, accelerator, family, plan, seed)
     dataset = build_dataset(run, pairs, "train")
     announce(run, notes)
-    run.unet, run.optimizer, run.schedule = accelerator.prepare(unet, optimizer, schedule)
+    run.prepare()
 
     checkpoints.register_hooks(accelerator, run.unet)
     if resume:

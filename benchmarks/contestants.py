@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers.optimization import get_scheduler
 
 from benchmarks.architectures import Base
 from benchmarks.baseline import OfficialLoop
@@ -21,9 +20,8 @@ from sdpo.config import Plan, TrainConfig
 from sdpo.families import StableDiffusion
 from sdpo.inputs import normalise
 from sdpo.memory import choose_checkpointing
-from sdpo.metrics import Meter
 from sdpo.rng import draw, normal
-from sdpo.step import Run, build_models, build_optimizer, update
+from sdpo.step import Run, build_run, update
 from sdpo.tiny import pictures
 
 
@@ -108,21 +106,14 @@ class Ours:
     """A run as train.py sets it up, fed with one host batch."""
 
     def __init__(self, config: TrainConfig, family: StableDiffusion, variant: Variant):
-        self.config = config
+        self.config, self.family = config, family
         self.accelerator = Accelerator(mixed_precision=config.mixed_precision, step_scheduler_with_optimizer=False)
-        plan = Plan.of(config, 1, pairs=config.max_train_steps)
-        self.accelerator.gradient_accumulation_steps = plan.accumulation
+        self.run = build_run(config, self.accelerator, family, Plan.of(config, 1, pairs=config.max_train_steps), seed=0)
         batch = make_batch(family, config)
-        unet, reference, ema = build_models(config, family, self.accelerator)
-        optimizer = build_optimizer(config, family, unet, plan.learning_rate)
-        schedule = get_scheduler(config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps)
-        meter = Meter(self.accelerator)
-        self.run = Run(config, self.accelerator, family, plan, 0, unet, reference, ema, optimizer, schedule, meter)
         for change in variant.changes:
             batch = change(self.run, batch)
-        prepared = self.accelerator.prepare(unet, optimizer, schedule)
-        self.run.unet, self.run.optimizer, self.run.schedule = prepared
-        self.unet, self.reference, self.optimizer, self.family = unet, reference, self.run.optimizer, family
+        self.run.prepare()
+        self.unet, self.reference, self.optimizer = self.run.unet, self.run.reference, self.run.optimizer
         self.batches = itertools.repeat(batch)
 
     def update(self) -> None:

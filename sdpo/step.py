@@ -13,6 +13,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -52,10 +53,24 @@ class Run:
         shape = {"config": dataclasses.asdict(self.config), "plan": dataclasses.asdict(self.plan)}
         return {"step": self.step, "seed": self.seed, **shape, "meter": self.meter.state()}
 
+    def prepare(self) -> None:
+        """Let accelerate wrap what it has to: policy, optimizer and schedule."""
+        self.unet, self.optimizer, self.schedule = self.accelerator.prepare(self.unet, self.optimizer, self.schedule)
+
     @property
     def sharded(self) -> bool:
         """Whether ranks have to run the policy together."""
         return self.accelerator.distributed_type in SHARDING
+
+
+def build_run(config: TrainConfig, accelerator: Accelerator, family: StableDiffusion, plan: Plan, seed: int) -> Run:
+    """A run before its first update, not yet prepared."""
+    accelerator.gradient_accumulation_steps = plan.accumulation
+    unet, reference, ema = build_models(config, family, accelerator)
+    optimizer = build_optimizer(config, family, unet, plan.learning_rate)
+    lengths = {"num_warmup_steps": config.lr_warmup_steps, "num_training_steps": plan.steps}
+    schedule = get_scheduler(config.lr_scheduler, optimizer, **lengths)
+    return Run(config, accelerator, family, plan, seed, unet, reference, ema, optimizer, schedule, Meter(accelerator))
 
 
 def build_models(
