@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from sdpo.config import parse_flags, run_command
 from sdpo.console import start_console
 from sdpo.generation import EvalConfig, generate
+from sdpo.hub import PATIENCE
 from sdpo.report import write_report
 from sdpo.scoring import Scored, ScoringOptions, score_manifest, score_share, split_pairs, take_in_shares
 from sdpo.summary import summarise, write_summary
@@ -44,7 +45,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Path]:
         from sdpo.scorers import check_parts  # slow to import, and not needed where all scores are there
 
         check_parts(dict(split_pairs(config.weights, "--weights")))
-    accelerator = Accelerator()
+    accelerator = Accelerator(kwargs_handlers=[PATIENCE])
     start_console(accelerator.is_main_process)
     manifests, side = generate(config, accelerator)
     for path in manifests.values():

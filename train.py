@@ -31,6 +31,7 @@ from sdpo.data import PairDataset, Transform, train_loader
 from sdpo.families import load_family
 from sdpo.files import write_text
 from sdpo.heldout import HeldOutPairs
+from sdpo.hub import PATIENCE
 from sdpo.memory import choose_checkpointing, planned_memory
 from sdpo.metrics import MetricsLog
 from sdpo.pairs import Pairs, prepare_pairs
@@ -55,7 +56,8 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
         mixed_precision=config.mixed_precision,
         log_with=None if config.report_to == "none" else config.report_to,
         project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=logs),
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # no second copy of gradients
+        # gradients are not copied into buckets
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True), PATIENCE],
         step_scheduler_with_optimizer=False,  # the schedule advances once per update, on any number of ranks
     )
     if config.report_to not in ("all", "none") and not accelerator.log_with:

@@ -37,6 +37,7 @@ from sdpo.console import start_console
 from sdpo.data import Transform
 from sdpo.families import Conditioning, StableDiffusion, load_family
 from sdpo.files import write_file, write_text
+from sdpo.hub import PATIENCE
 from sdpo.inputs import normalise
 from sdpo.pairs import Pairs, column, decode, prepare_pairs
 from sdpo.step import DTYPES
@@ -469,7 +470,7 @@ def verify(folder: Path, accelerator: Accelerator) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Fill a cache as the command line says."""
     config = parse_flags(CacheConfig, __doc__.splitlines()[0], "python -m sdpo.cache", arguments)
-    accelerator = Accelerator()
+    accelerator = Accelerator(kwargs_handlers=[PATIENCE])
     start_console(accelerator.is_main_process)
     with accelerator.main_process_first():
         pairs, held_out, notes = prepare_pairs(config, config.seed or 0)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import InitProcessGroupKwargs
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 
 from sdpo.config import InputError
 from sdpo.files import brief
+
+PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # of ranks, while the first one fetches and prepares data
 
 
 def fetch(repository: str, name: str, **options: str | None) -> Path:
