@@ -386,7 +386,7 @@ class TrainConfig:
             "mu = 1 makes every positive scale 0: training on winners only",
         )
         yield (
-            self.input_perturbation > 0 and self.method != "sft",
+            self.input_perturbation > 0 and self.holds_out,
             "the held-out errors are measured without the input perturbation",
         )
         yield (

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -22,14 +23,6 @@ log = logging.getLogger(__name__)
 def pair_metrics(terms: PairTerms, beta: float) -> dict[str, Tensor]:
     """Scalars of one micro-batch, left on the device: official names where there are some, TRL's for rewards."""
     drop_w, drop_l = terms.reference_error_w - terms.error_w, terms.reference_error_l - terms.error_l  # (B,)
-    ww, ll, wl = (
-        sum_product(a, b)
-        for a, b in (
-            (terms.residual_w, terms.residual_w),
-            (terms.residual_l, terms.residual_l),
-            (terms.residual_w, terms.residual_l),
-        )
-    )
     scale = terms.loser_scale
     accuracy = (terms.margin > 0).float().mean()
     return {
@@ -41,17 +34,12 @@ def pair_metrics(terms: PairTerms, beta: float) -> dict[str, Tensor]:
         "avg_lose_l_scale": scale.mean(),
         "lambda/min": scale.min(),
         "lambda/share_below_1": (scale < 1).float().mean(),
-        "residual_cosine": (wl / (ww * ll).sqrt().clamp_min(1e-30)).mean(),
+        "residual_cosine": F.cosine_similarity(terms.residual_w.flatten(1), terms.residual_l.flatten(1)).mean(),
         "rewards/chosen": beta / 2 * drop_w.mean(),
         "rewards/rejected": beta / 2 * drop_l.mean(),
         "rewards/accuracies": accuracy,
         "rewards/margins": terms.margin.mean(),
     }
-
-
-def sum_product(a: Tensor, b: Tensor) -> Tensor:
-    """Inner product of each sample's tensors: (B, ...) -> (B,)."""
-    return (a * b).flatten(1).sum(1)
 
 
 class Meter:

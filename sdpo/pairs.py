@@ -171,12 +171,8 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def caption(self, index: int) -> str | list[str]:
-        """Caption, or list of captions, of pair `index`."""
-        return self.table[int(self.rows[index])][self.caption_column]
-
     def captions(self) -> list[str | list[str]]:
-        """All captions, read column-wise."""
+        """Caption, or list of captions, of every pair."""
         return column(self.table, self.caption_column, self.rows)
 
     def load(self, index: int, members: int) -> tuple[list[Image.Image], str | list[str]]:
@@ -239,7 +235,10 @@ def load_pairs(config: TrainConfig, split: str, folder: str | None = None) -> tu
             "rename columns to Pick-a-Pic's caption, jpg_0, jpg_1, label_0, or give --caption_column"
         )
     notes = [f"{source}: {len(table):,} rows" + (f", labels of {labels_path}" if labels_path else "")]
-    labels = np.ones(len(table)) if single else find_labels(table, labels_path, source)
+    if labels_path:
+        labels = read_label_file(labels_path, len(table), source)
+    else:
+        labels = np.ones(len(table)) if single else read_labels(column(table, "label_0"), source)
     keep = labels != 0.5
     if not single:
         notes.append(f"dropped {len(keep) - keep.sum():,} ties")
@@ -270,11 +269,6 @@ def check_captions(captions: list, name: str, source: str, first: int = 0) -> No
         options = caption if isinstance(caption, list) and caption else [caption]
         if not all(map(is_text, options)):
             raise InputError(f"{source} row {row}: {name} is {caption!r:.200}, but must be a text or a list of texts")
-
-
-def find_labels(table: datasets.Dataset, path: Path | None, source: str) -> np.ndarray:
-    """Labels (rows,) of the file at `path`, else the table's own."""
-    return read_label_file(path, len(table), source) if path else read_labels(column(table, "label_0"), source)
 
 
 def read_labels(labels: list, source: str) -> np.ndarray:
@@ -346,10 +340,7 @@ def prepare_pairs(config: TrainConfig, seed: int) -> tuple[Pairs, Pairs | None, 
         split = config.validation_split or "train"
         held_out, more = load_pairs(config, split, config.validation_data_dir)
         notes += more
-        if config.validation_pairs and config.validation_pairs < len(held_out):
-            held_out = held_out.select(
-                np.sort(draw(seed, "held-out").permutation(len(held_out))[: config.validation_pairs])
-            )
+        held_out = draw_subset(held_out, config.validation_pairs or None, seed, "held-out")
         notes.append(f"held out {len(held_out):,} pairs")
     elif config.validation_pairs:
         everything = len(pairs)
@@ -359,8 +350,11 @@ def prepare_pairs(config: TrainConfig, seed: int) -> tuple[Pairs, Pairs | None, 
             f"held out {len(held_out):,} pairs by prompt"
             + (f" ({unused:,} more share their captions and are left out)" if unused else "")
         )
-    if config.max_train_samples is not None and config.max_train_samples < len(pairs):
-        pairs = pairs.select(
-            np.sort(draw(seed, "max-train-samples").permutation(len(pairs))[: config.max_train_samples])
-        )
-    return pairs, held_out, notes
+    return draw_subset(pairs, config.max_train_samples, seed, "max-train-samples"), held_out, notes
+
+
+def draw_subset(pairs: Pairs, count: int | None, seed: int, stream: str) -> Pairs:
+    """`count` of the pairs, drawn, in their order; all of them if there are no more or no count is given."""
+    if count is None or count >= len(pairs):
+        return pairs
+    return pairs.select(np.sort(draw(seed, stream).permutation(len(pairs))[:count]))

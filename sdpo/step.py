@@ -123,6 +123,12 @@ def build_optimizer(
     return AdamW8bit(unet.parameters(), **settings)
 
 
+def loss_name(config: TrainConfig, family: StableDiffusion) -> str:
+    """Row of PAIR_LOSSES that the config asks for."""
+    form = family.dspo_form if config.dspo_form == "auto" else config.dspo_form
+    return f"dspo-{form}" if config.method == "dspo" else config.method
+
+
 def compute_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """(mean loss of a micro-batch, its metrics): policy and reference see the same inputs under the same autocast."""
     config, family = run.config, run.family
@@ -138,9 +144,7 @@ def compute_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     mu = config.winner_preserving_mu if config.use_winner_preserving else None
     scaling = {"mu": mu, "per_pair": config.winner_preserving_per == "pair", "constant": config.constant_loser_scale}
     terms = pair_terms(prediction, reference, inputs.target, config.beta_dpo, **scaling)
-    form = family.dspo_form if config.dspo_form == "auto" else config.dspo_form
-    method = f"dspo-{form}" if config.method == "dspo" else config.method
-    loss = PAIR_LOSSES[method](terms, config.beta_dpo, config.dmpo_alpha).mean()
+    loss = PAIR_LOSSES[loss_name(config, family)](terms, config.beta_dpo, config.dmpo_alpha).mean()
     return loss, {"train_loss": loss.detach(), **pair_metrics(terms, config.beta_dpo)}
 
 

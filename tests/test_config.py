@@ -417,7 +417,7 @@ GUARDED = "--use_winner_preserving --winner_preserving_mu="
         ("--use_winner_preserving", "--winner_preserving_mu 0 inert"),
         ("--winner_preserving_mu=0.5", "--winner_preserving_mu no effect --use_winner_preserving"),
         (f"{GUARDED}1", "mu 1 winners only"),
-        ("--input_perturbation=0.1", "input perturbation held-out"),
+        ("--input_perturbation=0.1 --validation_pairs=8", "input perturbation held-out"),
         ("--use_ema --ema_decay=0.999 --max_train_steps=100", "--ema_decay 0.999 1000"),
     ),
 )
@@ -434,7 +434,7 @@ def test_cautions(flags, words):
         "--train_method=dspo --beta_dpo=0.001 --sdxl",
         "--train_method=dspo --beta_dpo=0.001 --dspo_form=switched",
         "--train_method=diffusion-dpo --dmpo_alpha=0.01",
-        "--sft --input_perturbation=0.1",
+        "--input_perturbation=0.1",
         "--use_ema",
         "--constant_loser_scale=0",
     ),

@@ -211,7 +211,7 @@ WRITERS = (as_parquet, as_arrow, as_dataset, as_images, as_dataset_dict, as_json
 def test_every_source_gives_the_labelled_winner(write, tmp_path):
     pairs, _ = load(write(tmp_path / "pairs"))
     assert contents(pairs) == [(f"caption {i}", winner(i), loser(i)) for i in DECIDED]
-    assert pairs.captions() == [pairs.caption(index) for index in range(5)] == [f"caption {i}" for i in DECIDED]
+    assert pairs.captions() == [f"caption {i}" for i in DECIDED]
 
 
 @pytest.mark.parametrize("write", (as_parquet, as_dataset_dict, as_jsonl))
