@@ -26,39 +26,12 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sdpo.config import InputError
-from sdpo.files import brief, parse_json, read_text, sha256
-from sdpo.hub import fetch, load_tensors
+from sdpo.files import parse_json, read_text, sha256
+from sdpo.hub import check_finite, fetch, load_part, load_tensors
 
 Conditioning = dict[str, Tensor]  # every tensor has one row per sample
 PART_FILES = {"config.json", "tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.json"}
 PART_FILES |= {"special_tokens_map.json", "added_tokens.json"}  # what a part consists of beside its weights
-
-
-def load_part(cls, source: str, subfolder: str | None, **options):
-    """`cls.from_pretrained`; raises InputError where it fails, and for models that lack tensors or are not finite."""
-    part, is_model = f"{subfolder or cls.__name__} of {source!r}", issubclass(cls, nn.Module)
-    options |= ({"subfolder": subfolder} if subfolder else {}) | ({"output_loading_info": True} if is_model else {})
-    try:
-        loaded = cls.from_pretrained(source, **options)
-    except Exception as error:  # files, JSON, weights and connections each have errors of their own
-        raise InputError(
-            f"cannot load {part} ({brief(error)}); "
-            "give a local diffusers folder, or download the model where the hub can be reached"
-        ) from error
-    if not is_model:
-        return loaded
-    model, report = loaded
-    if missing := sorted(report["missing_keys"]):  # the libraries fill gaps with random weights or none
-        raise InputError(f"{part} lacks {len(missing)} tensors (e.g. {missing[0]}); download it again")
-    check_finite(model.state_dict(), part)
-    return model
-
-
-def check_finite(state: dict[str, Tensor], source: str) -> None:
-    """Raises InputError, naming the source, unless all numbers of a state dict are finite."""
-    broken = next((name for name, value in state.items() if not value.isfinite().all()), None)
-    if broken:
-        raise InputError(f"{source} holds numbers that are not finite (in {broken}): its training diverged; use others")
 
 
 def read_pipeline_class(index: Path) -> str:
@@ -346,7 +319,7 @@ class StableDiffusion:
         parts = {"unet": unet, "vae": self._load_vae().float(), "torch_dtype": torch.float32}
         if "safety_checker" in self.pipeline_class._optional_components:
             parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        load_part(self.pipeline_class, self.source, None, **parts, **self.options).save_pretrained(folder)
+        load_part(self.pipeline_class, self.source, **parts, **self.options).save_pretrained(folder)
 
 
 class StableDiffusionXL(StableDiffusion):

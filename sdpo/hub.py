@@ -1,4 +1,4 @@
-"""Single files from the hub, and the tensors in weights files."""
+"""Models and files in the hub's formats: from the hub or from a local folder, whole and finite or not at all."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import InitProcessGroupKwargs
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from sdpo.config import InputError
 from sdpo.files import brief
@@ -26,6 +27,33 @@ def fetch(repository: str, name: str, **options: str | None) -> Path:
             f"cannot fetch {name} of {repository} ({brief(error)}); "
             "download it where the hub can be reached and give its path"
         ) from error
+
+
+def load_part(cls, source: str, subfolder: str | None = None, **options):
+    """`cls.from_pretrained`; raises InputError where it fails, and for models that lack tensors or are not finite."""
+    part, is_model = f"{subfolder or cls.__name__} of {source!r}", issubclass(cls, nn.Module)
+    options |= ({"subfolder": subfolder} if subfolder else {}) | ({"output_loading_info": True} if is_model else {})
+    try:
+        loaded = cls.from_pretrained(source, **options)
+    except Exception as error:  # files, JSON, weights and connections each have errors of their own
+        raise InputError(
+            f"cannot load {part} ({brief(error)}); "
+            "give a local folder in the hub's format, or download it where the hub can be reached"
+        ) from error
+    if not is_model:
+        return loaded
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):  # the libraries fill gaps with random weights or none
+        raise InputError(f"{part} lacks {len(missing)} tensors (e.g. {missing[0]}); download it again")
+    check_finite(model.state_dict(), part)
+    return model
+
+
+def check_finite(state: dict[str, Tensor], source: str) -> None:
+    """Raises InputError, naming the source, unless all numbers of a state dict are finite."""
+    broken = next((name for name, value in state.items() if not value.isfinite().all()), None)
+    if broken:
+        raise InputError(f"{source} holds numbers that are not finite (in {broken}): its training diverged; use others")
 
 
 def load_tensors(path: str | Path) -> Any:

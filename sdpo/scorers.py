@@ -27,7 +27,7 @@ from torchvision import transforms as T
 
 from sdpo.config import InputError
 from sdpo.files import brief, sha256
-from sdpo.hub import fetch, load_tensors
+from sdpo.hub import fetch, load_part, load_tensors
 from sdpo.tiny import pictures
 
 IN_TURN_BLOCK = 512  # images kept prepared (0.6 MB each and preprocessing) while the models take turns
@@ -69,28 +69,9 @@ def load_state(module: nn.Module, source: str, rename: Callable[[str], str | Non
     module.load_state_dict({name: state[name] for name in own}, assign=True)
 
 
-def from_pretrained(cls, source: str, **options):
-    """`cls.from_pretrained`, with what went wrong in one sentence."""
-    try:
-        return cls.from_pretrained(source, **options)
-    except Exception as error:  # files, JSON, weights and connections each have errors of their own
-        raise InputError(
-            f"cannot load {cls.__name__} of {source!r} ({brief(error)}); "
-            "give a local folder in the hub's format, or download it where the hub can be reached"
-        ) from error
-
-
-def load_clip(source: str) -> transformers.CLIPModel:
-    """A transformers CLIP in fp32, whole: transformers only warns when it fills gaps with random weights."""
-    model, report = from_pretrained(transformers.CLIPModel, source, dtype=torch.float32, output_loading_info=True)
-    if missing := sorted(report["missing_keys"]):
-        raise InputError(f"{source} lacks {len(missing)} tensors of a CLIP model (e.g. {missing[0]}); give a whole one")
-    return model
-
-
 def load_tokenizer(cls, source: str, size: int, extra: Iterable[str] = ()):
     """A tokenizer of `size` entries, `extra` included: transformers makes an empty one where files are missing."""
-    tokenizer = from_pretrained(cls, source)
+    tokenizer = load_part(cls, source)
     tokenizer.add_tokens(list(extra), special_tokens=True)
     if len(tokenizer) != size:
         raise InputError(
@@ -120,7 +101,7 @@ def torchvision_preprocess(size: int) -> Preprocess:
 
 def processor_preprocess(source: str) -> Preprocess:
     """That of a CLIP model on the hub, on PIL: transformers' default backend resizes tensors and is off by 0.015."""
-    processor = from_pretrained(transformers.CLIPImageProcessorPil, source)
+    processor = load_part(transformers.CLIPImageProcessorPil, source)
     return Preprocess(
         processor.to_json_string(), lambda image: processor(image, return_tensors="pt")["pixel_values"][0]
     )
@@ -178,7 +159,7 @@ class PickScore(Scorer):
 
     def load(self) -> None:
         """Model, tokenizer and image processor."""
-        self.model = load_clip(self.sources["model"]).to(self.dtype)
+        self.model = load_part(transformers.CLIPModel, self.sources["model"], dtype=torch.float32).to(self.dtype)
         text = self.model.config.text_config
         self.tokenizer = load_tokenizer(transformers.CLIPTokenizer, self.sources["processor"], text.vocab_size)
         self.text_options = {"padding": True, "truncation": True, "max_length": text.max_position_embeddings}
@@ -260,7 +241,7 @@ class Aesthetics(Scorer):
         found = sha256(locate(source))
         if head_sha256 not in (None, found):
             raise InputError(f"{source} has sha256 {found}, not {head_sha256}; download the official file again")
-        self.model = load_clip(self.sources["model"]).to(self.dtype)
+        self.model = load_part(transformers.CLIPModel, self.sources["model"], dtype=torch.float32).to(self.dtype)
         del self.model.text_model
         with init_empty_weights():
             self.head = Head(self.model.config.projection_dim)

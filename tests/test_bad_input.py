@@ -477,7 +477,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 ENCODER, SCHEDULER = "text_encoder/model.safetensors", "scheduler/scheduler_config.json"
 MODELS = {  # base model: (what writes it, message)
     "no tokenizer": (base(drop("tokenizer")), r"tokenizer of .*base' has 2 entries, .*: files are missing .*"),
-    "no VAE": (base(drop("vae")), r"cannot load vae of .*base' \(.*\); give a local diffusers folder"),
+    "no VAE": (base(drop("vae")), r"cannot load vae of .*base' \(.*\); give a local folder in the hub's format"),
     "no UNet weights": (base(drop(f"unet/{WEIGHTS}")), r"cannot load unet of .*base' \(.*\); give a local"),
     "index of text": (base(text("model_index.json", "SD")), r"model_index.json: not valid JSON \(.*\); download"),
     "index too deep": (base(text("model_index.json", DEEP)), r"model_index.json: not valid JSON \(.*\); download the"),
@@ -516,7 +516,7 @@ UNETS = {  # weights of the UNet: (what writes them, file, message)
     "not finite": (state(nan), "unet.pth", r"unet.pth holds numbers that are not finite \(in .*\)"),
     "safetensors cut off": (both(safetensors, cut("u.safetensors")), "u.safetensors", UNREADABLE),
     "safetensors of text": (text("u.safetensors", "x"), "u.safetensors", UNREADABLE),
-    "unknown ending": (text("u.ckpt", "x"), "u.ckpt", r"cannot load unet of .*u.ckpt' \(.*\); give a local"),
+    "unknown ending": (text("u.ckpt", "x"), "u.ckpt", r"u.ckpt cannot be read as weights \(.*\); download"),
     "empty folder": (text("u/readme", ""), "u", r"cannot load unet of .*u' \(.*\); give a local"),
     "config alone": (text("u/config.json", {}), "u", r"cannot load .*u' \(.*\); give a local"),
 }  # fmt: skip
