@@ -192,11 +192,9 @@ def make_step(run: Run, norm: Tensor) -> bool:
     if run.accelerator.distributed_type == DistributedType.DEEPSPEED:
         return True  # its engine stepped at the end of the backward pass
     norm, scaler = norm.item(), run.accelerator.scaler
-    if math.isfinite(norm) and norm > (run.config.skip_grad_norm_above or math.inf):
-        if scaler is not None:
-            scaler.update()  # ends what clipping began
+    if not math.isfinite(norm) or norm > (run.config.skip_grad_norm_above or math.inf):
+        if scaler is not None:  # of fp16
+            scaler.update()  # ends what clipping began, and lowers the scale where the gradient overflowed
         return False
-    if scaler is None and not math.isfinite(norm):
-        return False
-    run.optimizer.step()  # with fp16 the scaler skips what is not finite, and lowers its scale
-    return not run.accelerator.optimizer_step_was_skipped
+    run.optimizer.step()
+    return True

@@ -61,11 +61,11 @@ class Skips:
             self.in_a_row = 0
             return
         scaler, config = self.run.accelerator.scaler, self.run.config
-        if scaler is not None and scaler.get_scale() > 1:
-            return  # fp16's scale is being found
-        self.in_a_row += 1
+        finding_scale = scaler is not None and scaler.get_scale() > 1  # of fp16: then gradients may overflow
+        self.in_a_row += not finding_scale
         report = f"update {self.run.step} skipped: {self._describe(skipped)}"
-        log.error(report)
+        if not finding_scale or not all(map(math.isfinite, skipped.losses)):
+            log.error(report)
         if self.in_a_row < config.max_skipped_updates:
             return
         folder = save_checkpoint(self.run)

@@ -150,6 +150,38 @@ def test_too_many_skipped_updates_end_the_run_with_a_checkpoint(arguments, tmp_p
     assert same(weights(tmp_path / "run" / "checkpoint-6"), weights(tmp_path / "run" / "checkpoint-3"))
 
 
+def test_fp16_skips_what_overflows_until_the_scale_is_found(arguments, tmp_path, monkeypatch, capsys):
+    """Accelerate takes fp16 for GPUs only; its parts work on a CPU too."""
+    start = train.start_accelerator
+
+    def start_in_fp16(config):
+        accelerator = start(config)
+        accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**18)  # at which gradients overflow
+        return accelerator
+
+    monkeypatch.setattr(train, "start_accelerator", start_in_fp16)
+    poison(monkeypatch, lambda place: place == (0, 1))
+    train.main(arguments("--max_train_steps=12", "--use_ema", "--checkpointing_steps=1", "--lr_scheduler=cosine"))
+    skipped = [bool(count) for _, count in read_metrics(tmp_path / "run", "skipped_updates")]
+    made = [step for step in range(1, 13) if not skipped[step - 1]]
+    assert skipped[:2] == [True, True] and len(made) > 4  # the one of the bad pair, and at least one that overflowed
+    assert [step for step, _ in read_metrics(tmp_path / "run", "train_loss")] == made
+    folders = [tmp_path / "run" / f"checkpoint-{step}" for step in range(1, 13)]
+    rates = [rate for _, rate in read_metrics(tmp_path / "run", "lr")]
+    for step in range(1, 12):
+        before, after = folders[step - 1], folders[step]
+        for file in ("unet.pth", "unet_ema.pth"):
+            assert same(weights(before, file), weights(after, file)) == (skipped[step] or rates[step] == 0)
+        assert same(optimizer_state(before), optimizer_state(after)) == skipped[step]
+        assert (rates[step] == rates[step - 1]) == skipped[step - 1]
+    assert all(value.isfinite().all() for value in weights(folders[-1]).values())
+    assert torch.load(folders[-1] / "scaler.pt", weights_only=True)["scale"] == 2.0 ** (18 - sum(skipped))
+    said = capsys.readouterr().err
+    assert "update 1 skipped: gradient norm nan, losses of 1 micro-batches not finite" in said
+    assert "update 2 skipped" not in said  # its losses are finite: the scale is being found
+
+
 def test_a_gradient_above_the_limit_is_skipped(arguments, tmp_path):
     train.main(arguments("--max_train_steps=4"))
     norms = dict(read_metrics(tmp_path / "run", "grad_norm"))
