@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from test_training import same, weights
 
 import train
@@ -150,17 +151,23 @@ def test_too_many_skipped_updates_end_the_run_with_a_checkpoint(arguments, tmp_p
     assert same(weights(tmp_path / "run" / "checkpoint-6"), weights(tmp_path / "run" / "checkpoint-3"))
 
 
-def test_fp16_skips_what_overflows_until_the_scale_is_found(arguments, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def fp16(monkeypatch):
     """Accelerate takes fp16 for GPUs only; its parts work on a CPU too."""
     start = train.start_accelerator
 
     def start_in_fp16(config):
+        AcceleratorState._reset_state(reset_partial_state=True)
         accelerator = start(config)
         accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**18)  # at which gradients overflow
         return accelerator
 
     monkeypatch.setattr(train, "start_accelerator", start_in_fp16)
+
+
+@pytest.mark.usefixtures("fp16")
+def test_fp16_skips_what_overflows_until_the_scale_is_found(arguments, tmp_path, monkeypatch, capsys):
     poison(monkeypatch, lambda place: place == (0, 1))
     train.main(arguments("--max_train_steps=12", "--use_ema", "--checkpointing_steps=1", "--lr_scheduler=cosine"))
     skipped = [bool(count) for _, count in read_metrics(tmp_path / "run", "skipped_updates")]
@@ -180,6 +187,17 @@ def test_fp16_skips_what_overflows_until_the_scale_is_found(arguments, tmp_path,
     said = capsys.readouterr().err
     assert "update 1 skipped: gradient norm nan, losses of 1 micro-batches not finite" in said
     assert "update 2 skipped" not in said  # its losses are finite: the scale is being found
+
+
+@pytest.mark.usefixtures("fp16")
+def test_fp16_resumes_with_its_scale(arguments, tmp_path, capsys):
+    flags = ["--checkpointing_steps=3", "--resume_with_changes"]
+    train.main(arguments("--max_train_steps=8", *flags, out="whole"))
+    train.main(arguments("--max_train_steps=3", *flags))
+    train.main(arguments("--max_train_steps=8", *flags))
+    assert "checkpoint-3, after 3 updates" in capsys.readouterr().err
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    assert read_metrics(tmp_path / "run", "skipped_updates") == read_metrics(tmp_path / "whole", "skipped_updates")
 
 
 def test_a_gradient_above_the_limit_is_skipped(arguments, tmp_path):
