@@ -43,6 +43,7 @@ def choose_checkpointing(run: Run, batch: Batch) -> str:
     if budget is None:
         if device.type != "cuda":
             raise InputError("--gradient_checkpointing auto: say how many GiB may be kept with --activation_memory")
+        torch.cuda.empty_cache()  # blocks that nobody uses any more would count as taken
         room = room_for_activations(run, torch.cuda.mem_get_info(device)[0])
         rooms = run.accelerator.gather(torch.tensor([room / 2**30], device=device))
         budget = rooms.min().item()  # ranks that compute other units again would wait for each other
