@@ -61,7 +61,8 @@ class Skips:
             self.in_a_row = 0
             return
         scaler, config = self.run.accelerator.scaler, self.run.config
-        finding_scale = scaler is not None and scaler.get_scale() > 1  # of fp16: then gradients may overflow
+        overflow = scaler is not None and not math.isfinite(skipped.grad_norm)  # of fp16, while its scale is found
+        finding_scale = overflow and scaler.get_scale() > 1
         self.in_a_row += not finding_scale
         report = f"update {self.run.step} skipped: {self._describe(skipped)}"
         if not finding_scale or not all(map(math.isfinite, skipped.losses)):

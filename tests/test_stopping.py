@@ -200,6 +200,12 @@ def test_fp16_resumes_with_its_scale(arguments, tmp_path, capsys):
     assert read_metrics(tmp_path / "run", "skipped_updates") == read_metrics(tmp_path / "whole", "skipped_updates")
 
 
+@pytest.mark.usefixtures("fp16")
+def test_fp16_reports_gradients_above_the_limit(arguments):
+    with pytest.raises(InputError, match=r"2 updates in a row skipped, the last: .* gradient norm \d.*, losses finite"):
+        train.main(arguments("--max_train_steps=12", "--skip_grad_norm_above=1e-9", "--max_skipped_updates=2"))
+
+
 def test_a_gradient_above_the_limit_is_skipped(arguments, tmp_path):
     train.main(arguments("--max_train_steps=4"))
     norms = dict(read_metrics(tmp_path / "run", "grad_norm"))
