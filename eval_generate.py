@@ -16,7 +16,7 @@ from sdpo.console import start_console
 from sdpo.generation import EvalConfig, generate
 from sdpo.hub import PATIENCE
 from sdpo.report import write_report
-from sdpo.scoring import Scored, ScoringOptions, score_manifest, score_share, split_pairs, take_in_shares
+from sdpo.scoring import Scored, ScoringOptions, score_manifest, score_share, take_in_shares
 from sdpo.summary import summarise, write_summary
 from sdpo.winrates import collect_run
 
@@ -24,8 +24,7 @@ from sdpo.winrates import collect_run
 def score(config: EvalConfig, manifests: dict[str, Path], accelerator: Accelerator) -> dict[str, Scored]:
     """Entries and scores by group in the chosen metrics, on the main process; every rank computes a share of them."""
     metrics = config.score_metrics
-    sources = dict(split_pairs(config.weights, "--weights"))
-    options = ScoringOptions(sources, config.score_dtype, str(accelerator.device), config.score_batch_size)
+    options = ScoringOptions(config.sources, config.score_dtype, str(accelerator.device), config.score_batch_size)
     if accelerator.num_processes > 1:
         for path in manifests.values():
             if accelerator.is_main_process:
@@ -44,7 +43,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Path]:
     if config.weights:  # before hours of making images
         from sdpo.scorers import check_parts  # slow to import, and not needed where all scores are there
 
-        check_parts(dict(split_pairs(config.weights, "--weights")))
+        check_parts(config.sources)
     accelerator = Accelerator(kwargs_handlers=[PATIENCE])
     start_console(accelerator.is_main_process)
     manifests, side = generate(config, accelerator)

@@ -8,14 +8,12 @@ from __future__ import annotations
 import argparse
 
 from sdpo.config import FlagErrors, run_command
-from sdpo.manifest import check_labels
 from sdpo.report import write_report
 from sdpo.scoring import METRICS, ScoringOptions, check_models, score_manifest, split_pairs
 from sdpo.winrates import (
-    METRICS as OFFICIAL,
-)
-from sdpo.winrates import (
+    OFFICIAL_METRICS,
     PAIRINGS,
+    check_labels,
     collect_run,
     compare_all,
     format_comparison,
@@ -43,7 +41,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--outdir", default="output/vs_eval", help="folder of the results")
     parser.add_argument("--ties_as_loss_for_a", action="store_true", help="a tie counts zero for A, not one half")
     parser.add_argument("--pair_by", choices=PAIRINGS, default="prompt", help="how images of two runs are paired")
-    parser.add_argument("--metrics", nargs="+", choices=METRICS, default=list(OFFICIAL), help="what to compare")
+    parser.add_argument("--metrics", nargs="+", choices=METRICS, default=list(OFFICIAL_METRICS), help="what to compare")
     parser.add_argument("--weights", nargs="*", default=[], metavar="METRIC.PART=SOURCE", help="local path or hub file")
     parser.add_argument("--score_dtype", choices=["fp32", "bf16"], default="fp32", help="of the scorers' backbones")
     return parser.parse_args(arguments)

@@ -7,7 +7,6 @@ The path of one batch: docs/design.md.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import secrets
 import sys
@@ -29,7 +28,7 @@ from sdpo.config import InputError, Plan, TrainConfig, parse_flags, run_command
 from sdpo.console import start_console
 from sdpo.data import PairDataset, Transform, train_loader
 from sdpo.families import load_family
-from sdpo.files import write_text
+from sdpo.files import write_json
 from sdpo.heldout import HeldOutPairs
 from sdpo.hub import PATIENCE
 from sdpo.memory import choose_checkpointing, planned_memory
@@ -38,7 +37,7 @@ from sdpo.pairs import Pairs, prepare_pairs
 from sdpo.prompts import read_prompts
 from sdpo.rng import normal
 from sdpo.sampling import sample
-from sdpo.step import SHARDING, Run, build_run, update
+from sdpo.step import SHARDING, Run, build_run, loss_name, update
 from sdpo.stopping import Skips, StopRequest
 
 log = logging.getLogger("train")
@@ -79,20 +78,20 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def choose_seed(config: TrainConfig, resume: Path | None) -> int:
+def choose_seed(config: TrainConfig, checkpoint: Path | None) -> int:
     """The seed given, else that of the checkpoint, else a fresh one shared by all ranks."""
     seed = config.seed
     if seed is None:
-        seed = checkpoints.read_state(resume)["seed"] if resume else secrets.randbits(32)
+        seed = checkpoints.read_state(checkpoint)["seed"] if checkpoint else secrets.randbits(32)
     return broadcast_object_list([seed])[0]
 
 
 def build_dataset(run: Run, pairs: Pairs | CachedPairs, stream: str) -> PairDataset:
     """Samples of the stream "train", or of "held-out": without flips, random crops, dropped captions or added noise."""
-    config, resolution = run.config, run.config.resolution or run.family.resolution
-    transform, options = Transform(resolution), {}
+    config = run.config
+    transform, options = Transform(run.resolution), {}
     if stream == "train":
-        transform = Transform(resolution, config.random_crop, not config.no_hflip, config.shared_flip)
+        transform = Transform(run.resolution, config.random_crop, not config.no_hflip, config.shared_flip)
         options = {
             "members": 1 if config.method == "sft" else 2,
             "empty_captions": config.proportion_empty_prompts,
@@ -100,7 +99,7 @@ def build_dataset(run: Run, pairs: Pairs | CachedPairs, stream: str) -> PairData
             "input_perturbation": config.input_perturbation,
         }
     options["max_unreadable"] = config.max_unreadable_images
-    shape = run.family.latent_shape(resolution)
+    shape = run.family.latent_shape(run.resolution)
     return PairDataset(pairs, transform, shape, run.seed, stream, run.plan.global_batch, **options)
 
 
@@ -118,15 +117,15 @@ def announce(run: Run, notes: list[str]) -> None:
     log.info(f"memory         {sum(memory.values()) / 2**30:.3g} GiB per device before activations: {parts}")
     size = sum(memory.get(part, 0) for part in ("policy", "optimizer", "average"))
     short = checkpoints.space_caution(config.output_dir, size) if config.checkpointing_steps else None
-    for caution in (*config.obsolete(), *config.cautions(), *([short] if short else [])):
+    for caution in (*config.obsolete(), *config.cautions(loss_name(config, run.family)), *([short] if short else [])):
         log.warning(f"CAUTION: {caution}")
 
 
 def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
     """The run, resumed if there is a checkpoint, its training samples and its held-out pairs."""
     accelerator = start_accelerator(config)
-    resume = checkpoints.find_checkpoint(accelerator, config)
-    seed = choose_seed(config, resume)
+    checkpoint = checkpoints.find_checkpoint(accelerator, config)
+    seed = choose_seed(config, checkpoint)
     family = load_family(**config.base, encoders=not config.latent_cache or bool(config.validation_prompts))
     with accelerator.main_process_first():
         if config.choice_model and accelerator.is_main_process:
@@ -135,10 +134,6 @@ def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
     if config.latent_cache:
         pairs, held_out_pairs = open_cache(config, accelerator, pairs, held_out_pairs)
     plan = Plan.of(config, accelerator.num_processes, len(pairs))
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        sizes = {"train_micro_batch_size_per_gpu": config.train_batch_size}
-        sizes |= {"gradient_accumulation_steps": plan.accumulation, "gradient_clipping": config.max_grad_norm}
-        accelerator.deepspeed_plugin.deepspeed_config |= sizes
 
     run = build_run(config, accelerator, family, plan, seed)
     dataset = build_dataset(run, pairs, "train")
@@ -146,17 +141,8 @@ def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
     run.prepare()
 
     checkpoints.register_hooks(accelerator, run.unet)
-    if resume:
-        changes = checkpoints.changed_settings(config, plan, resume)
-        if changes and not config.resume_with_changes:
-            raise InputError(
-                f"{resume} was made with other settings, so this would be another run: {'; '.join(changes)}. Take them "
-                "back, choose another --output_dir, or say --resume_with_changes"
-            )
-        for change in changes:
-            log.warning(f"CAUTION: resuming with a change: {change}")
-        checkpoints.load_checkpoint(run, resume)
-        log.info(f"resumed        {resume}, after {run.step} updates")
+    if checkpoint:
+        resume(run, checkpoint)
     if config.gradient_checkpointing == "auto":
         log.info(choose_checkpointing(run, collate([dataset[run.step, 0]] * config.train_batch_size)))
     return run, dataset, hold_out(run, held_out_pairs)
@@ -167,6 +153,20 @@ def label_pairs(config: TrainConfig, accelerator: Accelerator) -> None:
     from sdpo.relabel import RelabelConfig, relabel  # the scorers need open_clip, which training does not
 
     log.info(relabel(RelabelConfig.of(config, str(accelerator.device))))
+
+
+def resume(run: Run, checkpoint: Path) -> None:
+    """Put a checkpoint into the run; InputError if settings that shape the run differ and that is not meant."""
+    changes = checkpoints.changed_settings(run.config, run.plan, checkpoint)
+    if changes and not run.config.resume_with_changes:
+        raise InputError(
+            f"{checkpoint} was made with other settings, so this would be another run: {'; '.join(changes)}. Take them "
+            "back, choose another --output_dir, or say --resume_with_changes"
+        )
+    for change in changes:
+        log.warning(f"CAUTION: resuming with a change: {change}")
+    checkpoints.load_checkpoint(run, checkpoint)
+    log.info(f"resumed        {checkpoint}, after {run.step} updates")
 
 
 def hold_out(run: Run, pairs: Pairs | CachedPairs | None) -> HeldOutPairs | None:
@@ -188,8 +188,8 @@ def start_logs(run: Run) -> MetricsLog:
     """Trackers, config.json with settings and derived numbers, metrics.jsonl up to the step the run starts from."""
     settings = {**dataclasses.asdict(run.config), "seed": run.seed}
     if run.accelerator.is_main_process:
-        text = json.dumps({"config": settings, "plan": dataclasses.asdict(run.plan)}, indent=2) + "\n"
-        write_text(Path(run.config.output_dir, "config.json"), text)
+        derived = dataclasses.asdict(run.plan)
+        write_json(Path(run.config.output_dir, "config.json"), {"config": settings, "plan": derived})
     shown = {name: value for name, value in settings.items() if value is not None}
     run.accelerator.init_trackers(run.config.tracker_project_name, shown)
     return MetricsLog(run.accelerator, run.config.output_dir, run.step)
@@ -263,9 +263,9 @@ def sample_prompts(run: Run, unet: nn.Module, prompts: list[str]) -> None:
     """Write an image per prompt to {output_dir}/validation/step-N/ and show it in the trackers."""
     folder = Path(run.config.output_dir, "validation", f"step-{run.step:06d}")
     folder.mkdir(parents=True, exist_ok=True)
-    shape = run.family.latent_shape(run.config.resolution or run.family.resolution)
+    shape = run.family.latent_shape(run.resolution)
     for index, prompt in enumerate(prompts):
-        noise = torch.from_numpy(normal(run.seed, "validation-image", (index,), (1, *shape)))
+        noise = normal(run.seed, "validation-image", (index,), (1, *shape))
         with run.accelerator.autocast():
             image = sample(run.family, unet, [prompt], noise, steps=25, guidance_scale=7.5)  # (1, H, W, 3)
         if not run.accelerator.is_main_process:

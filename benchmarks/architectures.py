@@ -95,7 +95,7 @@ class Base:
 
     def build(self, device: str | torch.device) -> StableDiffusion:
         """The family; random parts are made on `device`: "meta" gives shapes without memory."""
-        name = self.config().family
+        name = self.config().base["name"]
         if self.parts is None:
             return load_family(name, str(TINY))
         return random_family(FAMILIES[name], self.parts, device)

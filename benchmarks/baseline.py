@@ -20,8 +20,8 @@ from torch import Tensor
 from sdpo.batch import Batch
 from sdpo.config import TrainConfig
 from sdpo.families import StableDiffusion
+from sdpo.hub import DTYPES
 from sdpo.losses import scale_gradient
-from sdpo.step import DTYPES
 
 
 class OfficialLoop:

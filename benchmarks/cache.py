@@ -9,7 +9,6 @@ Results go to benchmarks/results/cache-cpu.json. It needs 5 GiB of disk for 20,0
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import resource
 import sys
@@ -31,7 +30,7 @@ from benchmarks.eval import environment  # noqa: E402
 from sdpo.batch import collate  # noqa: E402
 from sdpo.cache import SHARD_BYTES, CachedPairs, Shards, cut  # noqa: E402
 from sdpo.data import PairDataset, Transform  # noqa: E402
-from sdpo.files import write_text  # noqa: E402
+from sdpo.files import write_json  # noqa: E402
 from sdpo.pairs import IMAGES, Pairs  # noqa: E402
 from sdpo.rng import normal  # noqa: E402
 
@@ -154,7 +153,7 @@ def main() -> None:
             f"  {task:>26}  {row['pairs_per_second']:9,.0f} pairs/s  {row['cpu_ms_per_pair']:6.3f} ms of CPU per pair"
         )
     path = args.out / "cache-cpu.json"
-    write_text(path, json.dumps(results, indent=2) + "\n")
+    write_json(path, results)
     print(f"written to {path}")
 
 

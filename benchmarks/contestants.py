@@ -86,7 +86,7 @@ def make_batch(family: StableDiffusion, config: TrainConfig) -> Batch:
     """Random pairs as a loader leaves them: uint8 pixels, captions and noise on the host."""
     pairs, size = config.train_batch_size, config.resolution
     shape = family.latent_shape(size)
-    noise = torch.from_numpy(normal(0, "benchmark-noise", (0,), (pairs, *shape)))
+    noise = normal(0, "benchmark-noise", (0,), (pairs, *shape))
     pixels = draw(0, "benchmark-pixels").integers(0, 256, (2 * pairs, 3, size, size), dtype=np.uint8)
     batch = Batch(
         pixels=torch.from_numpy(pixels),
@@ -95,7 +95,7 @@ def make_batch(family: StableDiffusion, config: TrainConfig) -> Batch:
         captions=[spec.caption for spec in itertools.islice(itertools.cycle(pictures.HELD_OUT), pairs)],
         noise=noise,
         input_noise=None,
-        posterior=torch.from_numpy(normal(0, "benchmark-posterior", (0,), (2 * pairs, *shape))),
+        posterior=normal(0, "benchmark-posterior", (0,), (2 * pairs, *shape)),
         uniform=torch.from_numpy(draw(0, "benchmark-timestep").random(pairs, dtype=np.float32)),
         unreadable=[],
     )

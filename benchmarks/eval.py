@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import os
 import platform
 import sys
@@ -29,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from sdpo.families import StableDiffusion, load_family  # noqa: E402
-from sdpo.files import write_text  # noqa: E402
+from sdpo.files import write_json  # noqa: E402
 from sdpo.sampling import draw_noise, sample  # noqa: E402
 from sdpo.scorers import Aesthetics, ClipScore, Head, HPSv2, HPSv21, PickScore, Scorer, score_rows  # noqa: E402
 from sdpo.tiny import pictures  # noqa: E402
@@ -179,7 +178,7 @@ def main() -> None:
     results["scoring"] = scoring(args.device, args.images, args.repeats)
     show(f"scoring, {len(results['scoring']['scorers'])} metrics", results["scoring"]["passes"])
     path = args.out / f"eval-{args.device.replace(':', '-')}.json"
-    write_text(path, json.dumps(results, indent=2) + "\n")
+    write_json(path, results)
     print(f"written to {path}")
 
 

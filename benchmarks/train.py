@@ -40,10 +40,10 @@ from benchmarks.baseline import OfficialLoop  # noqa: E402
 from benchmarks.contestants import VARIANTS, Ours, build, cache_latents, precision  # noqa: E402
 from benchmarks.counting import count, counted  # noqa: E402
 from benchmarks.tables import PARTS, markdown, show_check, show_safeguard  # noqa: E402
-from sdpo.files import write_text  # noqa: E402
+from sdpo.files import write_json, write_text  # noqa: E402
+from sdpo.hub import DTYPES  # noqa: E402
 from sdpo.losses import pair_terms  # noqa: E402
 from sdpo.rng import draw  # noqa: E402
-from sdpo.step import DTYPES  # noqa: E402
 
 AGAINST_BASELINE = ("baseline", "default", "fast", "fast, lean", "fast, compiled")
 
@@ -345,7 +345,7 @@ def main() -> None:
     path = args.out / f"{device.type}-{results['date'][:10]}.json"
 
     def save() -> None:
-        write_text(path, json.dumps(results, indent=2) + "\n")
+        write_json(path, results)
         write_text(path.with_suffix(".md"), markdown(results))
 
     for left, name in zip(range(len(args.bases), 0, -1), args.bases, strict=True):

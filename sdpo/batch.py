@@ -23,7 +23,7 @@ class Batch:
     input_noise: Tensor | None  # (B, C, h, w), what noises the model's input in place of noise, if that is perturbed
     posterior: Tensor  # (2B, C, h, w), for sampling the latents
     uniform: Tensor  # (B,) in [0, 1), for drawing the timestep that the pair shares
-    unreadable: list[str]
+    unreadable: list[str]  # why images could not be read, for which others were drawn
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on a device."""

@@ -36,14 +36,12 @@ from sdpo.config import InputError, TrainConfig, flag, parse_flags, run_command
 from sdpo.console import start_console
 from sdpo.data import Transform
 from sdpo.families import Conditioning, StableDiffusion, load_family
-from sdpo.files import write_file, write_text
-from sdpo.hub import PATIENCE
+from sdpo.files import write_file, write_json
+from sdpo.hub import DTYPES, PATIENCE
 from sdpo.inputs import normalise
 from sdpo.pairs import Pairs, column, decode, prepare_pairs
-from sdpo.step import DTYPES
 
 SHARD_BYTES = 2**29  # a file of a cache is no larger, unless one row is
-STORED = {"bf16": torch.bfloat16, "fp32": torch.float32}
 log = logging.getLogger("cache")
 
 
@@ -69,7 +67,7 @@ class Shards:
 
     def create(self) -> None:
         """Write index.json."""
-        write_text(self.folder / "index.json", json.dumps({"key": self.key}, indent=2) + "\n")
+        write_json(self.folder / "index.json", {"key": self.key})
 
     def scan(self) -> None:
         """Note where each row of the complete files is; raises InputError for a file that is damaged."""
@@ -130,10 +128,10 @@ def hash_content(names: list, notes: dict[str, str], tensors: dict[str, Tensor])
     return digest.hexdigest()
 
 
-def save_readable(tensors: dict[str, Tensor], path: Path, about: dict, model: Path) -> None:
-    """Write a safetensors file with the permissions of the file `model`."""
+def save_readable(tensors: dict[str, Tensor], path: Path, about: dict, like: Path) -> None:
+    """Write a safetensors file with the permissions of the file `like`."""
     save_file(tensors, path, {"about": json.dumps(about)})
-    shutil.copymode(model, path)  # save_file lets nobody else read it
+    shutil.copymode(like, path)  # save_file lets nobody else read it
 
 
 # What a cache is made from
@@ -238,7 +236,7 @@ class CachedPairs:
         self.order = np.where(pairs.first_won[:, None], of_columns, of_columns[::-1])  # (n, columns), winner first
         self.text_places = captions.places
         same = {text: text for text in self.text_places}  # a text that many pairs have is in memory once
-        self.captions = [[same[text] for text in options] for options in list_captions(pairs)]
+        self.captions = [[same[text] for text in options] for options in pairs.captions()]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -259,11 +257,6 @@ class CachedPairs:
     def encode(self, caption: str) -> Conditioning:
         """What the text encoders said of a caption, without a batch dimension."""
         return self.texts.read(self.text_places[caption])
-
-
-def list_captions(pairs: Pairs) -> list[list[str]]:
-    """The captions that each pair may be shown with."""
-    return [[options] if isinstance(options, str) else options for options in pairs.captions()]
 
 
 # Making
@@ -308,7 +301,7 @@ class Work:
             values = math.prod((len(self.pairs.columns), 1 + key["flips"], 2, *family.latent_shape(key["resolution"])))
         else:
             values = sum(tensor.numel() for tensor in family.encode_texts([""]).values())
-        return values * STORED[key["stored in"]].itemsize
+        return values * DTYPES[key["stored in"]].itemsize
 
     def share(self, row_bytes: int, accelerator: Accelerator) -> list[list[int | str]]:
         """Names in each file that this rank writes; ranks take files by turns, in the last round some get none."""
@@ -347,7 +340,7 @@ def make(config: TrainConfig, accelerator: Accelerator, family: StableDiffusion,
         encoded = encode_images(family, work, batches, config.dataloader_num_workers)
     else:
         encoded = ((family.encode_texts(texts), {}) for texts in batches)
-    dtype, unreadable = STORED[work.shards.key["stored in"]], {}
+    dtype, unreadable = DTYPES[work.shards.key["stored in"]], {}
     progress = tqdm(
         desc=f"caching {work.shards.folder.name}",
         unit="pair" if work.pairs else "text",
@@ -410,7 +403,7 @@ def open_cache(
     tables = dict(zip(folders, used, strict=True)) | {"images": pairs}
     stores, wanted = open_stores(config, accelerator, tables), {"captions": {""}}
     for part, name in zip(used, folders, strict=True):
-        wanted["captions"].update(itertools.chain(*list_captions(part)))
+        wanted["captions"].update(itertools.chain(*part.captions()))
         wanted.setdefault(name, set()).update(part.rows.tolist())
     works = []
     for name, names in wanted.items():
@@ -429,7 +422,7 @@ def open_cache(
                 "their pairs are replaced by others"
             )
     cached = [CachedPairs(part, stores[name], stores["captions"]) for part, name in zip(used, folders, strict=True)]
-    return (*cached, None)[:2]
+    return cached[0], None if held_out is None else cached[1]
 
 
 def open_stores(config: TrainConfig, accelerator: Accelerator, tables: dict[str, Pairs]) -> dict[str, Shards]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from sdpo.config import NO_ROOM, InputError, Plan, TrainConfig
 from sdpo.families import load_weights
-from sdpo.files import brief, parse_json, read_text, sha256, sync, write_file, write_text
+from sdpo.files import brief, parse_json, read_text, sha256, sync, write_file, write_json
 from sdpo.step import Run
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ def save_checkpoint(run: Run) -> Path:
             if accelerator.is_main_process:
                 if run.ema is not None:
                     save_state_dict(run.ema.module.state_dict(), partial / "unet_ema.pth")
-                (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+                write_json(partial / "state.json", state)
                 seal(partial)
                 put_in_place(partial, folder)
                 if config.checkpoints_total_limit:
@@ -116,7 +116,7 @@ def seal(folder: Path) -> None:
         sync(path)
         if path.is_file():
             files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256(path)}
-    write_text(folder / "files.json", json.dumps(files, indent=2) + "\n")
+    write_json(folder / "files.json", files)
 
 
 def damage(folder: Path) -> str | None:

@@ -181,9 +181,7 @@ class TrainConfig:
     adam_weight_decay: float = flag(1e-2, "weight decay of either optimizer")
     adam_epsilon: float = flag(1e-8, "epsilon of AdamW")
     max_grad_norm: float = flag(1.0, "clip the gradient's norm at this value; 0 turns clipping off")
-    max_skipped_updates: int = flag(
-        10, "stop after this many updates in a row that were skipped because loss or gradient was not finite"
-    )
+    max_skipped_updates: int = flag(10, "stop after this many skipped updates in a row")
     skip_grad_norm_above: float | None = flag(None, "also skip updates whose gradient norm is above this value")
     mixed_precision: Literal["no", "fp16", "bf16"] = flag("fp16", "autocast precision; weights of the policy stay fp32")
     allow_tf32: bool = flag(False, "allow TF32 in fp32 matrix products on GPUs that have it")
@@ -227,7 +225,6 @@ class TrainConfig:
     checkpointing_steps: int = flag(500, "write a checkpoint every so many updates; 0 writes none")
     checkpoints_total_limit: int | None = flag(None, "keep this many newest checkpoints")
     resume_from_checkpoint: str | None = flag("latest", "'latest', a checkpoint folder, or 'none' to start anew")
-
     resume_with_changes: bool = flag(False, "resume although settings or data that shape the run have changed")
 
     # Accepted so that official commands run
@@ -237,7 +234,7 @@ class TrainConfig:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if isinstance(value, int | float) and not abs(value) < 2**63:
+            if isinstance(value, int | float) and not abs(value) < 2**63:  # nor nan
                 raise InputError(f"--{name} must be a number below 2^63, got {value}")
         for names, (holds, demand) in LIMITS.items():
             for name in names.split():
@@ -310,15 +307,10 @@ class TrainConfig:
         )
 
     @property
-    def family(self) -> str:
-        """Name of the base model's row in FAMILIES."""
-        return "sdxl" if self.sdxl else "sd15"
-
-    @property
     def base(self) -> dict[str, str | None]:
         """Arguments of load_family."""
         return {
-            "name": self.family,
+            "name": "sdxl" if self.sdxl else "sd15",  # row of FAMILIES
             "source": self.pretrained_model_name_or_path,
             "vae": self.pretrained_vae_model_name_or_path,
             "revision": self.revision,
@@ -353,11 +345,11 @@ class TrainConfig:
             f"--{name} has no effect: {text}" for name, text in texts.items() if getattr(self, name) != defaults[name]
         ]
 
-    def cautions(self) -> list[str]:
-        """A sentence for every combination that is known to be inert or harmful."""
-        return [text for applies, text in self._cautions() if applies]
+    def cautions(self, loss: str) -> list[str]:
+        """A sentence for every combination that is known to be inert or harmful; `loss` is the row of PAIR_LOSSES."""
+        return [text for applies, text in self._cautions(loss) if applies]
 
-    def _cautions(self):
+    def _cautions(self, loss: str):
         if self.method == "dmpo" and self.dmpo_alpha > 0:
             turn = math.log1p(-self.dmpo_alpha) - math.log(self.dmpo_alpha) if self.dmpo_alpha < 1 else -math.inf
             yield (
@@ -366,9 +358,7 @@ class TrainConfig:
                 "and raises the winner's error, and scaling the loser cannot prevent that",
             )
         yield (
-            self.method == "dspo"
-            and (self.dspo_form == "score" or (self.dspo_form == "auto" and not self.sdxl))
-            and self.beta_dpo <= 0.1,
+            loss == "dspo-score" and self.beta_dpo <= 0.1,
             f"dspo by score matching at beta {self.beta_dpo:g}: the loser's gradient is of order beta^2, "
             "so training is close to sft and the safeguard close to inert",
         )

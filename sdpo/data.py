@@ -81,14 +81,14 @@ class PairDataset(Dataset):
 
     def __getitem__(self, place: tuple[int, int]) -> dict:
         """One sample: what collate stacks into the fields of Batch, for the members of one pair."""
-        images, caption, unreadable = self._load(place)
+        images, captions, unreadable = self._load(place)
         noise = self._normal("noise", place, self.latent_shape)
         if self.noise_offset:
             noise = noise + self.noise_offset * self._normal("offset", place, (self.latent_shape[0], 1, 1))
         input_noise = None
         if self.input_perturbation:
             input_noise = noise + self.input_perturbation * self._normal("perturbation", place, self.latent_shape)
-        caption = self._caption(caption, place)
+        caption = self._caption(captions, place)
         return {
             **self._encoded(images, caption, place),
             "caption": caption,
@@ -109,19 +109,17 @@ class PairDataset(Dataset):
 
     def row(self, place: tuple[int, int]) -> int:
         """Row of the pair at a place in the table that the pairs come from."""
-        step, position = place
-        return int(self.pairs.rows[self._index(step * self.global_batch + position)])
+        return int(self.pairs.rows[self._index(place)])
 
     def _draw(self, name: str, place: tuple[int, ...]) -> np.random.Generator:
         return draw(self.seed, f"{self.stream}-{name}", *place)
 
     def _normal(self, name: str, place: tuple[int, int], shape: tuple[int, ...]) -> Tensor:
-        return torch.from_numpy(normal(self.seed, f"{self.stream}-{name}", place, shape))
+        return normal(self.seed, f"{self.stream}-{name}", place, shape)
 
-    def _load(self, place: tuple[int, int]) -> tuple[list[Image.Image] | list[Tensor], str | list[str], list[str]]:
-        """Images or moments and caption of the pair at a place or of one drawn instead, and what could not be read."""
-        step, position = place
-        index = self._index(step * self.global_batch + position)
+    def _load(self, place: tuple[int, int]) -> tuple[list[Image.Image] | list[Tensor], list[str], list[str]]:
+        """Images or moments and captions of the pair at a place or of one drawn instead, and what could not be read."""
+        index = self._index(place)
         unreadable: list[str] = []
         while True:
             try:
@@ -134,17 +132,16 @@ class PairDataset(Dataset):
                     ) from error
                 index = int(self._draw("replacement", (*place, len(unreadable))).integers(len(self.pairs)))
 
-    def _index(self, sample: int) -> int:
-        epoch, offset = divmod(sample, len(self.pairs))
+    def _index(self, place: tuple[int, int]) -> int:
+        step, position = place
+        epoch, offset = divmod(step * self.global_batch + position, len(self.pairs))
         return int(epoch_order(self.seed, epoch, len(self.pairs))[offset]) if self.stream == "train" else offset
 
-    def _caption(self, caption: str | list[str], place: tuple[int, int]) -> str:
+    def _caption(self, options: list[str], place: tuple[int, int]) -> str:
         rng = self._draw("caption", place)
         if rng.random() < self.empty_captions:
             return ""
-        if isinstance(caption, str):
-            return caption
-        return caption[rng.integers(len(caption)) if self.stream == "train" else 0]
+        return options[rng.integers(len(options)) if self.stream == "train" else 0]
 
 
 def micro_batch_places(plan: Plan, rank: int, step: int, micro: int) -> list[tuple[int, int]]:

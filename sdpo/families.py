@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import ClassVar
 
@@ -27,7 +28,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from sdpo.config import InputError
 from sdpo.files import parse_json, read_text, sha256
-from sdpo.hub import check_finite, fetch, load_part, load_tensors
+from sdpo.hub import WEIGHT_SUFFIXES, check_finite, check_fit, fetch, load_part, load_tensors
 
 Conditioning = dict[str, Tensor]  # every tensor has one row per sample
 PART_FILES = {"config.json", "tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.json"}
@@ -79,15 +80,8 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Put the state dict of a file into a model; raises InputError unless it fits and is finite."""
-    state, own = load_state(path), model.state_dict()
-    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    shapes = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
-    if missing or extra or shapes:
-        example = (missing or extra or shapes)[0]
-        raise InputError(
-            f"{path} belongs to another architecture: {len(missing)} parameters missing, {len(extra)} unknown, "
-            f"{len(shapes)} of another shape (e.g. {example}); give the base model it was trained from"
-        )
+    state = load_state(path)
+    check_fit(state, model.state_dict(), str(path), "give the base model it was trained from")
     check_finite(state, str(path))
     model.load_state_dict(state)
 
@@ -199,7 +193,7 @@ class StableDiffusion:
 
         Raises InputError unless it has the base's architecture.
         """
-        if not init or Path(init).is_file() or init.endswith((".pth", ".pt", ".bin", ".safetensors")):
+        if not init or Path(init).is_file() or init.endswith(WEIGHT_SUFFIXES):
             unet = self.load(UNet2DConditionModel, "unet")
             if init:
                 load_weights(unet, init)  # compares names and shapes
@@ -245,7 +239,6 @@ class StableDiffusion:
         """Side in pixels of an image whose latents have this side."""
         return latent_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
 
-    @torch.no_grad()
     def encode_images(self, pixels: Tensor, noise: Tensor) -> Tensor:
         """Latents (N, C, h, w) fp32 of pixels (N, 3, H, W) in [-1, 1]; `noise` samples the posterior."""
         return self.sample_posterior(self.encode_moments(pixels), noise)
@@ -279,7 +272,6 @@ class StableDiffusion:
             for tokenizer in self.tokenizers
         ]
 
-    @torch.no_grad()
     def encode_captions(self, captions: list[str], resolution: int) -> Conditioning:
         """Conditioning of N captions for images of `resolution` pixels."""
         return self.condition(self.encode_texts(captions), resolution)
@@ -320,6 +312,8 @@ class StableDiffusion:
         if "safety_checker" in self.pipeline_class._optional_components:
             parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         load_part(self.pipeline_class, self.source, **parts, **self.options).save_pretrained(folder)
+        for path in Path(folder).glob("*/*.safetensors"):
+            shutil.copymode(Path(folder, "model_index.json"), path)  # safetensors lets nobody else read its files
 
 
 class StableDiffusionXL(StableDiffusion):

@@ -70,3 +70,8 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file, and the folder for it, so that it is never seen half written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file as write_text does, indented like the official tools' files."""
+    write_text(path, json.dumps(value, indent=2))

@@ -29,13 +29,13 @@ from tqdm.auto import tqdm
 
 from sdpo.config import InputError, flag
 from sdpo.families import FAMILIES, StableDiffusion, load_family, read_pipeline_class
-from sdpo.files import write_file, write_text
-from sdpo.hub import fetch
+from sdpo.files import write_file, write_json
+from sdpo.hub import DTYPES, WEIGHT_SUFFIXES, fetch
 from sdpo.manifest import write_manifest
 from sdpo.prompts import GROUPS, OFFICIAL, Prompt, read_prompts
 from sdpo.sampling import draw_noise, sample
-from sdpo.scoring import METRICS
-from sdpo.winrates import METRICS as OFFICIAL_METRICS
+from sdpo.scoring import METRICS, split_pairs
+from sdpo.winrates import OFFICIAL_METRICS
 
 HUB = "AIDC-AI/Diffusion-SDPO"
 RELEASED = {  # short names of the published checkpoints
@@ -43,7 +43,6 @@ RELEASED = {  # short names of the published checkpoints
     for base in ("sd1.5", "sdxl")
     for method in ("diffusion-dpo", "dspo", "dmpo")
 }
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CPU_PIXELS = 128 * 128  # batch on a CPU: larger ones only pay for tiny images
 GPU_SHARE, GPU_IMAGES = 0.8, 32  # batch on a GPU: share of its free memory, and what is enough to keep it busy
 FINGERPRINT = "fingerprint.json"
@@ -137,6 +136,11 @@ class EvalConfig:
         yield not math.isfinite(self.cfg), f"--cfg must be a number, got {self.cfg}"
 
     @property
+    def sources(self) -> dict[str, str]:
+        """Replaced parts of scorers, as load_scorers takes them; raises InputError for a text without '='."""
+        return dict(split_pairs(self.weights, "--weights"))
+
+    @property
     def score_metrics(self) -> list[str]:
         """The metrics to score by; empty where only images are wanted."""
         return [metric for metric in self.metrics if metric != "none"]
@@ -164,7 +168,7 @@ def locate_unet(config: EvalConfig) -> tuple[str, Path]:
     if path.is_file():
         return reference, path.parent
     repository, _, name = reference.partition(":")
-    if repository.count("/") != 1 or Path(repository).suffix in (".pth", ".pt", ".bin", ".safetensors"):
+    if repository.count("/") != 1 or repository.endswith(WEIGHT_SUFFIXES):
         raise InputError(f"--unet_path {reference} is neither a file nor a folder, nor base or one of {list(RELEASED)}")
     folder = hub_folder / "--".join([*repository.split("/"), *name.split("/")[:-1]])
     return str(fetch(repository, name, cache_dir=config.cache_dir)) if name else reference, folder
@@ -192,7 +196,7 @@ def hash_weights(models: Iterable[nn.Module]) -> str:
 
 
 @dataclass
-class Run:
+class EvalRun:
     """A model ready to sample, and where its images go."""
 
     config: EvalConfig
@@ -225,7 +229,7 @@ class Run:
 
 def choose_resolution(config: EvalConfig, family: StableDiffusion, unet: UNet2DConditionModel) -> int:
     """Side of the images in pixels; raises InputError unless latents of it have the official size."""
-    factor = 2 ** (len(family.vae.config.block_out_channels) - 1)
+    factor = family.image_size(1)
     side = config.resolution or unet.config.sample_size * factor
     if side % (2 * factor):  # then 2 * ceil(side / (2 * factor)), the official size of latents, is side / factor
         raise InputError(f"--resolution must be a multiple of {2 * factor}, got {side}")
@@ -247,7 +251,7 @@ def describe(config: EvalConfig, family: StableDiffusion, unet: nn.Module, devic
     }
 
 
-def load_run(config: EvalConfig, accelerator: Accelerator) -> Run:
+def load_run(config: EvalConfig, accelerator: Accelerator) -> EvalRun:
     """Models on the device in their dtypes, weights hashed, batch size chosen; raises InputError."""
     device, dtype = accelerator.device, DTYPES[config.dtype]
     source, folder = locate_unet(config)
@@ -260,7 +264,7 @@ def load_run(config: EvalConfig, accelerator: Accelerator) -> Run:
     family.to(device, torch.float32)  # the VAE stays so
     for model in (unet, *family.text_encoders):
         model.to(device, dtype)
-    run = Run(config, accelerator, family, unet, Path(config.output_path or folder), resolution, made_with)
+    run = EvalRun(config, accelerator, family, unet, Path(config.output_path or folder), resolution, made_with)
     run.batch_size = config.batch_size or choose_batch_size(run)
     return run
 
@@ -268,7 +272,7 @@ def load_run(config: EvalConfig, accelerator: Accelerator) -> Run:
 # The images
 
 
-def sample_images(run: Run, captions: list[str], seeds: list[int], steps: int) -> np.ndarray:
+def sample_images(run: EvalRun, captions: list[str], seeds: list[int], steps: int) -> np.ndarray:
     """Images (N, H, W, 3) uint8 of captions, each from the noise of its seed; raises InputError if memory runs out."""
     config, family = run.config, run.family
     noise = draw_noise(family.latent_shape(run.resolution), seeds, run.accelerator.device, DTYPES[config.dtype])
@@ -282,7 +286,7 @@ def sample_images(run: Run, captions: list[str], seeds: list[int], steps: int) -
         ) from error
 
 
-def choose_batch_size(run: Run) -> int:
+def choose_batch_size(run: EvalRun) -> int:
     """Images that fit: on a GPU by the memory that a trial image of one step takes, on a CPU by pixels."""
     device = run.accelerator.device
     if device.type != "cuda":
@@ -314,7 +318,7 @@ def find_damage(path: Path, side: int) -> str:
     return "" if size == (side, side) else f"{size[0]} x {size[1]} pixels"
 
 
-def claim_folder(run: Run, group: str, prompts: list[Prompt]) -> None:
+def claim_folder(run: EvalRun, group: str, prompts: list[Prompt]) -> None:
     """Write the fingerprint of a group's folder; raises InputError if images there were made with other settings."""
     folder = run.folder(group)
     path, texts = folder / FINGERPRINT, json.dumps([prompt.text for prompt in prompts])
@@ -325,7 +329,7 @@ def claim_folder(run: Run, group: str, prompts: list[Prompt]) -> None:
             raise InputError(f"{folder} holds images but no {FINGERPRINT} that says what made them: {fix}")
         about = {"unet_path": run.config.unet_path, "pretrain_path": run.config.pretrain_path}
         about |= {"torch": torch.__version__, "diffusers": diffusers.__version__}
-        write_text(path, json.dumps({"settings": settings, "about": about}, indent=2) + "\n")
+        write_json(path, {"settings": settings, "about": about})
     try:
         then = dict(json.loads(path.read_text(encoding="utf-8"))["settings"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -339,7 +343,7 @@ def claim_folder(run: Run, group: str, prompts: list[Prompt]) -> None:
         raise InputError(f"{folder} holds images made otherwise ({'; '.join(differ)}): {fix}")
 
 
-def find_missing(run: Run, group: str, count: int) -> list[int]:
+def find_missing(run: EvalRun, group: str, count: int) -> list[int]:
     """Indices to make, the same on every rank: images that do not exist, and damaged ones, which are named."""
     rank, ranks = run.accelerator.process_index, run.accelerator.num_processes
     there = [index for index in range(rank, count, ranks) if run.image(group, index).exists()]
@@ -350,7 +354,7 @@ def find_missing(run: Run, group: str, count: int) -> list[int]:
     return sorted(set(range(count)) - {index for index, damage in found if not damage})
 
 
-def make_images(run: Run, group: str, prompts: list[Prompt], missing: list[int]) -> None:
+def make_images(run: EvalRun, group: str, prompts: list[Prompt], missing: list[int]) -> None:
     """Sample and write this rank's share of the missing images, with a progress bar on the main one."""
     accelerator, size = run.accelerator, run.batch_size
     share = missing[accelerator.process_index :: accelerator.num_processes]
@@ -370,7 +374,7 @@ def make_images(run: Run, group: str, prompts: list[Prompt], missing: list[int])
             write.result()
 
 
-def write_results(run: Run, group: str, prompts: list[Prompt]) -> None:
+def write_results(run: EvalRun, group: str, prompts: list[Prompt]) -> None:
     """Write the manifest of the images that exist, their paths as --output_path spells them, and the zip file."""
     about = {"guidance": run.config.guidance, "checkpoint": run.made_with["checkpoint"]}
     images = [(index, path) for index in range(len(prompts)) if (path := run.image(group, index)).is_file()]

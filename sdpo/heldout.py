@@ -50,9 +50,8 @@ class HeldOutPairs:
 
         A margin of exactly 0 counts one half.
         """
-        values = torch.full(
-            (self.pairs, 2), torch.nan, device=self.accelerator.device
-        )  # change of (winner, loser) error
+        # change of (winner, loser) error; nan where this rank has no share
+        values = torch.full((self.pairs, 2), torch.nan, device=self.accelerator.device)
         for places, inputs, reference in self.shares:
             change = self._errors(unet, inputs.to(self.accelerator.device)) - reference
             values[places] = torch.stack(change.chunk(2), 1)

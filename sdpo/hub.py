@@ -1,7 +1,11 @@
-"""Models and files in the hub's formats: from the hub or from a local folder, whole and finite or not at all."""
+"""Models and files in the hub's formats: from the hub or from a local folder, whole and finite or not at all.
+
+Also what flags and files call precisions and weights, and how long ranks wait for one of them to fetch data.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,8 @@ from torch import Tensor, nn
 from sdpo.config import InputError
 from sdpo.files import brief
 
+DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # as flags say it
+WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")  # what files that load_tensors reads are called
 PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # of ranks, while the first one fetches and prepares data
 
 
@@ -54,6 +60,17 @@ def check_finite(state: dict[str, Tensor], source: str) -> None:
     broken = next((name for name, value in state.items() if not value.isfinite().all()), None)
     if broken:
         raise InputError(f"{source} holds numbers that are not finite (in {broken}): its training diverged; use others")
+
+
+def check_fit(state: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str, fix: str) -> None:
+    """Raises InputError unless a state dict from `source` has the names and shapes of a model's own."""
+    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    resized = sorted(n for n in own.keys() & state.keys() if getattr(state[n], "shape", None) != own[n].shape)
+    if missing or unknown or resized:
+        raise InputError(
+            f"{source} belongs to another architecture: {len(missing)} tensors missing, {len(unknown)} unknown, "
+            f"{len(resized)} of another shape (e.g. {(missing or unknown or resized)[0]}); {fix}"
+        )
 
 
 def load_tensors(path: str | Path) -> Any:

@@ -133,4 +133,5 @@ def sft(prediction: Tensor, target: Tensor) -> Tensor:
     return sample_mean((prediction.float() - target.detach().float()).square())
 
 
+# Each takes (terms, beta, alpha), whether it needs them or not
 PAIR_LOSSES = {"diffusion-dpo": diffusion_dpo, "dspo-score": dspo_score, "dspo-switched": dspo_switched, "dmpo": dmpo}

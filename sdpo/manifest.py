@@ -12,13 +12,12 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from sdpo.config import InputError
-from sdpo.files import is_text, parse_json, read_text, sha256, write_text
+from sdpo.files import is_text, parse_json, read_text, sha256, write_json, write_text
 
 ABOUT_A_ROW = {"image", "prompt", "models", "sha256"}  # keys of a row of scores that are not metrics
 MAX_SCORE = 1e100
@@ -41,23 +40,6 @@ class Entry:
         return self.image, self.prompt
 
 
-def check_labels(labels: Sequence[str]) -> None:
-    """Raises InputError unless the labels of runs can name folders and tell winners apart."""
-    for label in labels:
-        if not label.strip(" .") or any(c in "/\\" or not c.isprintable() for c in label) or len(label.encode()) > 60:
-            raise InputError(
-                f"label {label!r} cannot name an output folder; use up to 60 letters, digits, dots and dashes, "
-                "and no path separators"
-            )
-        if label == "tie":
-            raise InputError("label 'tie' is what a draw is called in the results; choose another label")
-    if len(set(labels)) < len(labels):
-        raise InputError(f"labels must differ, got {', '.join(labels)}; give each run its own")
-    folders = [f"{a}_vs_{b}" for a, b in combinations(labels, 2)]
-    if len(set(folders)) < len(folders):
-        raise InputError(f"results of two pairs of {', '.join(labels)} would have the same folder; choose other labels")
-
-
 # The manifest
 
 
@@ -69,7 +51,7 @@ def write_manifest(path: str | Path, entries: Iterable[dict[str, Any]]) -> None:
     """
     order = ("prompt", "gen_image_path", "raw_image_path", "metadata")
     complete = [{**dict.fromkeys(order), "raw_image_path": "", "metadata": {}, **entry} for entry in entries]
-    write_text(Path(path), json.dumps(complete, indent=2))
+    write_json(Path(path), complete)
 
 
 def read_manifest(path: str | Path) -> list[Entry]:

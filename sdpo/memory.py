@@ -17,8 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from sdpo.batch import Batch
 from sdpo.config import InputError
 from sdpo.families import StableDiffusion
+from sdpo.hub import DTYPES
 from sdpo.inputs import Inputs, make_inputs
-from sdpo.step import DTYPES, OPTIMIZER_BYTES, Run, optimizer_name
+from sdpo.step import OPTIMIZER_BYTES, Run, optimizer_name
 
 FREE_SHARE = 0.85  # of the free memory that activations may take; the rest is for what comes and goes
 

@@ -26,7 +26,10 @@ IMAGES = ("jpg_0", "jpg_1")
 
 
 def read_table(config: TrainConfig, split: str, folder: str | None = None) -> datasets.Dataset:
-    """One split of the configured data, or of another local folder, images undecoded; other splits are not read."""
+    """One split of the configured data, or of another local folder, images undecoded; other splits are not read.
+
+    `config` is train.py's or that of relabel, whose flags of the data are the same.
+    """
     source = folder or config.dataset_name or config.train_data_dir
     path = Path(source)
     if not path.exists() and (folder or not config.dataset_name):
@@ -108,7 +111,7 @@ def read_pair_file(file: Path, caption_column: str) -> datasets.Dataset:
     if not captions:
         raise InputError(f"{file} has no rows; write one per pair: {', '.join(columns)}")
     if any(isinstance(caption, list) for caption in captions):
-        captions = [caption if isinstance(caption, list) else [caption] for caption in captions]
+        captions = [as_list(caption) for caption in captions]
     labels = [1.0] * len(captions)
     return datasets.Dataset.from_dict({caption_column: captions, "jpg_0": winners, "jpg_1": losers, "label_0": labels})
 
@@ -171,15 +174,15 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def captions(self) -> list[str | list[str]]:
-        """Caption, or list of captions, of every pair."""
-        return column(self.table, self.caption_column, self.rows)
+    def captions(self) -> list[list[str]]:
+        """The captions that each pair may be shown with."""
+        return [as_list(caption) for caption in column(self.table, self.caption_column, self.rows)]
 
-    def load(self, index: int, members: int) -> tuple[list[Image.Image], str | list[str]]:
-        """The first `members` of (winner, loser) as RGB images, and the caption; raises if an image is broken."""
+    def load(self, index: int, members: int) -> tuple[list[Image.Image], list[str]]:
+        """The first `members` of (winner, loser) as RGB images, and the captions; raises if an image is broken."""
         row = self.table[int(self.rows[index])]
         columns = self.columns if self.first_won[index] else self.columns[::-1]
-        return [decode(row[name], self.least) for name in columns[:members]], row[self.caption_column]
+        return [decode(row[name], self.least) for name in columns[:members]], as_list(row[self.caption_column])
 
     def select(self, keep: np.ndarray) -> Pairs:
         """The pairs at these indices or in this mask."""
@@ -190,6 +193,11 @@ def column(table: datasets.Dataset, name: str, rows: np.ndarray | None = None) -
     """Values of one column without touching the others."""
     table = table.select_columns([name])
     return (table if rows is None else table.select(rows))[:][name]
+
+
+def as_list(caption: str | list[str]) -> list[str]:
+    """The captions of a row, which may hold one or a list of them."""
+    return caption if isinstance(caption, list) else [caption]
 
 
 def decode(value: bytes | str | dict | Image.Image, least: int = 0) -> Image.Image:
@@ -309,7 +317,7 @@ def as_number(label: object) -> float:
 
 def split_by_prompt(pairs: Pairs, held_out: int, seed: int) -> tuple[Pairs, Pairs]:
     """(training pairs, `held_out` pairs), no caption on both sides; raises InputError if none are left to train on."""
-    captions = [{c} if isinstance(c, str) else set(c) for c in pairs.captions()]
+    captions = [set(options) for options in pairs.captions()]
     by_caption: dict[str, list[int]] = {}
     for index, options in enumerate(captions):
         for caption in options:

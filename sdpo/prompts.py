@@ -15,7 +15,7 @@ from typing import Any
 import pooch
 
 from sdpo.config import InputError
-from sdpo.files import is_text, parse_json, read_text
+from sdpo.files import is_text, parse_json, read_text, sha256
 from sdpo.tiny import pictures
 
 SOURCE = "https://raw.githubusercontent.com/AIDC-AI/Diffusion-SDPO/84fb241c1b89705a247da8b0d6047798ca49830d/prompts"
@@ -57,7 +57,7 @@ def fetch_official(group: str) -> list[Prompt]:
                 f"and put it at {path} ({reason})"
             ) from error
         log.info(f"fetched        {path} from {url}, sha256 as pinned")
-    if pooch.file_hash(str(path)) != digest:
+    if sha256(path) != digest:
         raise InputError(
             f"{path} is not the official file (sha256 {digest[:12]}...): remove it to have it fetched, "
             "or rename it and give it with --test_json"

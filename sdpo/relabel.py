@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from sdpo.config import CHOICE_MODELS, InputError, TrainConfig, flag, parse_flags, run_command
 from sdpo.files import parse_json, read_text, write_file, write_text
 from sdpo.manifest import check_score
-from sdpo.pairs import IMAGES, check_captions, column, read_table
+from sdpo.pairs import IMAGES, as_list, check_captions, column, read_table
 from sdpo.scorers import load_scorers, score_rows
 from sdpo.scoring import split_pairs
 
@@ -183,8 +183,7 @@ def iterate_images(table: datasets.Dataset, caption_column: str, first: int) -> 
     table = table.select_columns([*IMAGES, caption_column])
     for number in range(first, len(table)):
         row = table[number]
-        caption = row[caption_column]
-        prompt = caption if isinstance(caption, str) else caption[0]
+        prompt = as_list(row[caption_column])[0]
         for name in IMAGES:
             image = row[name]
             if isinstance(image, dict):

@@ -21,7 +21,7 @@ from sdpo.config import InputError
 from sdpo.files import write_text
 
 if TYPE_CHECKING:  # their module needs scipy
-    from sdpo.winrates import Comparison, Run
+    from sdpo.winrates import Comparison, ScoredRun
 
 TEMPLATE = Path(__file__).with_name("report.html")
 BINS = 30  # of a histogram
@@ -30,7 +30,7 @@ WIDTH, HEIGHT = 320, 130  # of a histogram, in SVG units
 
 
 def write_report(
-    path: str | Path, runs: Sequence[Run], comparisons: Sequence[Comparison] = (), title: str = ""
+    path: str | Path, runs: Sequence[ScoredRun], comparisons: Sequence[Comparison] = (), title: str = ""
 ) -> Path:
     """Write the page of one or several runs, whole or not at all, and return its path.
 
@@ -47,9 +47,8 @@ def write_report(
     else:
         views = [_run_view(run, place, path.parent) for place, run in enumerate(runs)]
     parts = {
-        "title": escape(
-            (title or " against ".join(labels)).encode("utf-8", "replace").decode()
-        ),  # may be a file's name
+        # the name of a file need not be text
+        "title": escape((title or " against ".join(labels)).encode("utf-8", "replace").decode()),
         "summary": "\n".join([_summary(runs), *map(_win_rates, comparisons), _histograms(runs)] if scored else []),
         "data": json.dumps({"views": views}, separators=(",", ":")).replace("<", "\\u003c"),
     }
@@ -62,7 +61,7 @@ def write_report(
 # Gallery
 
 
-def _run_view(run: Run, place: int, folder: Path) -> dict[str, Any]:
+def _run_view(run: ScoredRun, place: int, folder: Path) -> dict[str, Any]:
     scores = zip(*run.scores.values(), strict=True) if run.scores else ((),) * len(run.entries)
     cards = [
         {"prompt": entry.prompt, "images": [_link(entry.path, folder)], "scores": [list(map(float, row))]}
@@ -71,7 +70,7 @@ def _run_view(run: Run, place: int, folder: Path) -> dict[str, Any]:
     return {"labels": [run.label], "series": [place % COLOURS], "metrics": list(run.scores), "cards": cards}
 
 
-def _pair_view(comparison: Comparison, runs: Sequence[Run], folder: Path) -> dict[str, Any]:
+def _pair_view(comparison: Comparison, runs: Sequence[ScoredRun], folder: Path) -> dict[str, Any]:
     labels = [comparison.summary["pair"][side] for side in ("model_a", "model_b")]
     places = [_place(label, runs) for label in labels]
     paths = [{entry.image: entry.path for entry in runs[place].entries} for place in places]
@@ -86,7 +85,7 @@ def _pair_view(comparison: Comparison, runs: Sequence[Run], folder: Path) -> dic
     return {"labels": labels, "series": series, "metrics": list(comparison.details), "cards": cards}
 
 
-def _place(label: str, runs: Sequence[Run]) -> int:
+def _place(label: str, runs: Sequence[ScoredRun]) -> int:
     for place, run in enumerate(runs):
         if run.label == label:
             return place
@@ -114,7 +113,7 @@ def _table(caption: str, head: Iterable[str], rows: Iterable[Sequence[str]]) -> 
     )
 
 
-def _summary(runs: Sequence[Run]) -> str:
+def _summary(runs: Sequence[ScoredRun]) -> str:
     rows = [
         (run.label, metric, *_statistics(run.scores[metric]))
         for metric in _metrics(runs)
@@ -132,7 +131,7 @@ def _statistics(values: Sequence[float]) -> tuple[str, str, str]:
     return f"{np.mean(values):.4f}", error, str(n)
 
 
-def _metrics(runs: Sequence[Run]) -> list[str]:
+def _metrics(runs: Sequence[ScoredRun]) -> list[str]:
     return list(dict.fromkeys(metric for run in runs for metric in run.scores))
 
 
@@ -194,7 +193,7 @@ def _win_bars(a: str, b: str, summary: dict[str, Any]) -> str:
     )
 
 
-def _histograms(runs: Sequence[Run]) -> str:
+def _histograms(runs: Sequence[ScoredRun]) -> str:
     """A figure per metric, and the key of the runs' colours."""
     key = "".join(f'<li class="s{place % COLOURS}">{escape(run.label)}</li>' for place, run in enumerate(runs))
     figures = "\n".join(_histogram(metric, runs) for metric in _metrics(runs))
@@ -204,7 +203,7 @@ def _histograms(runs: Sequence[Run]) -> str:
     )
 
 
-def _histogram(metric: str, runs: Sequence[Run]) -> str:
+def _histogram(metric: str, runs: Sequence[ScoredRun]) -> str:
     """Outlines over common bins, each run's counts as a share of its images."""
     shown = [(place, run.scores[metric]) for place, run in enumerate(runs) if metric in run.scores]
     everything = np.concatenate([values for _, values in shown])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import zlib
 
 import numpy as np
+import torch
+from torch import Tensor
 
 
 def draw(seed: int, stream: str, *position: int) -> np.random.Generator:
@@ -12,6 +14,6 @@ def draw(seed: int, stream: str, *position: int) -> np.random.Generator:
     return np.random.default_rng([seed, zlib.crc32(stream.encode()), *position])
 
 
-def normal(seed: int, stream: str, position: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:
-    """Standard normal float32 array of `shape`."""
-    return draw(seed, stream, *position).standard_normal(shape, dtype=np.float32)
+def normal(seed: int, stream: str, position: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+    """Standard normal fp32 tensor of `shape`, on the CPU."""
+    return torch.from_numpy(draw(seed, stream, *position).standard_normal(shape, dtype=np.float32))

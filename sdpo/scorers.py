@@ -27,7 +27,7 @@ from torchvision import transforms as T
 
 from sdpo.config import InputError
 from sdpo.files import brief, sha256
-from sdpo.hub import fetch, load_part, load_tensors
+from sdpo.hub import check_fit, fetch, load_part, load_tensors
 from sdpo.tiny import pictures
 
 IN_TURN_BLOCK = 512  # images kept prepared (0.6 MB each and preprocessing) while the models take turns
@@ -55,18 +55,11 @@ def load_state(module: nn.Module, source: str, rename: Callable[[str], str | Non
     try:
         state = state.get("state_dict", state)
         state = {rename(name.removeprefix("module.")): value for name, value in state.items()}
-        shapes = {name: value.shape for name, value in state.items() if name is not None}
     except (AttributeError, TypeError) as error:
         raise InputError(f"{source} cannot be read as weights: {brief(error)}; download it again") from error
-    own = {name: value.shape for name, value in module.state_dict().items()}
-    missing, unknown = sorted(own.keys() - shapes.keys()), sorted(shapes.keys() - own.keys())
-    resized = sorted(name for name in own.keys() & shapes.keys() if own[name] != shapes[name])
-    if missing or unknown or resized:
-        raise InputError(
-            f"{source} is another model's: {len(missing)} tensors missing, {len(unknown)} unknown, {len(resized)} of "
-            f"another shape (e.g. {(missing or unknown or resized)[0]}); give the file that the metric's part names"
-        )
-    module.load_state_dict({name: state[name] for name in own}, assign=True)
+    state.pop(None, None)  # what `rename` drops
+    check_fit(state, module.state_dict(), source, "give the file that the metric's part names")
+    module.load_state_dict(state, assign=True)
 
 
 def load_tokenizer(cls, source: str, size: int, extra: Iterable[str] = ()):
@@ -380,7 +373,6 @@ def score_rows(
     batch_size: int = 64,
     device: str | torch.device = "cpu",
     in_turn: bool | None = None,
-    threads: int | None = None,
 ) -> Iterator[dict[str, float]]:
     """One {metric: score} per row (image, prompt), in order and as they come.
 
@@ -397,7 +389,7 @@ def score_rows(
         in_turn = need > torch.cuda.mem_get_info(device)[0] + there
     preprocesses, home = {scorer.preprocess for scorer in scorers.values()}, "cpu" if in_turn else device
     block_size = max(batch_size, IN_TURN_BLOCK) if in_turn else batch_size
-    with ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for block, prepared in work_ahead(pool, lambda row: prepare(row[0], preprocesses), rows, block_size):
             columns = {}
             for metric, scorer in scorers.items():

@@ -135,13 +135,12 @@ def find_model(entries: Sequence[Entry], scores: Scores, metric: str, where: str
 def _compute(
     entries: Sequence[Entry], metrics: Sequence[str], path: Path, options: ScoringOptions, quiet: bool = False
 ) -> None:
-    import torch  # existing scores need none of these
-    from tqdm.auto import tqdm
+    from tqdm.auto import tqdm  # existing scores need none of these
 
+    from sdpo.hub import DTYPES
     from sdpo.scorers import load_scorers, score_rows
 
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
-    scorers = load_scorers([METRICS[metric] for metric in metrics], options.sources, dtype)
+    scorers = load_scorers([METRICS[metric] for metric in metrics], options.sources, DTYPES[options.dtype])
     images = ((entry.path, entry.prompt) for entry in entries)
     rows = score_rows(images, scorers, device=options.device, batch_size=options.batch_size)
     models = {metric: options.model(metric) for metric in metrics}

@@ -22,11 +22,11 @@ from sdpo.batch import Batch
 from sdpo.compiling import compile_blocks
 from sdpo.config import InputError, Plan, TrainConfig
 from sdpo.families import StableDiffusion, hold_matmul_weights
+from sdpo.hub import DTYPES
 from sdpo.inputs import make_inputs
 from sdpo.losses import PAIR_LOSSES, pair_terms, sft
 from sdpo.metrics import Meter, pair_metrics
 
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)  # engines that may share out weights over ranks
 OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 0}  # of state per parameter, to the next whole number
 
@@ -55,7 +55,18 @@ class Run:
 
     def prepare(self) -> None:
         """Let accelerate wrap what it has to: policy, optimizer and schedule."""
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            self.accelerator.deepspeed_plugin.deepspeed_config |= {
+                "train_micro_batch_size_per_gpu": self.config.train_batch_size,
+                "gradient_accumulation_steps": self.plan.accumulation,
+                "gradient_clipping": self.config.max_grad_norm,
+            }
         self.unet, self.optimizer, self.schedule = self.accelerator.prepare(self.unet, self.optimizer, self.schedule)
+
+    @property
+    def resolution(self) -> int:
+        """Side of the square training images in pixels."""
+        return self.config.resolution or self.family.resolution
 
     @property
     def sharded(self) -> bool:

@@ -50,7 +50,10 @@ class StopRequest:
 
 
 class Skips:
-    """Updates that were skipped: each is reported with its pairs, and too many in a row end the run."""
+    """Updates that were skipped: each is reported with its pairs, and too many in a row end the run.
+
+    Every rank calls `note`, which may write a checkpoint.
+    """
 
     def __init__(self, run: Run, dataset: PairDataset):
         self.run, self.dataset, self.in_a_row = run, dataset, 0

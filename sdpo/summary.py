@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
-from sdpo.files import write_text
+from sdpo.files import write_json, write_text
 from sdpo.manifest import Entry, Scores, find_score
 
 OFFICIAL_NAMES = {"Aesthetics": "AesScore", "CLIP": "CLIPScore"}  # as the official console lines spell them
@@ -50,7 +49,7 @@ def write_summary(rows: Sequence[dict], folder: str | Path, size: int | str) -> 
     writer = csv.DictWriter(table, ["group", "metric", "mean", "standard_error", "n"], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_text(folder / "summary.json", json.dumps(rows, indent=2) + "\n")
+    write_json(folder / "summary.json", rows)
     write_text(folder / "summary.csv", table.getvalue())
     write_text(folder / f"joint_test_{size}.log", text + "\n")
     return text

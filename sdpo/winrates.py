@@ -6,7 +6,6 @@ is `win_rate_ci95`, `sign_test_p`, `sign_test_p_holm`, `mean_difference` and `me
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections import defaultdict
@@ -22,10 +21,10 @@ import numpy as np
 from scipy import stats
 
 from sdpo.config import InputError
-from sdpo.files import write_text
-from sdpo.manifest import Entry, Scores, check_labels, check_score, find_score
+from sdpo.files import write_json
+from sdpo.manifest import Entry, Scores, check_score, find_score
 
-METRICS = ("PickScore", "HPSv2", "CLIP", "Aesthetics", "ImageReward")  # order of summary.json; others come after
+OFFICIAL_METRICS = ("PickScore", "HPSv2", "CLIP", "Aesthetics", "ImageReward")  # as in summary.json; others come after
 TIE_FOR_A = {"half": 0.5, "loss_for_a": 0.0}  # what a tie counts by ties policy
 RESAMPLES = 9999  # of the bootstrap
 SHOWN = 10  # dropped prompts on the console
@@ -34,7 +33,7 @@ Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Run:
+class ScoredRun:
     """A manifest's entries and their scores under the label of the model that made the images."""
 
     label: str
@@ -55,7 +54,7 @@ class Comparison:
     details: dict[str, dict[str, Any]]  # by metric, pair_{metric}.json
 
 
-def collect_run(label: str, entries: Sequence[Entry], scores: Scores, metrics: Sequence[str] = METRICS) -> Run:
+def collect_run(label: str, entries: Sequence[Entry], scores: Scores, metrics: Sequence[str]) -> ScoredRun:
     """A run from score rows (sdpo.manifest.read_scores); raises InputError if an entry has no score."""
     table = {}
     for metric in metrics:
@@ -67,7 +66,24 @@ def collect_run(label: str, entries: Sequence[Entry], scores: Scores, metrics: S
                 f"{missing[0].image} ({missing[0].where}); score the manifest first"
             )
         table[metric] = [float(score) for score in found]  # ties are between floats
-    return Run(label, entries, table)
+    return ScoredRun(label, entries, table)
+
+
+def check_labels(labels: Sequence[str]) -> None:
+    """Raises InputError unless the labels of runs can name folders and tell winners apart."""
+    for label in labels:
+        if not label.strip(" .") or any(c in "/\\" or not c.isprintable() for c in label) or len(label.encode()) > 60:
+            raise InputError(
+                f"label {label!r} cannot name an output folder; use up to 60 letters, digits, dots and dashes, "
+                "and no path separators"
+            )
+        if label == "tie":
+            raise InputError("label 'tie' is what a draw is called in the results; choose another label")
+    if len(set(labels)) < len(labels):
+        raise InputError(f"labels must differ, got {', '.join(labels)}; give each run its own")
+    folders = [f"{a}_vs_{b}" for a, b in combinations(labels, 2)]
+    if len(set(folders)) < len(folders):
+        raise InputError(f"results of two pairs of {', '.join(labels)} would have the same folder; choose other labels")
 
 
 # Pairing
@@ -95,7 +111,7 @@ def pair_by_index(prompts_a: Sequence[str], prompts_b: Sequence[str]) -> list[tu
 PAIRINGS = {"prompt": pair_by_prompt, "index": pair_by_index}
 
 
-def pair_runs(a: Run, b: Run, pair_by: str = "prompt") -> list[tuple[int, int]]:
+def pair_runs(a: ScoredRun, b: ScoredRun, pair_by: str = "prompt") -> list[tuple[int, int]]:
     """Places of the pairs' members among the entries of two runs, by a row of PAIRINGS.
 
     Raises InputError if no prompt is common.
@@ -154,7 +170,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 # Comparison
 
 
-def compare(a: Run, b: Run, *, ties: str = "half", pair_by: str = "prompt", seed: int = 0) -> Comparison:
+def compare(a: ScoredRun, b: ScoredRun, *, ties: str = "half", pair_by: str = "prompt", seed: int = 0) -> Comparison:
     """Win rates of A over B on every metric.
 
     ties: what a tie counts for A, a row of TIE_FOR_A; pair_by: a row of PAIRINGS; seed: of the bootstrap. Raises
@@ -164,7 +180,7 @@ def compare(a: Run, b: Run, *, ties: str = "half", pair_by: str = "prompt", seed
     if a.scores.keys() != b.scores.keys():
         only = ", ".join(sorted(a.scores.keys() ^ b.scores.keys()))
         raise InputError(f"only one of {a.label} and {b.label} has {only}; score both with the same metrics")
-    metrics = [m for m in METRICS if m in a.scores] + [m for m in a.scores if m not in METRICS]
+    metrics = [m for m in OFFICIAL_METRICS if m in a.scores] + [m for m in a.scores if m not in OFFICIAL_METRICS]
     pairs = pair_runs(a, b, pair_by)
     details = {metric: _detail(a, b, pairs, metric, ties) for metric in metrics}
     rows = [_summary_row(metric, detail, seed) for metric, detail in details.items()]
@@ -185,7 +201,7 @@ def compare(a: Run, b: Run, *, ties: str = "half", pair_by: str = "prompt", seed
     return Comparison(summary, details)
 
 
-def _detail(a: Run, b: Run, pairs: list[tuple[int, int]], metric: str, ties: str) -> dict[str, Any]:
+def _detail(a: ScoredRun, b: ScoredRun, pairs: list[tuple[int, int]], metric: str, ties: str) -> dict[str, Any]:
     """Content of pair_{metric}.json."""
     results = []
     for index, (i, j) in enumerate(pairs):
@@ -233,7 +249,7 @@ def _summary_row(metric: str, detail: dict[str, Any], seed: int) -> dict[str, An
     }
 
 
-def _dropped(a: Run, b: Run, pairs: list[tuple[int, int]]) -> dict[str, list[str]]:
+def _dropped(a: ScoredRun, b: ScoredRun, pairs: list[tuple[int, int]]) -> dict[str, list[str]]:
     """Prompts of entries that have no partner, in file order."""
     dropped = {}
     for name, run, places in zip(("dropped_a", "dropped_b"), (a, b), zip(*pairs, strict=True), strict=True):
@@ -245,7 +261,7 @@ def _dropped(a: Run, b: Run, pairs: list[tuple[int, int]]) -> dict[str, list[str
 # Several runs
 
 
-def compare_all(runs: Sequence[Run], **options: Any) -> list[Comparison]:
+def compare_all(runs: Sequence[ScoredRun], **options: Any) -> list[Comparison]:
     """Comparisons of every two of several runs, the earlier one as A; options as in compare."""
     check_labels([run.label for run in runs])
     return [compare(a, b, **options) for a, b in combinations(runs, 2)]
@@ -284,10 +300,9 @@ def write_comparison(comparison: Comparison, outdir: str | Path, now: datetime |
     if folder.exists():
         raise InputError(f"{folder} exists already; run the same command again for a new time stamp")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     for metric, detail in comparison.details.items():
-        (partial / f"pair_{metric.lower()}.json").write_text(json.dumps(detail, indent=2), encoding="utf-8")
-    (partial / "summary.json").write_text(json.dumps(comparison.summary, indent=2), encoding="utf-8")
+        write_json(partial / f"pair_{metric.lower()}.json", detail)
+    write_json(partial / "summary.json", comparison.summary)
     os.replace(partial, folder)
     return folder
 
@@ -295,7 +310,7 @@ def write_comparison(comparison: Comparison, outdir: str | Path, now: datetime |
 def write_matrix(matrix: dict[str, Any], outdir: str | Path, now: datetime | None = None) -> Path:
     """Write {outdir}/matrix_{MMDD-HHMMSS}.json and return its path."""
     path = Path(outdir, f"matrix_{now or datetime.now():%m%d-%H%M%S}.json")
-    write_text(path, json.dumps(matrix, indent=2))
+    write_json(path, matrix)
     return path
 
 

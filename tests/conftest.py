@@ -37,7 +37,7 @@ def text_config(tokenizer, width):
 def draw_weights(model):
     """Weights drawn by name, so that no library's own initialisation decides them; norms too are not the identity."""
     for name, parameter in model.named_parameters():
-        value = torch.from_numpy(normal(0, name, (), tuple(parameter.shape)))
+        value = normal(0, name, (), tuple(parameter.shape))
         if parameter.dim() > 1:
             parameter.data = value / parameter[0].numel() ** 0.5
         else:

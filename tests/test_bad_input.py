@@ -510,7 +510,7 @@ UNETS = {  # weights of the UNet: (what writes them, file, message)
     "nested": (state(lambda s: {"state_dict": s}), "unet.pth", r"unet.pth is not a state dict: expected"),
     "numbered": (state(lambda s: dict(enumerate(s.values()))), "unet.pth", r"unet.pth is not a state dict: expected"),
     "code": (malicious("unet.pth"), "unet.pth", UNREADABLE),
-    "lacks a tensor": (state(less), "unet.pth", r"unet.pth belongs to another architecture: 1 parameters missing"),
+    "lacks a tensor": (state(less), "unet.pth", r"unet.pth belongs to another architecture: 1 tensors missing"),
     "unknown tensor": (state(lambda s: s | {"x": torch.ones(1)}), "unet.pth", r"belongs .* 1 unknown.* give the"),
     "other shapes": (state(lambda s: {k: v[None] for k, v in s.items()}), "unet.pth", r"belongs .* of another shape"),
     "not finite": (state(nan), "unet.pth", r"unet.pth holds numbers that are not finite \(in .*\)"),

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from sdpo.config import InputError, Plan, TrainConfig, parse_flags, run_command
+from sdpo.families import FAMILIES
+from sdpo.step import loss_name
 
 LAUNCHERS = Path(__file__).parents[1] / "scripts" / "train"
 NEEDED = ("--pretrained_model_name_or_path=model", "--dataset_name=pairs")
@@ -408,6 +410,11 @@ def test_max_train_steps_goes_before_epochs():
 GUARDED = "--use_winner_preserving --winner_preserving_mu="
 
 
+def cautions(flags):
+    config = parse(*flags.split())
+    return config.cautions(loss_name(config, FAMILIES[config.base["name"]]))
+
+
 @pytest.mark.parametrize(
     "flags, words",
     (
@@ -422,7 +429,7 @@ GUARDED = "--use_winner_preserving --winner_preserving_mu="
     ),
 )
 def test_cautions(flags, words):
-    (sentence,) = parse(*flags.split()).cautions()
+    (sentence,) = cautions(flags)
     assert [word for word in words.split() if word not in sentence] == [], sentence
 
 
@@ -440,4 +447,4 @@ def test_cautions(flags, words):
     ),
 )
 def test_no_caution_without_reason(flags):
-    assert parse(*flags.split()).cautions() == []
+    assert cautions(flags) == []

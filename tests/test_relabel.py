@@ -142,7 +142,7 @@ def test_training_reads_the_file_in_place_of_the_datas_labels(pairs_folder, tmp_
     assert pairs.rows.tolist() == decided.tolist()
     assert pairs.first_won.tolist() == (scores[decided, 0] > scores[decided, 1]).tolist()
     assert any(str(out) in note for note in notes)
-    winners = [score(_png(pairs.load(i, 2)[0][0]), caption) for i, caption in enumerate(pairs.captions())]
+    winners = [score(_png(pairs.load(i, 2)[0][0]), caption) for i, (caption,) in enumerate(pairs.captions())]
     assert winners == scores[decided].max(1).tolist()
     own, _ = load_pairs(config(pairs_folder), "train")
     assert own.rows.tolist() != pairs.rows.tolist()

@@ -13,7 +13,7 @@ import pytest
 from sdpo.config import InputError
 from sdpo.manifest import Entry
 from sdpo.report import write_report
-from sdpo.winrates import Run, compare, compare_all
+from sdpo.winrates import ScoredRun, compare, compare_all
 
 HOSTILE = [
     "</script><script>window.broken = 1</script>",
@@ -26,7 +26,7 @@ HOSTILE = [
 def make_run(folder, label, prompts, seed, metrics=("PickScore", "CLIP")):
     rng = np.random.default_rng(seed)
     entries = [Entry(p, f"{i}.png", folder / label / f"{i} #1.png", f"{label}, {i}") for i, p in enumerate(prompts)]
-    return Run(label, entries, {metric: rng.normal(size=len(prompts)).tolist() for metric in metrics})
+    return ScoredRun(label, entries, {metric: rng.normal(size=len(prompts)).tolist() for metric in metrics})
 
 
 class Page(HTMLParser):
@@ -90,7 +90,7 @@ def test_one_run_several_runs_and_a_single_image(tmp_path):
     assert pairs == [["a", "b"], ["a", "c"], ["b", "c"]]
     alone = [make_run(tmp_path, "a", ["x"], 0), make_run(tmp_path, "b", ["x"], 0)]
     assert "0 / 1 / 0" in write_report(tmp_path / "4.html", alone, compare_all(alone)).read_text()
-    unscored = Run("a", runs[0].entries, {})
+    unscored = ScoredRun("a", runs[0].entries, {})
     assert Page(write_report(tmp_path / "5.html", [unscored])).views[0]["cards"][1]["scores"] == [[]]
 
 

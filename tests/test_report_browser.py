@@ -10,7 +10,7 @@ from PIL import Image
 from sdpo.manifest import Entry
 from sdpo.report import write_report
 from sdpo.tiny import pictures
-from sdpo.winrates import Run, compare
+from sdpo.winrates import ScoredRun, compare
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 if CHROMIUM is None:
@@ -71,7 +71,7 @@ def make_run(folder, label, count, seed):
         Entry(p, f"{i}.png", folder / image, "x") for i, (p, image) in enumerate(zip(prompts, images, strict=True))
     ]
     names, scales = ("PickScore", "HPSv2", "CLIP", "Aesthetics", "ImageReward"), (0.1, 0.02, 0.03, 0.5, 1)
-    return Run(
+    return ScoredRun(
         label, entries, {m: (s * rng.normal(2, 1, count)).round(3).tolist() for m, s in zip(names, scales, strict=True)}
     )
 

@@ -389,7 +389,7 @@ def test_images_are_prepared_once_per_distinct_preprocessing(scorers, rows, monk
 
 def test_scores_do_not_depend_on_the_batch_or_on_turns(scorers, rows):
     whole = columns(score_rows(rows, scorers, batch_size=64))
-    for options in ({"batch_size": 1}, {"batch_size": 3, "threads": 1}, {"batch_size": 2, "in_turn": True}):
+    for options in ({"batch_size": 1}, {"batch_size": 3}, {"batch_size": 2, "in_turn": True}):
         other = columns(score_rows(iter(rows), scorers, **options))
         for metric, scores in whole.items():
             torch.testing.assert_close(other[metric], scores, rtol=0, atol=2e-6)
@@ -508,12 +508,12 @@ def test_wrong_checkpoints_are_refused(fault, weights, tmp_path):
 
 
 def test_checkpoints_of_another_architecture_are_refused(weights):
-    refused("another model", ClipScore, {"checkpoint": str(weights / "hps.pt")}, architecture=ARCHITECTURE)
-    refused("another model", HPSv2, {"checkpoint": str(weights / "clip.safetensors")})  # not ViT-H-14
+    refused("another architecture", ClipScore, {"checkpoint": str(weights / "hps.pt")}, architecture=ARCHITECTURE)
+    refused("another architecture", HPSv2, {"checkpoint": str(weights / "clip.safetensors")})  # not ViT-H-14
     sources = {"checkpoint": str(weights / "hps.pt"), "tokenizer": str(weights / "bert")}
-    refused("another model", ImageReward, sources, **blip_sizes())
+    refused("another architecture", ImageReward, sources, **blip_sizes())
     clip = {"model": str(weights / "clip"), "head": str(weights / "clip.safetensors")}
-    refused("another model", Aesthetics, clip, head_sha256=None)
+    refused("another architecture", Aesthetics, clip, head_sha256=None)
 
 
 def test_files_that_are_no_weights_are_refused(weights, tmp_path):

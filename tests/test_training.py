@@ -53,6 +53,7 @@ def test_every_method_trains(arguments, tmp_path, family, precision, method, saf
     assert same(pipeline.unet.state_dict(), trained)
     assert {p.dtype for model in (pipeline.vae, pipeline.text_encoder) for p in model.parameters()} == {torch.float32}
     assert (tmp_path / "run" / "unet" / "diffusion_pytorch_model.safetensors").is_file()
+    assert len({path.stat().st_mode for path in (tmp_path / "run").rglob("*.*") if path.is_file()}) == 1
 
 
 def test_v_prediction_trains(arguments, tmp_path):

@@ -18,7 +18,6 @@ from sdpo.files import sha256
 from sdpo.manifest import (
     Entry,
     append_scores,
-    check_labels,
     drop_stale,
     find_score,
     read_manifest,
@@ -28,9 +27,10 @@ from sdpo.manifest import (
     write_scores,
 )
 from sdpo.winrates import (
-    METRICS,
-    Run,
+    OFFICIAL_METRICS,
+    ScoredRun,
     bootstrap_interval,
+    check_labels,
     collect_run,
     compare,
     compare_all,
@@ -55,10 +55,10 @@ def official(name):
 
 def official_run(side):
     """A run of the official example: its manifest and the scores that its pair files hold."""
-    results = {metric: official(f"pair_{metric.lower()}.json")["results"] for metric in METRICS}
+    results = {metric: official(f"pair_{metric.lower()}.json")["results"] for metric in OFFICIAL_METRICS}
     scores = {metric: [row[f"score_{side}"] for row in rows] for metric, rows in results.items()}
     label = official("summary.json")["pair"][f"model_{side}"]
-    return Run(label, read_manifest(OFFICIAL / f"{side.upper()}.json"), scores)
+    return ScoredRun(label, read_manifest(OFFICIAL / f"{side.upper()}.json"), scores)
 
 
 def make_run(label, prompts, scores, metric="CLIP"):
@@ -66,13 +66,15 @@ def make_run(label, prompts, scores, metric="CLIP"):
         Entry(prompt, f"{label}/{i}.png", Path(f"/{label}/{i}.png"), f"{label}.json, entry {i}")
         for i, prompt in enumerate(prompts)
     ]
-    return Run(label, entries, {metric: scores})
+    return ScoredRun(label, entries, {metric: scores})
 
 
 def random_runs(labels, pairs=50, seed=0):
     draw = np.random.default_rng(seed)
     entries = make_run("x", [f"prompt {i}" for i in range(pairs)], [0.0] * pairs).entries
-    return [Run(label, entries, {m: draw.integers(0, 5, pairs) / 4 for m in METRICS[:3]}) for label in labels]
+    return [
+        ScoredRun(label, entries, {m: draw.integers(0, 5, pairs) / 4 for m in OFFICIAL_METRICS[:3]}) for label in labels
+    ]
 
 
 def official_part(ours, theirs):
@@ -116,10 +118,10 @@ def test_scores_on_file_make_the_same_summary(tmp_path):
     runs = []
     for side in "ab":
         run = official_run(side)
-        for metric in METRICS:
+        for metric in OFFICIAL_METRICS:
             rows = zip(run.entries, run.scores[metric], strict=True)
             append_scores(tmp_path / side, [{"image": e.image, "prompt": e.prompt, metric: s} for e, s in rows])
-        runs.append(collect_run(run.label, run.entries, read_scores(tmp_path / side)))
+        runs.append(collect_run(run.label, run.entries, read_scores(tmp_path / side), OFFICIAL_METRICS))
     assert compare(*runs) == compare(official_run("a"), official_run("b"))
 
 
@@ -303,7 +305,7 @@ def test_matrix_on_file_and_console(tmp_path):
     assert path.name == "matrix_0309-120005.json"
     assert json.loads(path.read_text()) == matrix
     text = format_matrix(matrix)
-    for metric in METRICS[:3]:
+    for metric in OFFICIAL_METRICS[:3]:
         rate = matrix["metrics"][metric]["win_rate"][0][1]
         first = text.split(f"{metric} ")[1].splitlines()[1].split()
         assert (first[0], first[1], first[2].lstrip("*")) == ("one", "-", f"{rate:.1%}")
@@ -312,7 +314,7 @@ def test_matrix_on_file_and_console(tmp_path):
 def test_console_table_shows_percent():
     text = format_comparison(compare(official_run("a"), official_run("b")))
     lines = {line.split()[0]: line.split() for line in text.splitlines()}
-    for metric in METRICS:
+    for metric in OFFICIAL_METRICS:
         expected = official(f"pair_{metric.lower()}.json")["win_rate_a_over_b"]
         assert lines[metric][1] == f"{expected:.1%}"
     assert text.splitlines()[-1] == "average over metrics: macro 42.5%, micro 42.5%"

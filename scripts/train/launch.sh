@@ -1,4 +1,4 @@
-# Sourced by the launchers: `launch FLAGS...` runs train.py on every GPU of this machine, or on the CPU where there is none.
+# Sourced by the launchers: `launch FLAGS...` runs train.py and `generate UNET FLAGS...` eval_generate.py, on every GPU of this machine or on the CPU.
 # DATA=FOLDER trains on other pairs, GPUS=2 uses two of them; PYTHON=... names the interpreter; for several machines use `accelerate launch` with its own config file.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -26,10 +26,18 @@ tiny_pairs() {
   [ -f output/tiny/pairs/validation.parquet ] || PYTHONPATH=$ROOT "$PYTHON" -m sdpo.tiny.make_pairs --out output/tiny/pairs
 }
 
-launch() {
+on_gpus() { # SCRIPT FLAGS...: on every GPU of this machine, or on the CPU where there is none
   local gpus=${GPUS:-$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')}
   if [ "$gpus" -gt 1 ]; then
-    exec "$PYTHON" -m accelerate.commands.launch --multi_gpu --num_processes "$gpus" --num_machines 1 --mixed_precision no --dynamo_backend no "$ROOT/train.py" "$@"
+    exec "$PYTHON" -m accelerate.commands.launch --multi_gpu --num_processes "$gpus" --num_machines 1 --mixed_precision no --dynamo_backend no "$@"
   fi
-  exec "$PYTHON" "$ROOT/train.py" "$@"
+  exec "$PYTHON" "$@"
+}
+launch() { on_gpus "$ROOT/train.py" "$@"; }
+generate() { # UNET FLAGS...: its images, from the base model that MODEL names
+  if [[ -z "${1:-}" || "$1" == -* ]]; then
+    echo "error: name the UNet first: $0 PATH/unet.pth [flags]" >&2
+    exit 2
+  fi
+  on_gpus "$ROOT/eval_generate.py" --unet_path "$1" "${MODEL[@]}" "${@:2}"
 }

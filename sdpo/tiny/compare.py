@@ -7,7 +7,6 @@ errors.png and samples.png in DIR.
 from __future__ import annotations
 
 import argparse
-import json
 import textwrap
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import transformers
 from matplotlib import pyplot as plt
 
 from sdpo.families import StableDiffusion, load_family, load_weights
+from sdpo.files import write_json, write_text
 from sdpo.metrics import read_metrics
 from sdpo.rng import normal
 from sdpo.sampling import sample
@@ -25,17 +25,17 @@ from sdpo.tiny import pictures
 
 BASE = Path(__file__).parent / "base"
 STEPS, GUIDANCE, PER_CAPTION = 20, 1.0, 8  # guidance 1: the conditional model itself, without help
-WEIGHTS = {
+WEIGHTS = {  # file, prefix of its held-out metrics
     "raw": ("unet.pth", "heldout"),
     "averaged": ("unet_ema.pth", "heldout_ema"),
-}  # file, prefix of its held-out metrics
+}
 
 
 def sample_pictures(family: StableDiffusion, unet: torch.nn.Module) -> tuple[np.ndarray, list[str]]:
     """PER_CAPTION pictures of each held-out caption, (N, 32, 32, 3) uint8, from the same noise for every model."""
     captions = [spec.caption for spec in pictures.HELD_OUT for _ in range(PER_CAPTION)]
     shape = family.latent_shape(pictures.SIDE)
-    noise = torch.from_numpy(np.stack([normal(0, "compare", (i,), shape) for i in range(len(captions))]))
+    noise = torch.stack([normal(0, "compare", (i,), shape) for i in range(len(captions))])
     return sample(family, unet, captions, noise, STEPS, GUIDANCE), captions
 
 
@@ -103,7 +103,7 @@ def write_table(rows: list[dict], path: Path) -> str:
     for row in rows:
         cells = [cell(row, *column) for column in columns.values()]
         lines.append(f"| {row['method']} | {row['weights']} | " + " | ".join(cells) + " |")
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(lines) + "\n")
     return "\n".join(lines)
 
 
@@ -156,7 +156,7 @@ def main() -> None:
                 figures, images = evaluate(family, run / file)
                 rows.append({"method": name, "weights": label, **held_out_figures(run, prefix), **figures})
                 grids[f"{name}, {label}"] = images
-    (args.out / "table.json").write_text(json.dumps(rows, indent=2) + "\n")
+    write_json(args.out / "table.json", rows)
     print(write_table(rows, args.out / "table.md"))
     draw_errors(runs, args.out / "errors.png")
     draw_samples(grids, args.out / "samples.png")

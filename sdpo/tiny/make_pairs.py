@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from sdpo.files import write_file
 from sdpo.tiny import pictures
 
 TIES = 0.06  # share of undecided pairs, as Pick-a-Pic has
@@ -42,9 +42,7 @@ def write_split(specs: list[pictures.Spec], count: int, seed: int, path: Path) -
     """Write `count` pairs over these captions as a parquet file."""
     rng = np.random.default_rng(seed)
     rows = [make_pair(specs[i], rng) for i in rng.integers(len(specs), size=count)]
-    partial = path.with_suffix(".partial")
-    pq.write_table(pa.Table.from_pylist(rows), partial)
-    os.replace(partial, path)
+    write_file(path, lambda partial: pq.write_table(pa.Table.from_pylist(rows), partial))
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Captioned 32 x 32 pictures, preference pairs made from them, and a score read from their pixels.
+"""Captioned 32 x 32 pictures, faulty ones too, and a score read from their pixels.
 
 A picture is one shape on a plain background: "a small red circle on a blue background". Because the caption fixes
 everything but the position, a sample can be checked without any learned scorer.
