@@ -35,6 +35,7 @@ from sdpo.memory import choose_checkpointing, planned_memory
 from sdpo.metrics import MetricsLog
 from sdpo.pairs import Pairs, prepare_pairs
 from sdpo.prompts import read_prompts
+from sdpo.references import open_references
 from sdpo.rng import normal
 from sdpo.sampling import sample
 from sdpo.step import SHARDING, Run, build_run, loss_name, update
@@ -97,6 +98,7 @@ def build_dataset(run: Run, pairs: Pairs | CachedPairs, stream: str) -> PairData
             "empty_captions": config.proportion_empty_prompts,
             "noise_offset": config.noise_offset,
             "input_perturbation": config.input_perturbation,
+            "references": run.references,
         }
     options["max_unreadable"] = config.max_unreadable_images
     shape = run.family.latent_shape(run.resolution)
@@ -131,11 +133,12 @@ def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
         if config.choice_model and accelerator.is_main_process:
             label_pairs(config, accelerator)
         pairs, held_out_pairs, notes = prepare_pairs(config, seed)
+    plan = Plan.of(config, accelerator.num_processes, len(pairs))
+    references = open_references(config, accelerator, family, plan, seed, pairs)
     if config.latent_cache:
         pairs, held_out_pairs = open_cache(config, accelerator, pairs, held_out_pairs)
-    plan = Plan.of(config, accelerator.num_processes, len(pairs))
 
-    run = build_run(config, accelerator, family, plan, seed)
+    run = build_run(config, accelerator, family, plan, seed, references)
     dataset = build_dataset(run, pairs, "train")
     announce(run, notes)
     run.prepare()
@@ -225,6 +228,8 @@ def train(run: Run, dataset: PairDataset, held_out: HeldOutPairs | None) -> int:
             if run.step % config.validation_steps == 0 or last:
                 metrics.write(run.step, validate(run, held_out))
             due = config.checkpointing_steps and run.step % config.checkpointing_steps == 0
+            if run.references and (due or stop or last):
+                run.references.write()
             if due or (stop and not last):
                 checkpoints.save_checkpoint(run)
             if stop and not last:

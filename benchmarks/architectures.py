@@ -76,7 +76,7 @@ SMALL = {  # 49.5 M parameters: some quarter of the widths of SD1.5, its VAE inc
 }
 
 
-CHANGES = ("cached latents", "channels last", "unfused AdamW", "full checkpointing")
+CHANGES = ("cached latents", "known reference", "channels last", "unfused AdamW", "full checkpointing")
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ BASES = {
         SDXL,
         batch_of(8, 1024, accumulation=1) | {"sdxl": True, "winner_preserving_mu": 0.6},
         stored=1024,
-        changes=("cached latents", "channels last", "auto checkpointing"),
+        changes=("cached latents", "known reference", "channels last", "auto checkpointing"),
         lean=11.0,
     ),
 }

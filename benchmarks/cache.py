@@ -28,11 +28,12 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.eval import environment  # noqa: E402
 from sdpo.batch import collate  # noqa: E402
-from sdpo.cache import SHARD_BYTES, CachedPairs, Shards, cut  # noqa: E402
+from sdpo.cache import CachedPairs, cut  # noqa: E402
 from sdpo.data import PairDataset, Transform  # noqa: E402
 from sdpo.files import write_json  # noqa: E402
 from sdpo.pairs import IMAGES, Pairs  # noqa: E402
 from sdpo.rng import normal  # noqa: E402
+from sdpo.shards import SHARD_BYTES, Shards  # noqa: E402
 
 LATENT, TEXT = (4, 64, 64), (77, 768)
 PAIRS_PER_CAPTION = 14

@@ -37,7 +37,7 @@ from torch import Tensor  # noqa: E402
 
 from benchmarks.architectures import BASES, Base  # noqa: E402
 from benchmarks.baseline import OfficialLoop  # noqa: E402
-from benchmarks.contestants import VARIANTS, Ours, build, cache_latents, precision  # noqa: E402
+from benchmarks.contestants import VARIANTS, Ours, build, cache_latents, know_reference, precision  # noqa: E402
 from benchmarks.counting import count, counted  # noqa: E402
 from benchmarks.tables import PARTS, markdown, show_check, show_safeguard  # noqa: E402
 from sdpo.files import write_json, write_text  # noqa: E402
@@ -45,7 +45,7 @@ from sdpo.hub import DTYPES  # noqa: E402
 from sdpo.losses import pair_terms  # noqa: E402
 from sdpo.rng import draw  # noqa: E402
 
-AGAINST_BASELINE = ("baseline", "default", "fast", "fast, lean", "fast, compiled")
+AGAINST_BASELINE = ("baseline", "default", "fast", "fast, lean", "fast, compiled", "fast, known reference")
 
 # Measuring
 
@@ -120,7 +120,7 @@ def time_parts(contestant: Ours | OfficialLoop, device: torch.device) -> dict[st
         (family.vae, "encode", "encode"),
         *((encoder, "forward", "encode") for encoder in family.text_encoders),
         (contestant.unet, "forward", "policy forward"),
-        (contestant.reference, "forward", "reference"),
+        *([(contestant.reference, "forward", "reference")] if contestant.reference else []),
         (contestant.accelerator, "backward", "backward"),
         (contestant.accelerator, "clip_grad_norm_", "optimizer"),
         (contestant.optimizer, "step", "optimizer"),
@@ -202,9 +202,12 @@ def loss_seconds(shape: tuple[int, ...], mu: float | None, device: torch.device)
 # One base model
 
 
-def expected_flops(parts: dict[str, dict[str, float]], cached: bool = False, recomputed: bool = False) -> float:
+def expected_flops(
+    parts: dict[str, dict[str, float]], cached: bool = False, known: bool = False, recomputed: bool = False
+) -> float:
     """FLOPs of one pair's step; recomputation in the backward pass is no useful work and counts only on request."""
-    names = ["policy forward", "policy forward", "backward"]  # the reference's pass costs what the policy's does
+    names = ["policy forward", "backward"]
+    names += [] if known else ["policy forward"]  # which the reference's pass costs too
     names += [] if cached else ["encode", "text"]
     return sum(parts[name]["flops"] for name in names + (["recomputation"] if recomputed else []))
 
@@ -294,7 +297,11 @@ def measure_base(
         unwanted |= set() if device.type == "cuda" else {"fast, lean"}  # for its peak memory
         chosen = [name for name in names if name not in unwanted]
         result[title] = race(base, chosen, device, args, until)
-        flops = {name: expected_flops(parts, cached=cache_latents in VARIANTS[name].changes) for name in chosen}
+        changes = {name: VARIANTS[name].changes for name in chosen}
+        flops = {
+            name: expected_flops(parts, cached=cache_latents in done, known=know_reference in done)
+            for name, done in changes.items()
+        }
         compare(result[title], flops, peaks["matmul_flops_per_second"])
         result["took_s"] = time.monotonic() - began
         save()

@@ -7,13 +7,15 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh
 out=output/quickstart
 mkdir -p "$out"
+rm -rf "$out/references"
 began=$SECONDS
 
-run() { # NAME FLAGS...: one training run, its console output in a file
+run() { # NAME FLAGS...: one training run, its console output in a file; the later two read the reference's errors from the first two
   local name=$1
   shift
   echo "training $name"
-  bash scripts/train/tiny_diffusion_dpo.sh --output_dir "$out/$name" --resume_from_checkpoint none "$@" >"$out/$name.log" 2>&1 ||
+  bash scripts/train/tiny_diffusion_dpo.sh --output_dir "$out/$name" --resume_from_checkpoint none --reference_cache "$out/references" "$@" \
+    >"$out/$name.log" 2>&1 ||
     { echo "training $name failed:"; tail -n 20 "$out/$name.log"; exit 1; }
 }
 export OMP_NUM_THREADS=1 # on so small a model one thread per run and two runs side by side are faster than one run with two threads

@@ -14,7 +14,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,8 +26,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -36,125 +34,15 @@ from sdpo.config import InputError, TrainConfig, flag, parse_flags, run_command
 from sdpo.console import start_console
 from sdpo.data import Transform
 from sdpo.families import Conditioning, StableDiffusion, load_family
-from sdpo.files import write_file, write_json
 from sdpo.hub import DTYPES, PATIENCE
 from sdpo.inputs import normalise
 from sdpo.pairs import Pairs, column, decode, prepare_pairs
+from sdpo.shards import SHARD_BYTES, Shards, is_intact, read_key, refuse_changes
 
-SHARD_BYTES = 2**29  # a file of a cache is no larger, unless one row is
 log = logging.getLogger("cache")
 
 
-# Files
-
-
-class Shards:
-    """Rows of tensors by name (an int or a text), in files of bounded size that are mapped into memory when read.
-
-    index.json holds the key: what the rows are made from. Every file says which rows it has and the SHA-256 of its
-    content, and has its name only when it is complete. A folder may lack rows, but never mixes keys.
-    """
-
-    def __init__(self, folder: Path, key: dict):
-        self.folder, self.key = folder, key
-        self.files: list[Path] = []
-        self.places: dict[int | str, tuple[int, int]] = {}  # name of a row: file, row in it
-        self.notes: dict[str, str] = {}
-        self._mapped: dict[int, dict[str, Tensor]] = {}
-
-    def __getstate__(self) -> dict:
-        return vars(self) | {"places": {}, "_mapped": {}}  # another process maps the files itself
-
-    def create(self) -> None:
-        """Write index.json."""
-        write_json(self.folder / "index.json", {"key": self.key})
-
-    def scan(self) -> None:
-        """Note where each row of the complete files is; raises InputError for a file that is damaged."""
-        self.files = sorted(self.folder.glob("*.safetensors"))
-        for number, path in enumerate(self.files):
-            about = read_about(path)
-            self.places |= {name: (number, row) for row, name in enumerate(about["names"])}
-            self.notes |= about["notes"]
-
-    def write(self, names: list[int | str], tensors: dict[str, Tensor], notes: dict[str, str]) -> None:
-        """Write one file of len(names) rows; every tensor is (len(names), ...)."""
-        about = {"names": names, "notes": notes, "sha256": hash_content(names, notes, tensors)}
-        path = self.folder / f"{hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]}.safetensors"
-        write_file(path, lambda partial: save_readable(tensors, partial, about, self.folder / "index.json"))
-
-    def read(self, place: tuple[int, int]) -> dict[str, Tensor]:
-        """The tensors of one row, as views of the mapped file."""
-        number, row = place
-        if number not in self._mapped:
-            with safe_open(self.files[number], "pt") as file:
-                self._mapped[number] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return {name: tensor[row] for name, tensor in self._mapped[number].items()}
-
-
-def is_intact(path: Path) -> bool:
-    """Whether a file still has the content that was written."""
-    about = read_about(path)
-    with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return hash_content(about["names"], about["notes"], tensors) == about["sha256"]
-
-
-def read_key(folder: Path) -> dict:
-    """The key in a folder's index.json; empty for a new folder, InputError where files lack a readable index."""
-    index = folder / "index.json"
-    if not index.is_file() and not any(folder.glob("*.safetensors")):
-        return {}
-    try:
-        return json.loads(index.read_text())["key"]
-    except (OSError, ValueError, LookupError) as error:
-        raise InputError(f"{index} cannot be read ({error}): delete {folder} to make it again") from error
-
-
-def read_about(path: Path) -> dict:
-    """{"names", "notes", "sha256"} of a file; raises InputError where its header or length is wrong."""
-    try:
-        with safe_open(path, "pt") as file:
-            return json.loads(file.metadata()["about"])
-    except SafetensorError as error:
-        raise InputError(f"{path} is damaged ({error}): delete it and run python -m sdpo.cache again") from error
-
-
-def hash_content(names: list, notes: dict[str, str], tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over names, notes and the tensors' bytes."""
-    digest = hashlib.sha256(json.dumps([names, notes]).encode())
-    for name in sorted(tensors):
-        digest.update(tensors[name].contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def save_readable(tensors: dict[str, Tensor], path: Path, about: dict, like: Path) -> None:
-    """Write a safetensors file with the permissions of the file `like`."""
-    save_file(tensors, path, {"about": json.dumps(about)})
-    shutil.copymode(like, path)  # save_file lets nobody else read it
-
-
 # What a cache is made from
-
-
-def refuse_changes(stores: Iterable[Shards]) -> None:
-    """Raises InputError saying what changed where folders hold rows made from something else than their keys say."""
-    changes = []
-    for shards in stores:
-        then = read_key(shards.folder)
-        for name, value in shards.key.items() if then else ():
-            if then.get(name) != value:
-                changes.append(f"{shards.folder}: {name} was {shorten(then.get(name))}, is {shorten(value)}")
-    if changes:
-        raise InputError(
-            f"the latent cache was made from something else: {'; '.join(changes)}. "
-            "Name another --latent_cache, or delete these folders to make them again"
-        )
-
-
-def shorten(value: object) -> str:
-    """A value of a key for the console: digests by their first 12 digits."""
-    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)
 
 
 def describe_data(table: datasets.Dataset, caption_column: str, columns: Sequence[str]) -> dict:
@@ -432,7 +320,7 @@ def open_stores(config: TrainConfig, accelerator: Accelerator, tables: dict[str,
         keys = [make_keys(config, load_family(**config.base, encoders=False), tables)]
     keys = broadcast_object_list(keys)[0]
     stores = {name: Shards(Path(config.latent_cache, name), key) for name, key in keys.items()}
-    refuse_changes(stores.values())
+    refuse_changes(stores.values(), "--latent_cache")
     return stores
 
 

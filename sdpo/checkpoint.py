@@ -256,7 +256,7 @@ FREE = {
     *("output_dir", "logging_dir", "report_to", "tracker_project_name", "cache_dir"),
     *("resume_from_checkpoint", "resume_with_changes", "checkpointing_steps", "checkpoints_total_limit"),
     *("logging_steps", "validation_steps", "validation_prompts", "dataloader_num_workers"),
-    *("max_unreadable_images", "max_skipped_updates"),
+    *("max_unreadable_images", "max_skipped_updates", "reference_cache"),
     *("gradient_checkpointing", "activation_memory", "compile", "channels_last"),
     *("gradient_accumulation_steps", "global_batch_size"),  # the plan says what they come to
 }

@@ -153,6 +153,11 @@ class TrainConfig:
         1.0,
         "control experiment: a constant loser scale in [0, 1]; 1 is the plain method, 0 trains on winners only",
     )
+    reference_cache: str | None = flag(
+        None,
+        "folder of the reference's errors: written by the first run, read by others that differ in loss (not dspo), "
+        "beta, safeguard, schedule or optimizer",
+    )
     noise_offset: float = flag(0.0, "strength of a per-channel offset added to the noise")
     input_perturbation: float = flag(
         0.0,
@@ -296,6 +301,16 @@ class TrainConfig:
         yield (
             self.latent_cache and self.max_train_samples is not None and self.seed is None,
             "--latent_cache with --max_train_samples needs --seed, which chooses the pairs",
+        )
+        yield (
+            self.reference_cache and self.seed is None,
+            "--reference_cache needs --seed, which the runs that share it have in common",
+        )
+        yield (
+            self.reference_cache and self.method in ("dspo", "sft"),
+            f"--reference_cache keeps errors of the reference, and {self.method} needs "
+            + ("its predictions" if self.method == "dspo" else "no reference")
+            + ": drop it",
         )
         yield (
             self.method == "sft" and (self.use_winner_preserving or self.constant_loser_scale != 1),

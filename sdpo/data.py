@@ -21,6 +21,7 @@ from sdpo.rng import draw, normal
 
 if TYPE_CHECKING:  # reading pairs needs packages that batches do not
     from sdpo.pairs import Pairs
+    from sdpo.references import ReferenceErrors
 
 
 @functools.lru_cache(maxsize=2)
@@ -78,6 +79,7 @@ class PairDataset(Dataset):
     noise_offset: float = 0.0
     input_perturbation: float = 0.0
     max_unreadable: int = 100
+    references: ReferenceErrors | None = None
 
     def __getitem__(self, place: tuple[int, int]) -> dict:
         """One sample: what collate stacks into the fields of Batch, for the members of one pair."""
@@ -89,8 +91,10 @@ class PairDataset(Dataset):
         if self.input_perturbation:
             input_noise = noise + self.input_perturbation * self._normal("perturbation", place, self.latent_shape)
         caption = self._caption(captions, place)
+        known = self.references.read(*place) if self.references else None
         return {
             **self._encoded(images, caption, place),
+            **({} if known is None else {"reference_error": known}),
             "caption": caption,
             "noise": noise,
             "input_noise": input_noise,

@@ -66,6 +66,11 @@ def list_weights(folder: Path) -> list[Path]:
     return [path for path in found if path.suffix == ".safetensors"] or found
 
 
+def is_weight_file(init: str) -> bool:
+    """Whether this names a file with a state dict, there or not, rather than a folder or a hub id."""
+    return Path(init).is_file() or init.endswith(WEIGHT_SUFFIXES)
+
+
 def load_state(path: str | Path) -> dict[str, Tensor]:
     """State dict of a .pth/.pt/.bin (weights only) or .safetensors file; raises InputError for anything else."""
     state = load_tensors(path)
@@ -188,18 +193,31 @@ class StableDiffusion:
             "text encoders": hashlib.sha256("".join(texts).encode()).hexdigest(),
         }
 
+    def _unet_place(self, init: str) -> tuple[str, str | None, dict[str, str | None]]:
+        if not init:
+            return self.source, "unet", self.options
+        bare = Path(init, "config.json").is_file()  # the folder of the UNet itself, not of a pipeline
+        return init, None if bare else "unet", {"cache_dir": self.cache_dir}
+
+    def fingerprint_unet(self, init: str = "") -> str:
+        """SHA-256 over the files of the UNet that load_unet gives; it need not be loaded."""
+        if is_weight_file(init):
+            return sha256(init)
+        source, subfolder, options = self._unet_place(init)
+        return hash_part(UNet2DConditionModel, source, subfolder, **options)
+
     def load_unet(self, init: str = "") -> UNet2DConditionModel:
         """A UNet in fp32: the base model's, or that of a file with a state dict, a diffusers folder or a hub id.
 
         Raises InputError unless it has the base's architecture.
         """
-        if not init or Path(init).is_file() or init.endswith(WEIGHT_SUFFIXES):
+        if not init or is_weight_file(init):
             unet = self.load(UNet2DConditionModel, "unet")
             if init:
                 load_weights(unet, init)  # compares names and shapes
             return unet.float()
-        bare = Path(init, "config.json").is_file()  # the folder of the UNet itself, not of a pipeline
-        unet = load_part(UNet2DConditionModel, init, None if bare else "unet", cache_dir=self.cache_dir)
+        source, subfolder, options = self._unet_place(init)
+        unet = load_part(UNet2DConditionModel, source, subfolder, **options)
         base = UNet2DConditionModel.load_config(self.source, subfolder="unet", **self.options)
         for name in ("in_channels", "block_out_channels", "cross_attention_dim", "addition_embed_type"):
             theirs, own = unet.config.get(name), base.get(name, unet.config.get(name))

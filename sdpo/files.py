@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,11 +59,18 @@ def sync(path: Path) -> None:
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make the file under another name and move it into place, so that it is never seen half written."""
-    partial = path.with_name(path.name + ".partial")
-    write(partial)
-    sync(partial)
-    os.replace(partial, path)
+    """Let `write` make the file under a name of its own and move it into place, so that it is never seen half written.
+
+    Several processes may write the same file; the last one's stays.
+    """
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        write(partial)
+        sync(partial)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)  # on a full disk it would take the room
+        raise
     sync(path.parent)
 
 

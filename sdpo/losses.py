@@ -20,7 +20,7 @@ class PairTerms:
 
     residual_w: Tensor  # (B, C, H, W)  e_w = prediction - target of the winner
     residual_l: Tensor  # (B, C, H, W)  e_l
-    drift_w: Tensor  # (B, C, H, W)  prediction of the policy - prediction of the reference, winner
+    drift_w: Tensor | None  # (B, C, H, W)  prediction of the policy - that of the reference, winner, if that is given
     error_w: Tensor  # (B,)  m_w = mean of e_w^2
     error_l: Tensor  # (B,)  m_l; its gradient is scaled by loser_scale
     reference_error_w: Tensor  # (B,)  r_w
@@ -73,30 +73,36 @@ def winner_preserving_scale(
 
 def pair_terms(
     prediction: Tensor,
-    reference: Tensor,
+    reference: Tensor | None,
     target: Tensor,
     beta: float,
     *,
+    reference_error: Tensor | None = None,
     mu: float | None = None,
     per_pair: bool = False,
     constant: float = 1.0,
 ) -> PairTerms:
     """Residuals, errors, loser scale and margin of B pairs.
 
-    prediction, reference, target: (2B, C, H, W), winners first; the targets of the two members need not be equal. The
-    loser's gradient is scaled by the winner-preserving rule where `mu` is given, else by `constant` (1 is the plain
-    method, 0 trains on winners only).
+    prediction, reference, target: (2B, C, H, W), winners first; the targets of the two members need not be equal. Where
+    `reference_error` (2B,) is known, no prediction of the reference is needed, and there is no drift. The loser's
+    gradient is scaled by the winner-preserving rule where `mu` is given, else by `constant` (1 is the plain method, 0
+    trains on winners only).
     """
-    prediction, reference, target = prediction.float(), reference.detach().float(), target.detach().float()
+    prediction, target = prediction.float(), target.detach().float()
     residual_w, residual_l = (prediction - target).chunk(2)
     error_w, error_l = sample_mean(residual_w.square()), sample_mean(residual_l.square())
-    reference_error_w, reference_error_l = sample_mean((reference - target).square()).chunk(2)
+    drift_w = None
+    if reference_error is None:
+        reference = reference.detach().float()
+        reference_error = sample_mean((reference - target).square())
+        drift_w = (prediction - reference).chunk(2)[0]
+    reference_error_w, reference_error_l = reference_error.chunk(2)
     scale = (
         error_l.new_tensor(constant) if mu is None else winner_preserving_scale(residual_w, residual_l, mu, per_pair)
     )
     error_l = scale_gradient(error_l, scale)
     margin = -beta / 2 * ((error_w - error_l) - (reference_error_w - reference_error_l))
-    drift_w = (prediction - reference).chunk(2)[0]
     return PairTerms(
         residual_w, residual_l, drift_w, error_w, error_l, reference_error_w, reference_error_l, scale, margin
     )

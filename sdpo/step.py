@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -26,6 +26,9 @@ from sdpo.hub import DTYPES
 from sdpo.inputs import make_inputs
 from sdpo.losses import PAIR_LOSSES, pair_terms, sft
 from sdpo.metrics import Meter, pair_metrics
+
+if TYPE_CHECKING:  # the benchmark trains without the packages that data on file need
+    from sdpo.references import ReferenceErrors
 
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)  # engines that may share out weights over ranks
 OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 0}  # of state per parameter, to the next whole number
@@ -46,6 +49,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     meter: Meter
+    references: ReferenceErrors | None = None  # the reference's errors, kept for other runs
     step: int = 0  # updates made or skipped
 
     def state(self) -> dict[str, Any]:
@@ -74,18 +78,27 @@ class Run:
         return self.accelerator.distributed_type in SHARDING
 
 
-def build_run(config: TrainConfig, accelerator: Accelerator, family: StableDiffusion, plan: Plan, seed: int) -> Run:
+def build_run(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    family: StableDiffusion,
+    plan: Plan,
+    seed: int,
+    references: ReferenceErrors | None = None,
+) -> Run:
     """A run before its first update, not yet prepared."""
     accelerator.gradient_accumulation_steps = plan.accumulation
-    unet, reference, ema = build_models(config, family, accelerator)
+    compares = config.method != "sft" and not (references and references.complete)
+    unet, reference, ema = build_models(config, family, accelerator, with_reference=compares or config.holds_out)
     optimizer = build_optimizer(config, family, unet, plan.learning_rate)
     lengths = {"num_warmup_steps": config.lr_warmup_steps, "num_training_steps": plan.steps}
     schedule = get_scheduler(config.lr_scheduler, optimizer, **lengths)
-    return Run(config, accelerator, family, plan, seed, unet, reference, ema, optimizer, schedule, Meter(accelerator))
+    models, meter = (unet, reference, ema), Meter(accelerator)
+    return Run(config, accelerator, family, plan, seed, *models, optimizer, schedule, meter, references)
 
 
 def build_models(
-    config: TrainConfig, family: StableDiffusion, accelerator: Accelerator
+    config: TrainConfig, family: StableDiffusion, accelerator: Accelerator, with_reference: bool
 ) -> tuple[nn.Module, nn.Module | None, AveragedModel | None]:
     """(policy in fp32, frozen reference or None, averaged policy or None), on the device."""
     dtype = DTYPES[accelerator.mixed_precision]
@@ -94,7 +107,7 @@ def build_models(
     if config.channels_last:
         unet.to(memory_format=torch.channels_last)
     reference = ema = None
-    if config.method != "sft" or config.holds_out:
+    if with_reference:
         reference = hold_matmul_weights(copy.deepcopy(unet).requires_grad_(False), dtype)
     if config.use_ema:
         ema = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)).requires_grad_(False)
@@ -143,8 +156,8 @@ def loss_name(config: TrainConfig, family: StableDiffusion) -> str:
 def compute_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """(mean loss of a micro-batch, its metrics): policy and reference see the same inputs under the same autocast."""
     config, family = run.config, run.family
-    inputs = make_inputs(family, batch)
-    if config.method != "sft":  # before the policy, while no activations are kept
+    inputs, reference = make_inputs(family, batch), None
+    if config.method != "sft" and batch.reference_error is None:  # before the policy, while no activations are kept
         with run.accelerator.autocast(), torch.no_grad():
             reference = family.predict(run.reference, inputs.noisy, inputs.timesteps, inputs.conditioning)
     with run.accelerator.autocast():
@@ -154,7 +167,11 @@ def compute_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         return loss, {"train_loss": loss.detach()}
     mu = config.winner_preserving_mu if config.use_winner_preserving else None
     scaling = {"mu": mu, "per_pair": config.winner_preserving_per == "pair", "constant": config.constant_loser_scale}
-    terms = pair_terms(prediction, reference, inputs.target, config.beta_dpo, **scaling)
+    terms = pair_terms(
+        prediction, reference, inputs.target, config.beta_dpo, reference_error=batch.reference_error, **scaling
+    )
+    if run.references and reference is not None:
+        run.references.add(run.step, terms)
     loss = PAIR_LOSSES[loss_name(config, family)](terms, config.beta_dpo, config.dmpo_alpha).mean()
     return loss, {"train_loss": loss.detach(), **pair_metrics(terms, config.beta_dpo)}
 

@@ -32,6 +32,7 @@ from sdpo.families import load_family
 from sdpo.inputs import make_inputs
 from sdpo.metrics import read_metrics
 from sdpo.pairs import prepare_pairs
+from sdpo.shards import Shards
 from sdpo.tiny import pictures
 from sdpo.tiny.make_pairs import encode
 
@@ -247,10 +248,10 @@ def test_more_rows_are_added_to_those_there(flags, tmp_path):
 
 SCRIPT = """
 import os, signal, sys
-from sdpo import cache, config
+from sdpo import cache, config, shards
 
 cache.SHARD_BYTES = 20_000
-save, written = cache.save_file, []
+save, written = shards.save_file, []
 
 def cut_off(tensors, path, about):
     if len(written) == int(sys.argv[1]):
@@ -259,7 +260,7 @@ def cut_off(tensors, path, about):
     written.append(path)
     save(tensors, path, about)
 
-cache.save_file = cut_off
+shards.save_file = cut_off
 config.run_command(lambda: cache.main(sys.argv[2:]))
 """
 
@@ -301,7 +302,7 @@ def test_two_ranks_make_the_same_cache(flags, tmp_path, monkeypatch):
 
 def test_two_ranks_share_the_files(monkeypatch, tmp_path):
     monkeypatch.setattr(cache, "SHARD_BYTES", 100)
-    work = cache.Work(cache.Shards(tmp_path, {}), list(range(25)), None)
+    work = cache.Work(Shards(tmp_path, {}), list(range(25)), None)
 
     def share(rank):
         accelerator = type("Rank", (), {"num_processes": 2, "process_index": rank})
@@ -315,9 +316,13 @@ def test_damage_is_found(flags, tmp_path):
     cache.main(flags("--verify"))
     (path,) = (tmp_path / "cache" / "images").glob("*.safetensors")
     whole = path.read_bytes()
-    path.write_bytes(whole[:-1])  # noticed at every start
+    path.write_bytes(whole[:-1])  # noticed at every start, as is a file of others
     with pytest.raises(InputError, match=f"{path} is damaged"):
         cache.main(flags())
+    for metadata in (None, {"about": "{"}, {"about": '{"names": []}'}):
+        save_file({"moments": torch.zeros(1)}, path, metadata)
+        with pytest.raises(InputError, match=f"{path} is damaged"):
+            cache.main(flags())
     path.write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])  # noticed when checksums are compared
     with pytest.raises(InputError, match=f"damaged: {path}; delete"):
         cache.main(flags("--verify"))
@@ -325,9 +330,10 @@ def test_damage_is_found(flags, tmp_path):
     cache.main(flags("--verify"))
     assert path.read_bytes() == whole
     index = tmp_path / "cache" / "captions" / "index.json"
-    for damage in (lambda: index.write_text("{"), index.unlink):
+    damages = [lambda text=text: index.write_text(text) for text in ("{", "[]", "{}", '{"key": 3}')]
+    for damage in (*damages, index.unlink):
         damage()
-        with pytest.raises(InputError, match=f"{index} cannot be read"):
+        with pytest.raises(InputError, match=f"{index}.* delete {index.parent} to make it again"):
             cache.main(flags())
 
 

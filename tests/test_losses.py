@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sdpo.losses import PAIR_LOSSES, pair_terms, scale_gradient, sft, winner_preserving_scale
+from sdpo.losses import PAIR_LOSSES, pair_terms, sample_mean, scale_gradient, sft, winner_preserving_scale
 
 DATA = Path(__file__).parent / "data"
 CASES = json.loads((DATA / "golden_losses.json").read_text())
@@ -37,6 +37,15 @@ def backward(method, prediction, reference, target, beta=20.0, alpha=0.01, **saf
     loss = PAIR_LOSSES[method](terms, beta, alpha).mean()
     loss.backward()
     return loss.detach(), prediction.grad
+
+
+@pytest.mark.parametrize("method", ["diffusion-dpo", "dmpo"])
+def test_known_errors_of_the_reference_stand_for_its_prediction(method):
+    prediction, reference, target = pairs(3)
+    computed = backward(method, prediction, reference, target, mu=0.5)
+    known = sample_mean((reference - target).square())
+    read = backward(method, prediction, None, target, mu=0.5, reference_error=known)
+    assert all(map(torch.equal, computed, read))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['id']}-{case['method']}-{case['kind']}")

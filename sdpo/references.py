@@ -1,0 +1,117 @@
+"""Errors of the reference, kept for runs that ask it the same questions: `train.py --reference_cache DIR`.
+
+What the reference is shown is a function of data, base model, seed, step and position. Runs that differ in loss, beta,
+safeguard, learning rate or optimizer therefore get the same errors from it: the first one writes them down, two numbers
+per pair, and the others read them bit for bit and do without the reference's forward pass.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+
+from sdpo.cache import describe_data
+from sdpo.config import InputError, Plan, TrainConfig
+from sdpo.families import StableDiffusion
+from sdpo.losses import PairTerms
+from sdpo.pairs import Pairs
+from sdpo.shards import Shards, is_intact, refuse_changes
+
+FLAGS = (  # that decide what the reference is shown, or how its numbers are rounded
+    *("random_crop", "no_hflip", "shared_flip", "draft_decoding", "proportion_empty_prompts"),
+    *("noise_offset", "input_perturbation"),
+    *("train_batch_size", "mixed_precision", "allow_tf32", "compile", "channels_last"),
+)
+log = logging.getLogger(__name__)
+
+
+class ReferenceErrors:
+    """Errors of the reference by update: those that are on file, and this run's until they are."""
+
+    def __init__(self, shards: Shards, accelerator: Accelerator, plan: Plan):
+        self.shards, self.accelerator, self.plan = shards, accelerator, plan
+        self.places = dict(shards.places)  # update: file, row in it
+        self.new: dict[int, list[Tensor]] = {}  # update: (2B,) per micro-step of this rank, winners first
+
+    @property
+    def complete(self) -> bool:
+        """Whether the errors of every update of the run are on file."""
+        return all(step in self.places for step in range(self.plan.steps))
+
+    def read(self, step: int, position: int) -> Tensor | None:
+        """Errors (2,) of winner and loser at a position in the global batch; None if they are not on file."""
+        place = self.places.get(step)
+        return None if place is None else self.shards.read(place)["errors"][position]
+
+    def add(self, step: int, terms: PairTerms) -> None:
+        """Take in the errors of this rank's next micro-step."""
+        errors = torch.cat([terms.reference_error_w, terms.reference_error_l])
+        self.new.setdefault(step, []).append(errors)
+
+    def write(self) -> None:
+        """Put what was taken in on file; every rank calls this."""
+        if not self.new:
+            return
+        steps = sorted(self.new)
+        own = torch.stack([torch.stack(self.new[step]) for step in steps])  # (steps, micro-steps, 2B)
+        ranks = self.accelerator.gather(own[None]).cpu().unflatten(-1, (2, -1))  # (ranks, steps, micro-steps, 2, B)
+        errors = ranks.permute(1, 2, 0, 4, 3).reshape(
+            len(steps), self.plan.global_batch, 2
+        )  # as data.py deals them out
+        if self.accelerator.is_main_process:
+            self.shards.create()
+            self.shards.write(steps, {"errors": errors.contiguous()}, {})
+        self.new = {}
+
+
+def open_references(
+    config: TrainConfig, accelerator: Accelerator, family: StableDiffusion, plan: Plan, seed: int, pairs: Pairs
+) -> ReferenceErrors | None:
+    """The errors in --reference_cache, None without that flag; every rank calls this.
+
+    Raises InputError for errors of other samples or another reference, and for damaged files.
+    """
+    if not config.reference_cache:
+        return None
+    keys = [None]
+    if accelerator.is_main_process:
+        keys = [make_key(config, accelerator, family, plan, seed, pairs)]
+    shards = Shards(Path(config.reference_cache), broadcast_object_list(keys)[0])
+    refuse_changes([shards], "--reference_cache")
+    shards.scan()
+    if damaged := [str(path) for path in shards.files if not is_intact(path)]:
+        raise InputError(f"damaged: {', '.join(damaged)}; delete and run the same command again")
+    references = ReferenceErrors(shards, accelerator, plan)
+    known = sum(step in references.places for step in range(plan.steps))
+    log.info(f"reference      errors of {known:,} of {plan.steps:,} updates are in {config.reference_cache}")
+    return references
+
+
+def make_key(
+    config: TrainConfig, accelerator: Accelerator, family: StableDiffusion, plan: Plan, seed: int, pairs: Pairs
+) -> dict:
+    """All that the errors depend on, down to rounding."""
+    schedule = {name: value for name, value in family.scheduler.config.items() if not name.startswith("_")}
+    chosen = pairs.rows.astype("int64").tobytes() + pairs.first_won.tobytes()
+    device = accelerator.device
+    return {
+        "reference": family.fingerprint_unet(config.unet_init),
+        **family.fingerprints(),
+        "noise schedule": hashlib.sha256(json.dumps(schedule, sort_keys=True, default=str).encode()).hexdigest(),
+        "seed": seed,
+        "pairs per update": plan.global_batch,
+        "resolution": config.resolution or family.resolution,
+        **{f"--{name}": getattr(config, name) for name in FLAGS},
+        "latents": f"cached in {config.latent_cache_dtype}" if config.latent_cache else "encoded",
+        "pairs and labels": hashlib.sha256(chosen).hexdigest(),
+        **describe_data(pairs.table, pairs.caption_column, pairs.columns),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "torch": torch.__version__,
+    }

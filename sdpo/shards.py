@@ -1,0 +1,129 @@
+"""Tensors on file: rows by name in files of bounded size, mapped into memory, that say what they are made from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sdpo.config import InputError
+from sdpo.files import brief, parse_json, read_text, write_file, write_json
+
+SHARD_BYTES = 2**29  # a file is no larger, unless one row is
+
+
+class Shards:
+    """Rows of tensors by name (an int or a text), in files of bounded size that are mapped into memory when read.
+
+    index.json holds the key: what the rows are made from. Every file says which rows it has and the SHA-256 of its
+    content, and has its name only when it is complete. A folder may lack rows, but never mixes keys.
+    """
+
+    def __init__(self, folder: Path, key: dict):
+        self.folder, self.key = folder, key
+        self.files: list[Path] = []
+        self.places: dict[int | str, tuple[int, int]] = {}  # name of a row: file, row in it
+        self.notes: dict[str, str] = {}
+        self._mapped: dict[int, dict[str, Tensor]] = {}
+
+    def __getstate__(self) -> dict:
+        return vars(self) | {"places": {}, "_mapped": {}}  # another process maps the files itself
+
+    def create(self) -> None:
+        """Write index.json."""
+        write_json(self.folder / "index.json", {"key": self.key})
+
+    def scan(self) -> None:
+        """Note where each row of the complete files is; raises InputError for a file that is damaged."""
+        self.files = sorted(self.folder.glob("*.safetensors"))
+        for number, path in enumerate(self.files):
+            about = read_about(path)
+            self.places |= {name: (number, row) for row, name in enumerate(about["names"])}
+            self.notes |= about["notes"]
+
+    def write(self, names: list[int | str], tensors: dict[str, Tensor], notes: dict[str, str]) -> None:
+        """Write one file of len(names) rows; every tensor is (len(names), ...)."""
+        about = {"names": names, "notes": notes, "sha256": hash_content(names, notes, tensors)}
+        path = self.folder / f"{hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]}.safetensors"
+        write_file(path, lambda partial: save_readable(tensors, partial, about, self.folder / "index.json"))
+
+    def read(self, place: tuple[int, int]) -> dict[str, Tensor]:
+        """The tensors of one row, as views of the mapped file."""
+        number, row = place
+        if number not in self._mapped:
+            with safe_open(self.files[number], "pt") as file:
+                self._mapped[number] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return {name: tensor[row] for name, tensor in self._mapped[number].items()}
+
+
+def is_intact(path: Path) -> bool:
+    """Whether a file still has the content that was written."""
+    about = read_about(path)
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return hash_content(about["names"], about["notes"], tensors) == about["sha256"]
+
+
+def read_key(folder: Path) -> dict:
+    """The key in a folder's index.json; empty for a new folder, InputError where files lack a readable index."""
+    index = folder / "index.json"
+    if not index.is_file() and not any(folder.glob("*.safetensors")):
+        return {}
+    fix = f"delete {folder} to make it again"
+    content = parse_json(read_text(index), index, fix) if index.is_file() else None
+    if not isinstance(content, dict) or not isinstance(content.get("key"), dict):
+        raise InputError(f"{index} does not say what the files beside it are made from: {fix}")
+    return content["key"]
+
+
+def read_about(path: Path) -> dict:
+    """{"names", "notes", "sha256"} of a file; raises InputError where its header or length is wrong."""
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads(file.metadata()["about"])
+        return {name: about[name] for name in ("names", "notes", "sha256")}
+    except (SafetensorError, TypeError, LookupError, ValueError) as error:
+        raise InputError(
+            f"{path} is damaged ({brief(error)}): delete it and run the same command again, which makes it anew"
+        ) from error
+
+
+def hash_content(names: list, notes: dict[str, str], tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over names, notes and the tensors' bytes."""
+    digest = hashlib.sha256(json.dumps([names, notes]).encode())
+    for name in sorted(tensors):
+        digest.update(tensors[name].contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def save_readable(tensors: dict[str, Tensor], path: Path, about: dict, like: Path) -> None:
+    """Write a safetensors file with the permissions of the file `like`."""
+    save_file(tensors, path, {"about": json.dumps(about)})
+    shutil.copymode(like, path)  # save_file lets nobody else read it
+
+
+def refuse_changes(stores: Iterable[Shards], flag: str) -> None:
+    """Raises InputError saying what changed where the folders of a flag hold rows of something else than their keys."""
+    changes = []
+    for shards in stores:
+        then = read_key(shards.folder)
+        for name, value in shards.key.items() if then else ():
+            if then.get(name) != value:
+                changes.append(f"{shards.folder}: {name} was {shorten(then.get(name))}, is {shorten(value)}")
+    if changes:
+        raise InputError(
+            f"{flag} was made from something else: {'; '.join(changes)}. "
+            f"Name another {flag}, or delete what is named here to make it again"
+        )
+
+
+def shorten(value: object) -> str:
+    """A value of a key for the console: digests by their first 12 digits."""
+    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)

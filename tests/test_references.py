@@ -1,0 +1,165 @@
+"""Errors of the reference on file: runs that share them are bit for bit the runs that compute them."""
+
+import json
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from recording import arguments as command
+from recording import record_on_ranks
+from safetensors.torch import load_file
+from test_training import same, weights
+
+import train
+from sdpo.config import InputError, TrainConfig, parse_flags
+
+DPO, DMPO = "--train_method=diffusion-dpo", "--train_method=dmpo"
+
+
+@pytest.fixture
+def flags(arguments, tmp_path):
+    """Flags of a short run that reads and writes errors of the reference; later ones replace earlier ones."""
+
+    def build(*more, out="run", cached=True, **options):
+        where = [f"--reference_cache={tmp_path / 'references'}"] if cached else []
+        return [*arguments(*where, out=out, **options), "--dmpo_alpha=0.01", *more]
+
+    return build
+
+
+def set_up(given):
+    return train.set_up(parse_flags(TrainConfig, "", "", given))
+
+
+def logged(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "pairs_per_second"} for row in rows]
+
+
+def errors(folder):
+    """Errors on file by update, (global batch, 2)."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        about = json.loads(load_header(path)["about"])
+        found |= dict(zip(about["names"], load_file(path)["errors"], strict=True))
+    return found
+
+
+def load_header(path):
+    content = path.read_bytes()
+    return json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("latents", ["encoded", "cached"])
+def test_a_run_that_reads_the_errors_is_the_run_that_computes_them(flags, tmp_path, family, precision, latents):
+    common = [f"--mixed_precision={precision}", "--noise_offset=0.1"]
+    common += [f"--latent_cache={tmp_path / 'latents'}"] if latents == "cached" else []
+    train.main(flags(*common, DPO, "--beta_dpo=50", family=family, out="first"))
+    train.main(flags(*common, DMPO, family=family, out="computed", cached=False))
+    run, _, _ = set_up(flags(*common, DMPO, family=family))
+    assert run.reference is None
+    train.main(flags(*common, DMPO, "--use_ema", family=family, out="read"))
+    assert same(weights(tmp_path / "read"), weights(tmp_path / "computed"))
+    assert not same(weights(tmp_path / "read"), weights(tmp_path / "first"))
+    assert logged(tmp_path / "read") == logged(tmp_path / "computed")
+
+
+def test_held_out_pairs_and_longer_runs_have_a_reference_again(flags, tmp_path):
+    split = ["--validation_split=validation", "--validation_pairs=4"]
+    train.main(flags(*split, out="first"))
+    longer = [*split, "--max_train_steps=5"]
+    assert set_up(flags(*split))[0].reference is not None
+    assert set_up(flags("--max_train_steps=5"))[0].reference is not None
+    train.main(flags(*longer, out="longer"))
+    train.main(flags(*longer, out="computed", cached=False))
+    assert same(weights(tmp_path / "longer"), weights(tmp_path / "computed"))
+    assert logged(tmp_path / "longer") == logged(tmp_path / "computed")
+    assert sorted(errors(tmp_path / "references")) == [0, 1, 2, 3, 4]
+
+
+def test_a_run_that_was_cut_off_leaves_what_its_checkpoints_cover(flags, tmp_path, monkeypatch):
+    def crash(run):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train.checkpoints, "save_checkpoint", crash)
+        train.main(flags("--checkpointing_steps=2", out="cut"))
+    assert sorted(errors(tmp_path / "references")) == [0, 1]
+    train.main(flags("--checkpointing_steps=2", out="cut"))
+    train.main(flags(out="computed", cached=False))
+    assert same(weights(tmp_path / "cut"), weights(tmp_path / "computed"))
+    assert set_up(flags(DMPO))[0].reference is None
+
+
+def test_ranks_write_the_errors_of_one_rank(bases, wide_pairs, tmp_path):
+    """The same micro-batches on one rank and on two: the same numbers at the same positions."""
+    settings = {"train_batch_size": 2, "global_batch_size": 8, "max_train_steps": 3, "random_crop": True}
+    jobs = [
+        (command(bases["sd15", "epsilon"], wide_pairs, tmp_path / out, reference_cache=tmp_path / out, **settings), "")
+        for out in ("two", "one")
+    ]
+    record_on_ranks(2, jobs[:1], tmp_path)
+    record_on_ranks(1, jobs[1:], tmp_path)
+    one, two = errors(tmp_path / "one"), errors(tmp_path / "two")
+    assert one.keys() == two.keys() == {0, 1, 2}
+    assert all(value.shape == (8, 2) and value.unique().numel() == 16 for value in one.values())
+    assert all(torch.equal(one[step], two[step]) for step in one)
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        (["--seed=8"], "seed was 7, is 8"),
+        (["--global_batch_size=8"], "pairs per update was 4, is 8"),
+        (["--train_batch_size=1"], "--train_batch_size was 2, is 1"),
+        (["--no_hflip"], "--no_hflip was False, is True"),
+        (["--proportion_empty_prompts=0"], "--proportion_empty_prompts was 0.2, is 0.0"),
+        (["--resolution=16"], "resolution was 32, is 16"),
+        (["--mixed_precision=bf16"], "--mixed_precision was no, is bf16"),
+        (["--max_train_samples=50"], "pairs and labels was "),
+        (["--split=validation"], "captions of the data was "),
+    ],
+)
+def test_errors_of_other_samples_are_refused(flags, changes, said):
+    train.main(flags("--max_train_steps=1"))
+    AcceleratorState._reset_state(reset_partial_state=True)  # holds the precision
+    with pytest.raises(InputError, match="--reference_cache was made from something else") as error:
+        train.main(flags(*changes, out="other"))
+    assert said in str(error.value) and "Name another --reference_cache" in str(error.value)
+
+
+def test_errors_of_another_reference_are_refused(flags, tmp_path):
+    train.main(flags(out="first"))
+    for init in (tmp_path / "first" / "unet.pth", tmp_path / "first", tmp_path / "first" / "unet"):
+        with pytest.raises(InputError, match=r"something else: .*: reference was \w{12}, is \w{12}\."):
+            train.main(flags(f"--unet_init={init}", out="other"))
+
+
+def test_damaged_files_are_named(flags, tmp_path):
+    train.main(flags())
+    (path,) = (tmp_path / "references").glob("*.safetensors")
+    content = path.read_bytes()
+    for damaged in (content[:-1] + bytes([content[-1] ^ 1]), content[:-9], b""):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=path.name):
+            train.main(flags(out="other"))
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (["--train_method=dspo"], "dspo needs its predictions: drop it"),
+        (["--sft"], "sft needs no reference: drop it"),
+    ],
+)
+def test_what_errors_are_no_use_for_is_refused(flags, more, said):
+    with pytest.raises(InputError, match=said):
+        train.main(flags(*more))
+
+
+def test_runs_without_a_seed_are_refused(flags):
+    given = [flag for flag in flags() if not flag.startswith("--seed")]
+    with pytest.raises(InputError, match="--reference_cache needs --seed"):
+        train.main(given)
