@@ -38,7 +38,7 @@ from sdpo.prompts import read_prompts
 from sdpo.references import open_references
 from sdpo.rng import normal
 from sdpo.sampling import sample
-from sdpo.step import SHARDING, Run, build_run, loss_name, update
+from sdpo.step import Run, build_run, loss_name, update
 from sdpo.stopping import Skips, StopRequest
 
 log = logging.getLogger("train")
@@ -71,8 +71,8 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
                 "reference: use configs/accelerate/fsdp2.yaml, or --mixed_precision no with --allow_tf32"
             )
         unset_hf_deepspeed_config()  # encoders and reference are loaded whole, also where the policy is shared out
-    if config.use_ema and accelerator.distributed_type in SHARDING:
-        raise InputError("--use_ema does not go with FSDP or DeepSpeed, which share out weights; drop it or use DDP")
+        if config.use_ema:
+            raise InputError("--use_ema does not go with DeepSpeed: use configs/accelerate/fsdp2.yaml or ddp.yaml")
     start_console(accelerator.is_main_process)
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
@@ -179,7 +179,7 @@ def hold_out(run: Run, pairs: Pairs | CachedPairs | None) -> HeldOutPairs | None
     began = time.monotonic()
     samples = build_dataset(run, pairs, "held-out")
     held_out = HeldOutPairs(run.accelerator, run.family, samples, run.config.train_batch_size, run.reference)
-    passes = len(held_out.shares) * (2 if run.ema else 1)
+    passes = len(held_out.shares) * (2 if run.average else 1)
     log.info(
         f"held out       {held_out.pairs} pairs, encoded in {time.monotonic() - began:.1f} s; "
         f"{passes} forward passes per device every {run.config.validation_steps} updates"
@@ -257,8 +257,9 @@ def validate(run: Run, held_out: HeldOutPairs | None) -> dict[str, float]:
     unet = run.accelerator.unwrap_model(run.unet)
     if held_out:
         figures |= held_out.measure(unet, run.config.beta_dpo, "heldout")
-        if run.ema:
-            figures |= held_out.measure(run.ema.module, run.config.beta_dpo, "heldout_ema")
+        if run.average:
+            with run.average.in_place():
+                figures |= held_out.measure(unet, run.config.beta_dpo, "heldout_ema")
     if run.config.validation_prompts and (run.accelerator.is_main_process or run.sharded):
         sample_prompts(run, unet, [prompt.text for prompt in read_prompts(run.config.validation_prompts)])
     return figures
@@ -283,13 +284,15 @@ def sample_prompts(run: Run, unet: nn.Module, prompts: list[str]) -> None:
 
 def save_model(run: Run) -> None:
     """Write unet.pth, unet_ema.pth and a complete diffusers pipeline into the output folder."""
-    output, state = Path(run.config.output_dir), run.accelerator.get_state_dict(run.unet)
+    output = Path(run.config.output_dir)
+    if run.average:
+        checkpoints.save_average(run, output)
+    state = run.accelerator.get_state_dict(run.unet)
     if run.accelerator.is_main_process:
         checkpoints.save_state_dict(state, output / "unet.pth")
-        if run.ema:
-            checkpoints.save_state_dict(run.ema.module.state_dict(), output / "unet_ema.pth")
         run.family.save_pipeline(run.accelerator.unwrap_model(run.unet).config, state, output)
-        log.info(f"saved          {output}/unet.pth{', unet_ema.pth' if run.ema else ''} and the pipeline beside it")
+        names = "unet.pth, unet_ema.pth" if run.average else "unet.pth"
+        log.info(f"saved          {names} and the pipeline in {output}")
 
 
 def main(arguments: list[str] | None = None) -> None:

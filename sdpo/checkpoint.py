@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from sdpo.config import NO_ROOM, InputError, Plan, TrainConfig
-from sdpo.families import load_weights
+from sdpo.families import load_weights, load_weights_of
 from sdpo.files import brief, parse_json, read_text, sha256, sync, write_file, write_json
 from sdpo.step import Run
 
@@ -60,6 +60,14 @@ def save_state_dict(state: dict[str, Tensor], path: Path) -> None:
     write_file(path, lambda partial: torch.save(state, partial))
 
 
+def save_average(run: Run, folder: Path) -> None:
+    """Write the averaged weights as unet_ema.pth; every rank calls this."""
+    with run.average.in_place():
+        state = run.accelerator.get_state_dict(run.unet)
+        if run.accelerator.is_main_process:
+            save_state_dict(state, folder / "unet_ema.pth")
+
+
 def register_hooks(accelerator: Accelerator, unet: nn.Module) -> None:
     """Have accelerate keep the policy in unet.pth instead of a second copy of its own."""
 
@@ -92,10 +100,10 @@ def save_checkpoint(run: Run) -> Path:
                 remove_remains(config.output_dir)
             accelerator.wait_for_everyone()
             accelerator.save_state(str(partial))
+            if run.average:
+                save_average(run, partial)
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
-                if run.ema is not None:
-                    save_state_dict(run.ema.module.state_dict(), partial / "unet_ema.pth")
                 write_json(partial / "state.json", state)
                 seal(partial)
                 put_in_place(partial, folder)
@@ -296,8 +304,8 @@ def load_checkpoint(run: Run, checkpoint: Path) -> None:
         raise InputError(
             f"{checkpoint} cannot be resumed from ({brief(error)}); remove it, or resume from another one"
         ) from error
-    if run.ema is not None:
+    if run.average:
         if not (checkpoint / "unet_ema.pth").is_file():
             raise InputError(f"{checkpoint} has no unet_ema.pth: it was trained without --use_ema; resume without it")
-        load_weights(run.ema.module, checkpoint / "unet_ema.pth")
+        run.average.load(load_weights_of(run.average.model, checkpoint / "unet_ema.pth"))
     run.step = state["step"]

@@ -28,7 +28,7 @@ def planned_memory(run: Run) -> dict[str, int]:
     """Bytes per device of everything but activations, by what they hold, before an engine shares any of it out."""
     parameters = sum(p.numel() for p in run.unet.parameters())
     state = OPTIMIZER_BYTES[optimizer_name(run.config, run.family)]
-    sizes = {"policy": 4, "gradients": 4, "optimizer": state, "average": 4 if run.ema else 0}  # bytes per parameter
+    sizes = {"policy": 4, "gradients": 4, "optimizer": state, "average": 4 * run.config.use_ema}  # bytes per parameter
     sizes["reference"] = 0 if run.reference is None else DTYPES[run.config.mixed_precision].itemsize
     encoders = (p for model in (run.family.vae, *run.family.text_encoders) for p in model.parameters())
     frozen = sum(p.nbytes for p in encoders if not p.is_meta)  # without weights where a latent cache is read

@@ -16,8 +16,8 @@ from accelerate.utils import DistributedType
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from sdpo.average import AveragedWeights
 from sdpo.batch import Batch
 from sdpo.compiling import compile_blocks
 from sdpo.config import InputError, Plan, TrainConfig
@@ -45,10 +45,10 @@ class Run:
     seed: int
     unet: nn.Module  # the policy: fp32 weights, prepared by accelerate
     reference: nn.Module | None  # frozen; None where nothing is compared with it
-    ema: AveragedModel | None
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     meter: Meter
+    average: AveragedWeights | None = None  # of the policy, once that is prepared
     references: ReferenceErrors | None = None  # the reference's errors, kept for other runs
     step: int = 0  # updates made or skipped
 
@@ -58,7 +58,7 @@ class Run:
         return {"step": self.step, "seed": self.seed, **shape, "meter": self.meter.state()}
 
     def prepare(self) -> None:
-        """Let accelerate wrap what it has to: policy, optimizer and schedule."""
+        """Let accelerate wrap what it has to, policy, optimizer and schedule, and begin to average."""
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             self.accelerator.deepspeed_plugin.deepspeed_config |= {
                 "train_micro_batch_size_per_gpu": self.config.train_batch_size,
@@ -66,6 +66,8 @@ class Run:
                 "gradient_clipping": self.config.max_grad_norm,
             }
         self.unet, self.optimizer, self.schedule = self.accelerator.prepare(self.unet, self.optimizer, self.schedule)
+        if self.config.use_ema:
+            self.average = AveragedWeights(self.accelerator.unwrap_model(self.unet), self.config.ema_decay)
 
     @property
     def resolution(self) -> int:
@@ -89,36 +91,33 @@ def build_run(
     """A run before its first update, not yet prepared."""
     accelerator.gradient_accumulation_steps = plan.accumulation
     compares = config.method != "sft" and not (references and references.complete)
-    unet, reference, ema = build_models(config, family, accelerator, with_reference=compares or config.holds_out)
+    unet, reference = build_models(config, family, accelerator, with_reference=compares or config.holds_out)
     optimizer = build_optimizer(config, family, unet, plan.learning_rate)
     lengths = {"num_warmup_steps": config.lr_warmup_steps, "num_training_steps": plan.steps}
     schedule = get_scheduler(config.lr_scheduler, optimizer, **lengths)
-    models, meter = (unet, reference, ema), Meter(accelerator)
-    return Run(config, accelerator, family, plan, seed, *models, optimizer, schedule, meter, references)
+    parts = (unet, reference, optimizer, schedule, Meter(accelerator))
+    return Run(config, accelerator, family, plan, seed, *parts, references=references)
 
 
 def build_models(
     config: TrainConfig, family: StableDiffusion, accelerator: Accelerator, with_reference: bool
-) -> tuple[nn.Module, nn.Module | None, AveragedModel | None]:
-    """(policy in fp32, frozen reference or None, averaged policy or None), on the device."""
+) -> tuple[nn.Module, nn.Module | None]:
+    """(policy in fp32, frozen reference or None), on the device."""
     dtype = DTYPES[accelerator.mixed_precision]
     family.to(accelerator.device, dtype)
     unet = family.load_unet(config.unet_init).to(accelerator.device).train()
     if config.channels_last:
         unet.to(memory_format=torch.channels_last)
-    reference = ema = None
+    reference = None
     if with_reference:
         reference = hold_matmul_weights(copy.deepcopy(unet).requires_grad_(False), dtype)
-    if config.use_ema:
-        ema = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)).requires_grad_(False)
-        ema.update_parameters(unet)  # the first call copies: the average starts at the base model
     if (config.gradient_checkpointing or family.gradient_checkpointing) == "full":
         unet.enable_gradient_checkpointing()
     if config.compile:
         for model in (unet, reference):
             if model is not None:
                 compile_blocks(model)
-    return unet, reference, ema
+    return unet, reference
 
 
 def optimizer_name(config: TrainConfig, family: StableDiffusion) -> str:
@@ -210,8 +209,8 @@ def update(run: Run, micro_batches: Iterator[Batch]) -> Skipped | None:
         return Skipped(norm.item(), [values["train_loss"].item() for values in measured])
     run.meter.add([values | {"grad_norm": norm} for values in measured])
     run.schedule.step()
-    if run.ema:
-        run.ema.update_parameters(run.accelerator.unwrap_model(run.unet))
+    if run.average:
+        run.average.update()
     return None
 
 

@@ -1,0 +1,57 @@
+"""Averaged weights: kept beside a model's own, split over ranks as these are, and put in their place to be used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+
+class AveragedWeights:
+    """Exponential moving average of the weights of a model, prepared by accelerate; it starts at what they are."""
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.model, self.move = model, get_ema_multi_avg_fn(decay)
+        self.values = [own.detach().clone() for own in self._weights()]  # of this rank, in the model's order
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move by the share 1 - decay towards the model's weights."""
+        self.move(self.values, self._weights(), None)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within this context the model has the averaged weights; every rank enters it."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Take the averaged weights from a state dict of the whole model."""
+        for (name, weight), value in zip(self.model.named_parameters(), self.values, strict=True):
+            whole = state[name].to(weight.device)
+            if isinstance(weight, DTensor):
+                whole = distribute_tensor(whole, weight.device_mesh, weight.placements, src_data_rank=None).to_local()
+            value.copy_(whole)
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for own, value in zip(self._weights(), self.values, strict=True):
+            kept = own.clone()
+            own.copy_(value)
+            value.copy_(kept)
+
+    def _weights(self) -> list[Tensor]:
+        """This rank's part of the weights, where there are parts."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # a forward pass may have left it whole, and the next would use that
+        return [p.to_local() if isinstance(p, DTensor) else p for p in self.model.parameters()]
