@@ -62,7 +62,18 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     )
     if config.report_to not in ("all", "none") and not accelerator.log_with:
         raise InputError(f"--report_to {config.report_to}: it is not installed; pip install {config.report_to}")
+    settle_engine(config, accelerator)
+    start_console(accelerator.is_main_process)
+    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+    return accelerator
+
+
+def settle_engine(config: TrainConfig, accelerator: Accelerator) -> None:
+    """Have FSDP2 or DeepSpeed compute as one process does; InputError for what they cannot do so."""
     if accelerator.distributed_type == DistributedType.FSDP:
+        if not accelerator.is_fsdp2:
+            raise InputError("FSDP 1 is not supported: write fsdp_version: 2, as in configs/accelerate/fsdp2.yaml")
         accelerator.state.fsdp_plugin.mixed_precision_policy = None  # autocast casts, as it does for the reference
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         if config.mixed_precision != "no":
@@ -70,13 +81,9 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
                 f"--mixed_precision {config.mixed_precision} under DeepSpeed would round the policy otherwise than the "
                 "reference: use configs/accelerate/fsdp2.yaml, or --mixed_precision no with --allow_tf32"
             )
-        unset_hf_deepspeed_config()  # encoders and reference are loaded whole, also where the policy is shared out
         if config.use_ema:
             raise InputError("--use_ema does not go with DeepSpeed: use configs/accelerate/fsdp2.yaml or ddp.yaml")
-    start_console(accelerator.is_main_process)
-    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
-    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-    return accelerator
+        unset_hf_deepspeed_config()  # encoders and reference are loaded whole, also where the policy is shared out
 
 
 def choose_seed(config: TrainConfig, checkpoint: Path | None) -> int:

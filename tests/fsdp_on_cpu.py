@@ -1,5 +1,6 @@
 """train.py under accelerate's FSDP2 on CPU ranks, where accelerate itself takes FSDP for GPUs only: run by test_sharding.py."""
 
+import os
 import sys
 
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
@@ -13,12 +14,13 @@ original = Accelerator.__init__
 
 
 def begin(self, *given, **options):
+    version = int(os.environ.get("FSDP_VERSION", 2))  # accelerate's own variable
     plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2,
+        fsdp_version=version,
         auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=["BasicTransformerBlock", "ResnetBlock2D"],
         state_dict_type="SHARDED_STATE_DICT",
-        reshard_after_forward=True,
+        reshard_after_forward=True if version == 2 else "FULL_SHARD",
     )
     original(self, *given, **options)
     for state in (AcceleratorState, PartialState):

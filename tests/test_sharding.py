@@ -60,3 +60,10 @@ def test_sharded_run_is_the_run_of_one_process(arguments, tmp_path, precision):
     assert result.returncode == 0 and "after 2 updates" in result.stderr, result.stderr[-3000:]
     assert same(weights(tmp_path / "sharded"), sharded)
     assert same(weights(tmp_path / "sharded", "unet_ema.pth"), averaged)
+
+
+def test_fsdp_1_is_refused(arguments, monkeypatch):
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    result = run_sharded(arguments())
+    assert result.returncode != 0, result.stderr[-3000:]
+    assert "error: FSDP 1 is not supported: write fsdp_version: 2" in result.stderr
