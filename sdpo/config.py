@@ -66,6 +66,7 @@ CHOICE_MODELS = {  # value of --choice_model -> row of sdpo.scorers.SCORERS
     "pickscore": "pickscore",
     "pixels": "pixels",
 }
+POLYNOMIAL_END = 1e-7  # learning rate that diffusers' polynomial schedule ends with, whatever it began with
 LIMITS = {  # flags -> what their value must satisfy, and how that is said
     "train_batch_size num_train_epochs gradient_accumulation_steps global_batch_size validation_steps logging_steps "
     "max_train_samples checkpoints_total_limit max_skipped_updates": (lambda value: value >= 1, "must be at least 1"),
@@ -433,7 +434,7 @@ class Plan:
 
     @classmethod
     def of(cls, config: TrainConfig, processes: int, pairs: int) -> Plan:
-        """Raises InputError where the global batch cannot be split over the devices."""
+        """Raises InputError for a global batch that cannot be split over the devices, or an impossible schedule."""
         per_micro_step = config.train_batch_size * processes
         accumulation = config.gradient_accumulation_steps
         if config.global_batch_size is not None:
@@ -446,6 +447,11 @@ class Plan:
         batch = per_micro_step * accumulation
         steps = config.max_train_steps or math.ceil(config.num_train_epochs * pairs / batch)
         rate = config.learning_rate * (batch if config.scale_lr else 1)
+        if config.lr_scheduler == "polynomial" and (rate <= POLYNOMIAL_END or steps == config.lr_warmup_steps):
+            raise InputError(
+                f"--lr_scheduler polynomial falls from the learning rate to {POLYNOMIAL_END:g} after the warm-up: it "
+                f"cannot from {rate:g}, with {steps - config.lr_warmup_steps} updates left; linear falls to 0"
+            )
         return cls(processes, pairs, accumulation, batch, steps, pairs / batch, rate)
 
     def lines(self, config: TrainConfig) -> list[str]:
