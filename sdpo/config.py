@@ -400,6 +400,10 @@ class TrainConfig:
             "--validation_prompts needs VAE and text encoders, so they are loaded in spite of --latent_cache",
         )
         yield (
+            self.lr_scheduler != "constant" and 0 < self.max_train_steps <= self.lr_warmup_steps,
+            f"--lr_warmup_steps {self.lr_warmup_steps} is no shorter than the run: the learning rate is never reached",
+        )
+        yield (
             self.use_ema and self.max_train_steps and 1 / (1 - self.ema_decay) > self.max_train_steps,
             f"--ema_decay {self.ema_decay} remembers {1 / (1 - self.ema_decay):.0f} updates, more than the run has: "
             "unet_ema.pth will hardly move",

@@ -425,7 +425,8 @@ def cautions(flags):
         ("--winner_preserving_mu=0.5", "--winner_preserving_mu no effect --use_winner_preserving"),
         (f"{GUARDED}1", "mu 1 winners only"),
         ("--input_perturbation=0.1 --validation_pairs=8", "input perturbation held-out"),
-        ("--use_ema --ema_decay=0.999 --max_train_steps=100", "--ema_decay 0.999 1000"),
+        ("--use_ema --ema_decay=0.999 --max_train_steps=900", "--ema_decay 0.999 1000"),
+        ("--max_train_steps=500", "--lr_warmup_steps 500 never reached"),
     ),
 )
 def test_cautions(flags, words):
@@ -444,6 +445,9 @@ def test_cautions(flags, words):
         "--input_perturbation=0.1",
         "--use_ema",
         "--constant_loser_scale=0",
+        "--max_train_steps=501",
+        "--max_train_steps=100 --lr_scheduler=constant",
+        "--max_train_steps=0",
     ),
 )
 def test_no_caution_without_reason(flags):
