@@ -141,11 +141,12 @@ def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
             label_pairs(config, accelerator)
         pairs, held_out_pairs, notes = prepare_pairs(config, seed)
     plan = Plan.of(config, accelerator.num_processes, len(pairs))
-    references = open_references(config, accelerator, family, plan, seed, pairs)
+    references, data = open_references(config, accelerator, family, plan, seed, pairs), pairs.fingerprint()
     if config.latent_cache:
         pairs, held_out_pairs = open_cache(config, accelerator, pairs, held_out_pairs)
 
     run = build_run(config, accelerator, family, plan, seed, references)
+    run.data = data
     dataset = build_dataset(run, pairs, "train")
     announce(run, notes)
     run.prepare()
@@ -167,7 +168,7 @@ def label_pairs(config: TrainConfig, accelerator: Accelerator) -> None:
 
 def resume(run: Run, checkpoint: Path) -> None:
     """Put a checkpoint into the run; InputError if settings that shape the run differ and that is not meant."""
-    changes = checkpoints.changed_settings(run.config, run.plan, checkpoint)
+    changes = checkpoints.changed_settings(run, checkpoint)
     if changes and not run.config.resume_with_changes:
         raise InputError(
             f"{checkpoint} was made with other settings, so this would be another run: {'; '.join(changes)}. Take them "
@@ -176,6 +177,11 @@ def resume(run: Run, checkpoint: Path) -> None:
     for change in changes:
         log.warning(f"CAUTION: resuming with a change: {change}")
     checkpoints.load_checkpoint(run, checkpoint)
+    if run.step > run.plan.steps:
+        raise InputError(
+            f"{checkpoint} is beyond the run's {run.plan.steps} updates: raise --max_train_steps, name an earlier "
+            "checkpoint with --resume_from_checkpoint, or choose another --output_dir"
+        )
     log.info(f"resumed        {checkpoint}, after {run.step} updates")
 
 
@@ -222,7 +228,7 @@ def train(run: Run, dataset: PairDataset, held_out: HeldOutPairs | None) -> int:
         progress = tqdm(total=plan.steps, initial=run.step, desc=config.method, unit="update", disable=hidden)
         first, began, skipped = run.step, time.monotonic(), Skips(run, dataset)
         while run.step < plan.steps:
-            learning_rate = run.schedule.get_last_lr()[0]
+            learning_rate = run.optimizer.param_groups[0]["lr"]
             skipped.note(update(run, micro_batches))
             progress.update()
 
@@ -242,6 +248,7 @@ def train(run: Run, dataset: PairDataset, held_out: HeldOutPairs | None) -> int:
             if stop and not last:
                 return stop
         progress.close()
+        skipped.sum_up()
     return 0
 
 

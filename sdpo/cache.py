@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import logging
 import math
 import os
@@ -36,7 +35,7 @@ from sdpo.data import Transform
 from sdpo.families import Conditioning, StableDiffusion, load_family
 from sdpo.hub import DTYPES, PATIENCE
 from sdpo.inputs import normalise
-from sdpo.pairs import Pairs, column, decode, prepare_pairs
+from sdpo.pairs import Pairs, column, decode, hash_captions, prepare_pairs
 from sdpo.shards import SHARD_BYTES, Shards, is_intact, read_key, refuse_changes
 
 log = logging.getLogger("cache")
@@ -50,7 +49,6 @@ def describe_data(table: datasets.Dataset, caption_column: str, columns: Sequenc
 
     Notices rows that were added, removed, moved or edited; not an image replaced by another one of the same size.
     """
-    captions = json.dumps(column(table, caption_column))
     sizes = hashlib.sha256()
     slim = table.select_columns(list(columns)).with_format("arrow")
     for start in range(0, len(table), 10_000):
@@ -59,7 +57,7 @@ def describe_data(table: datasets.Dataset, caption_column: str, columns: Sequenc
             sizes.update(measure_images(block[name]).tobytes())
     return {
         "rows of the data": len(table),
-        "captions of the data": hashlib.sha256(captions.encode()).hexdigest(),
+        "captions of the data": hash_captions(column(table, caption_column)),
         "image columns": list(columns),
         "image sizes of the data": sizes.hexdigest(),
     }

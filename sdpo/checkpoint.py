@@ -18,14 +18,14 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from sdpo.config import NO_ROOM, InputError, Plan, TrainConfig
+from sdpo.config import NO_ROOM, InputError, TrainConfig
 from sdpo.families import load_weights, load_weights_of
 from sdpo.files import brief, parse_json, read_text, sha256, sync, write_file, write_json
-from sdpo.step import Run
+from sdpo.step import Run, loss_name
 
 log = logging.getLogger(__name__)
 
@@ -270,12 +270,14 @@ FREE = {
 }
 
 
-def changed_settings(config: TrainConfig, plan: Plan, checkpoint: Path) -> list[str]:
+def changed_settings(run: Run, checkpoint: Path) -> list[str]:
     """What shapes the numbers of a run and differs from what the checkpoint was trained with."""
+    config, plan = run.config, run.plan
     then, now, free = read_state(checkpoint), dataclasses.asdict(config), {*FREE, "seed"}
     if config.lr_scheduler.startswith("constant"):
         free |= {"max_train_steps", "num_train_epochs"}
-    if not config.use_winner_preserving or config.winner_preserving_per == "pair":
+    per_pair = not config.use_winner_preserving or config.winner_preserving_per == "pair"
+    if per_pair and loss_name(config, run.family) != "dspo-switched":  # nothing depends on the micro-batch
         free |= {"train_batch_size"}
     changes = [
         f"--{name} was {then['config'][name]!r}, is {value!r}"
@@ -288,12 +290,15 @@ def changed_settings(config: TrainConfig, plan: Plan, checkpoint: Path) -> list[
         old, new = then["plan"].get(name), getattr(plan, name)
         if old not in (None, new):
             changes.append(f"{what} was {old:,}, is {new:,}")
+    if then["plan"].get("pairs") == plan.pairs and then.get("data", run.data) != run.data:
+        changes.append("captions or labels of the pairs trained on are others")
     return changes
 
 
 def load_checkpoint(run: Run, checkpoint: Path) -> None:
     """Put a checkpoint into a prepared run; raises InputError if it does not fit."""
     state = read_state(checkpoint)
+    own = [{name: value for name, value in group.items() if name != "params"} for group in run.optimizer.param_groups]
     try:
         run.accelerator.load_state(str(checkpoint))
         run.accelerator.step = 0  # micro-steps, of which this run may make another number per update
@@ -308,4 +313,22 @@ def load_checkpoint(run: Run, checkpoint: Path) -> None:
         if not (checkpoint / "unet_ema.pth").is_file():
             raise InputError(f"{checkpoint} has no unet_ema.pth: it was trained without --use_ema; resume without it")
         run.average.load(load_weights_of(run.average.model, checkpoint / "unet_ema.pth"))
+    if run.accelerator.distributed_type != DistributedType.DEEPSPEED:
+        keep_settings(run, own, checkpoint)
     run.step = state["step"]
+
+
+def keep_settings(run: Run, own: list[dict], checkpoint: Path) -> None:
+    """Have optimizer and schedule go on with the run's own settings: those of then came back with their state.
+
+    Raises InputError if the state is another optimizer's.
+    """
+    groups, schedule = run.optimizer.param_groups, run.schedule.scheduler
+    if any(settings.keys() - group.keys() for group, settings in zip(groups, own, strict=True)):
+        raise InputError(
+            f"{checkpoint} holds the state of another optimizer: go on with that one, or start a new run from its "
+            f"weights with --unet_init {checkpoint}/unet.pth"
+        )
+    schedule.base_lrs = [run.plan.learning_rate] * len(groups)
+    for group, settings, factor in zip(groups, own, schedule.lr_lambdas, strict=True):
+        group.update(settings | {"lr": run.plan.learning_rate * factor(schedule.last_epoch)})

@@ -280,6 +280,13 @@ class TrainConfig:
             f"--validation_split {self.split} is the split trained on: name another one, or use --validation_pairs",
         )
         yield (
+            self.validation_data_dir
+            and Path(self.validation_data_dir).resolve() == Path(self.dataset_name or self.train_data_dir).resolve()
+            and (self.validation_split or "train") == self.split,
+            f"--validation_data_dir {self.validation_data_dir} holds the pairs trained on: name another folder or "
+            "--validation_split, or use --validation_pairs",
+        )
+        yield (
             self.validation_prompts is not None and not Path(self.validation_prompts).is_file(),
             f"--validation_prompts {self.validation_prompts} is not a file; give one prompt per line",
         )
@@ -366,13 +373,13 @@ class TrainConfig:
         return [text for applies, text in self._cautions(loss) if applies]
 
     def _cautions(self, loss: str):
-        if self.method == "dmpo" and self.dmpo_alpha > 0:
-            turn = math.log1p(-self.dmpo_alpha) - math.log(self.dmpo_alpha) if self.dmpo_alpha < 1 else -math.inf
-            yield (
-                True,
-                f"dmpo with alpha {self.dmpo_alpha:g} turns at margin {turn:.3f}: beyond it descent shrinks the margin "
-                "and raises the winner's error, and scaling the loser cannot prevent that",
-            )
+        alpha = min(max(self.dmpo_alpha, 1e-6), 1 - 1e-6)  # as the loss has it
+        turn = math.log1p(-alpha) - math.log(alpha)
+        yield (
+            self.method == "dmpo",
+            f"dmpo with alpha {self.dmpo_alpha:g} turns at margin {turn:.3f}: beyond it descent shrinks the margin "
+            "and raises the winner's error, and scaling the loser cannot prevent that",
+        )
         yield (
             loss == "dspo-score" and self.beta_dpo <= 0.1,
             f"dspo by score matching at beta {self.beta_dpo:g}: the loser's gradient is of order beta^2, "
@@ -386,6 +393,10 @@ class TrainConfig:
         yield (
             self.winner_preserving_mu > 0 and not self.use_winner_preserving,
             "--winner_preserving_mu has no effect without --use_winner_preserving",
+        )
+        yield (
+            self.winner_preserving_per == "pair" and not self.use_winner_preserving,
+            "--winner_preserving_per has no effect without --use_winner_preserving",
         )
         yield (
             self.use_winner_preserving and self.winner_preserving_mu == 1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import torch
@@ -9,10 +10,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from sdpo.batch import collate
+from sdpo.config import InputError
 from sdpo.data import PairDataset
 from sdpo.families import StableDiffusion
 from sdpo.inputs import Inputs, make_inputs
 from sdpo.losses import sample_mean
+
+log = logging.getLogger(__name__)
 
 
 class HeldOutPairs:
@@ -31,12 +35,20 @@ class HeldOutPairs:
         self.shares: list[tuple[slice, Inputs, Tensor]] = []  # places, their inputs, errors (2B,) of the reference
         # Every rank makes as many passes, because ranks that share out the weights gather them together
         ranks = accelerator.num_processes
+        unreadable = torch.zeros(self.pairs, dtype=torch.long, device=accelerator.device)
         for number in range(accelerator.process_index, math.ceil(len(starts) / ranks) * ranks, ranks):
             start = starts[number % len(starts)]
             places = slice(start, min(start + batch_size, self.pairs))
-            batch = collate([dataset[0, index] for index in range(self.pairs)[places]])
-            inputs = make_inputs(family, batch.to(accelerator.device))
+            samples = [dataset[0, index] for index in range(self.pairs)[places]]
+            for index, sample in enumerate(samples, start):
+                if sample["unreadable"]:  # another pair stands in for it
+                    log.error(f"unreadable, not measured on: {sample['unreadable'][0]}")
+                    unreadable[index] = 1
+            inputs = make_inputs(family, collate(samples).to(accelerator.device))
             self.shares.append((places, inputs.to("cpu"), self._errors(reference, inputs)))
+        self.read = accelerator.gather(unreadable[None]).sum(0).cpu() == 0  # (pairs,)
+        if not self.read.any():
+            raise InputError(f"none of the {self.pairs} held-out pairs of {dataset.pairs.source} can be read")
 
     @torch.no_grad()
     @torch.compiler.set_stance("force_eager")  # for a last batch of another shape, and alike for averaged weights
@@ -57,6 +69,7 @@ class HeldOutPairs:
             values[places] = torch.stack(change.chunk(2), 1)
         ranks = self.accelerator.gather(values[None])  # (processes, pairs, 2), nan where a rank has no share
         change = ranks.nanmedian(0).values.cpu().double()  # a pair that several ranks measured has one value
+        change = change[self.read]
         margin = -beta / 2 * (change[:, 0] - change[:, 1])
         accuracy = (margin > 0).double() + (margin == 0).double() / 2
         figures = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -109,12 +110,18 @@ class MetricsLog:
     def __init__(self, accelerator: Accelerator, folder: str | Path, first_step: int):
         self.accelerator, self.path = accelerator, Path(folder, "metrics.jsonl")
         if accelerator.is_main_process:
-            keep = [line for line in self._lines() if json.loads(line)["step"] <= first_step] if first_step else []
+            keep = [line for step, line in self._lines() if step <= first_step] if first_step else []
             write_text(self.path, "".join(keep))  # what was logged after the checkpoint will be logged again
 
-    def _lines(self) -> list[str]:
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        return [line for line in lines if line.endswith("\n")]  # a line cut off by a crash is not one
+    def _lines(self) -> Iterator[tuple[int, str]]:
+        """(step, line) of the lines that are whole; others, which a crash may leave, are named and left out."""
+        content = self.path.read_bytes() if self.path.exists() else b""
+        for number, line in enumerate(content.decode(errors="replace").split("\n"), 1):
+            try:
+                yield int(json.loads(line)["step"]), line + "\n"
+            except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError):
+                if line:
+                    log.warning(f"CAUTION: {self.path}, line {number} is damaged and left out")
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Log finished numbers under the number of updates made so far; nothing where there are none."""

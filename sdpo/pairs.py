@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
 import io
+import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,6 +22,8 @@ from sdpo.files import brief, is_text, parse_json, read_text
 from sdpo.rng import draw
 
 IMAGES = ("jpg_0", "jpg_1")
+LABELS_ABOUT = b"sdpo"  # key of the JSON object in a label file that says what it was made from
+MAX_ASPECT = 100  # of an image's sides: resized, the longer one has as many times --resolution
 
 
 # Reading
@@ -47,10 +51,20 @@ def read_table(config: TrainConfig, split: str, folder: str | None = None) -> da
     except InputError:
         raise
     except Exception as error:  # datasets, pyarrow and the hub each have errors of their own
+        damaged = next(filter(is_damaged, sorted(path.rglob("*.parquet"))), None)
+        fix = f"{damaged} is damaged: replace it" if damaged else "give a local folder, or a hub data set where the hub"
         raise InputError(
-            f"cannot read pairs from {source!r} ({brief(error)}); "
-            "give a local folder, or a hub data set where the hub can be reached"
+            f"cannot read pairs from {source!r} ({brief(error.__cause__ or error)}); "
+            f"{fix}{'' if damaged else ' can be reached'}"
         ) from error
+
+
+def is_damaged(file: Path) -> bool:
+    """Whether a parquet file lacks its end, where it says what it holds."""
+    try:
+        return pq.read_metadata(file) is None
+    except Exception:  # pyarrow has many
+        return True
 
 
 def read_split(source: str, name: str | None, split: str, cache_dir: str | None) -> datasets.Dataset:
@@ -97,7 +111,10 @@ def read_pair_file(file: Path, caption_column: str) -> datasets.Dataset:
         where = f"{file} row {number}"
         missing = [name for name in columns if record.get(name) is None or (record[name] == "" and name != columns[0])]
         if missing:
-            raise InputError(f"{where}: {', '.join(missing)} missing; every row needs {', '.join(columns)}")
+            raise InputError(
+                f"{where}: {', '.join(missing)} missing; every row needs {', '.join(columns)} "
+                f"(move {file.name} away if it is no list of pairs)"
+            )
         if None in record:  # where csv puts what has no column
             raise InputError(f"{where}: more values than columns; put captions that hold commas in double quotes")
         for name, paths in (("winner", winners), ("loser", losers)):
@@ -184,6 +201,11 @@ class Pairs:
         columns = self.columns if self.first_won[index] else self.columns[::-1]
         return [decode(row[name], self.least) for name in columns[:members]], as_list(row[self.caption_column])
 
+    def fingerprint(self) -> str:
+        """SHA-256 over captions, rows and winners; images are not looked at."""
+        chosen = self.rows.astype("int64").tobytes() + self.first_won.tobytes()
+        return hashlib.sha256(hash_captions(self.captions()).encode() + chosen).hexdigest()
+
     def select(self, keep: np.ndarray) -> Pairs:
         """The pairs at these indices or in this mask."""
         return dataclasses.replace(self, rows=self.rows[keep], first_won=self.first_won[keep])
@@ -208,13 +230,24 @@ def decode(value: bytes | str | dict | Image.Image, least: int = 0) -> Image.Ima
     if isinstance(value, dict):
         value = value["bytes"] if value.get("bytes") is not None else value["path"]
     if isinstance(value, Image.Image):
-        return value.convert("RGB")
+        return to_rgb(value)
     if not isinstance(value, bytes | str):
         raise TypeError(f"{value!r:.40} is no image")
     with Image.open(io.BytesIO(value) if isinstance(value, bytes) else value) as image:
         if least:
             image.draft(None, (least, least))  # other formats ignore it
-        return image.convert("RGB")
+        return to_rgb(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The image in RGB; ValueError for values without a known range, and for sides too unequal to be resized."""
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise ValueError(f"{image.size[0]} x {image.size[1]} pixels: one side is over {MAX_ASPECT} times the other")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode} have no known range: save the image with 8 bits per channel")
+    if image.mode.startswith("I;16"):  # which Pillow would clip at 255
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    return image.convert("RGB")
 
 
 def load_pairs(config: TrainConfig, split: str, folder: str | None = None) -> tuple[Pairs, list[str]]:
@@ -244,7 +277,7 @@ def load_pairs(config: TrainConfig, split: str, folder: str | None = None) -> tu
         )
     notes = [f"{source}: {len(table):,} rows" + (f", labels of {labels_path}" if labels_path else "")]
     if labels_path:
-        labels = read_label_file(labels_path, len(table), source)
+        labels = read_label_file(labels_path, column(table, config.caption_column), source)
     else:
         labels = np.ones(len(table)) if single else read_labels(column(table, "label_0"), source)
     keep = labels != 0.5
@@ -291,10 +324,16 @@ def read_labels(labels: list, source: str) -> np.ndarray:
     return values
 
 
-def read_label_file(path: Path, rows: int, source: str) -> np.ndarray:
-    """Labels (rows,) that `python -m sdpo.relabel` wrote; raises InputError for a file of other data or none at all."""
+def read_label_file(path: Path, captions: list, source: str) -> np.ndarray:
+    """Labels (rows,) that `python -m sdpo.relabel` wrote for rows with these captions, as far as the file says it.
+
+    Raises InputError for a file of other data or none at all.
+    """
     try:
-        labels = pq.read_table(path, columns=["label_0"])["label_0"].to_pylist()
+        table = pq.read_table(path, columns=["label_0"])
+        labels = table["label_0"].to_pylist()
+        about = json.loads((table.schema.metadata or {}).get(LABELS_ABOUT, b"{}"))
+        rows, made_for = len(captions), about.get("captions")
     except Exception as error:  # pyarrow has many
         raise InputError(
             f"cannot read labels from {path} ({brief(error)}); make it with python -m sdpo.relabel"
@@ -304,7 +343,17 @@ def read_label_file(path: Path, rows: int, source: str) -> np.ndarray:
             f"{path} has labels of {len(labels):,} rows, but {source} has {rows:,} rows: "
             "make it again from this data with python -m sdpo.relabel"
         )
+    if made_for not in (None, hash_captions(captions)):
+        raise InputError(
+            f"{path} was made for other captions, or another order of them, than {source} has: "
+            "make it again from this data with python -m sdpo.relabel"
+        )
     return read_labels(labels, str(path))
+
+
+def hash_captions(captions: list) -> str:
+    """SHA-256 of a caption column."""
+    return hashlib.sha256(json.dumps(captions).encode()).hexdigest()
 
 
 def as_number(label: object) -> float:

@@ -99,7 +99,6 @@ def make_key(
 ) -> dict:
     """All that the errors depend on, down to rounding."""
     schedule = {name: value for name, value in family.scheduler.config.items() if not name.startswith("_")}
-    chosen = pairs.rows.astype("int64").tobytes() + pairs.first_won.tobytes()
     device = accelerator.device
     return {
         "reference": family.fingerprint_unet(config.unet_init),
@@ -110,7 +109,7 @@ def make_key(
         "resolution": config.resolution or family.resolution,
         **{f"--{name}": getattr(config, name) for name in FLAGS},
         "latents": f"cached in {config.latent_cache_dtype}" if config.latent_cache else "encoded",
-        "pairs and labels": hashlib.sha256(chosen).hexdigest(),
+        "captions, rows and labels": pairs.fingerprint(),
         **describe_data(pairs.table, pairs.caption_column, pairs.columns),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "torch": torch.__version__,

@@ -7,7 +7,6 @@ what it was made from. The same command run again makes what is missing.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 from collections.abc import Iterator
@@ -23,11 +22,9 @@ from tqdm.auto import tqdm
 from sdpo.config import CHOICE_MODELS, InputError, TrainConfig, flag, parse_flags, run_command
 from sdpo.files import parse_json, read_text, write_file, write_text
 from sdpo.manifest import check_score
-from sdpo.pairs import IMAGES, as_list, check_captions, column, read_table
+from sdpo.pairs import IMAGES, LABELS_ABOUT, as_list, check_captions, column, hash_captions, read_table
 from sdpo.scorers import load_scorers, score_rows
 from sdpo.scoring import split_pairs
-
-METADATA = b"sdpo"  # key of the JSON object that says what a label file was made from
 
 
 @dataclass(frozen=True)
@@ -109,7 +106,7 @@ def relabel(config: RelabelConfig) -> str:
     scores = np.array(score_table(config, table, about, kept), float).reshape(-1, 2)  # (n, 2)
     labels = make_labels(scores, config.margin)
     columns = {"row": np.arange(len(scores)), "score_0": scores[:, 0], "score_1": scores[:, 1], "label_0": labels}
-    labelled = pa.table(columns).replace_schema_metadata({METADATA: json.dumps(about)})
+    labelled = pa.table(columns).replace_schema_metadata({LABELS_ABOUT: json.dumps(about)})
     write_file(out, lambda partial: pq.write_table(labelled, partial))
     kept.unlink(missing_ok=True)
     return f"labels by {config.metric}: {len(labels):,} rows, {(labels == 0.5).sum():,} ties; written to {out}"
@@ -128,7 +125,7 @@ def describe(config: RelabelConfig, table: datasets.Dataset) -> dict:
         "source": source,
         "config": config.dataset_config_name,
         "rows": len(table),
-        "captions": hashlib.sha256(json.dumps(captions).encode()).hexdigest(),
+        "captions": hash_captions(captions),
         "metric": config.metric,
         "margin": config.margin,
         "weights": config.sources,
@@ -138,7 +135,7 @@ def describe(config: RelabelConfig, table: datasets.Dataset) -> dict:
 def read_about(path: Path) -> dict | None:
     """What a label file says it was made from; None if there is no such file, or it does not say."""
     try:
-        return json.loads(pq.read_schema(path).metadata[METADATA])
+        return json.loads(pq.read_schema(path).metadata[LABELS_ABOUT])
     except (OSError, ValueError, TypeError, KeyError):
         return None
 

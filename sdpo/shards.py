@@ -88,6 +88,9 @@ def read_about(path: Path) -> dict:
     try:
         with safe_open(path, "pt") as file:
             about = json.loads(file.metadata()["about"])
+            rows = {file.get_slice(name).get_shape()[0] for name in file.keys()}  # noqa: SIM118
+        if rows != {len(about["names"])} or not isinstance(about["notes"], dict):
+            raise ValueError("it does not describe its own rows")
         return {name: about[name] for name in ("names", "notes", "sha256")}
     except (SafetensorError, TypeError, LookupError, ValueError) as error:
         raise InputError(

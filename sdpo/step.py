@@ -49,13 +49,14 @@ class Run:
     schedule: torch.optim.lr_scheduler.LRScheduler
     meter: Meter
     average: AveragedWeights | None = None  # of the policy, once that is prepared
+    data: str = ""  # Pairs.fingerprint of what it trains on
     references: ReferenceErrors | None = None  # the reference's errors, kept for other runs
     step: int = 0  # updates made or skipped
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint says about the run beside weights and optimizer; every rank calls this."""
         shape = {"config": dataclasses.asdict(self.config), "plan": dataclasses.asdict(self.plan)}
-        return {"step": self.step, "seed": self.seed, **shape, "meter": self.meter.state()}
+        return {"step": self.step, "seed": self.seed, "data": self.data, **shape, "meter": self.meter.state()}
 
     def prepare(self) -> None:
         """Let accelerate wrap what it has to, policy, optimizer and schedule, and begin to average."""

@@ -56,7 +56,7 @@ class Skips:
     """
 
     def __init__(self, run: Run, dataset: PairDataset):
-        self.run, self.dataset, self.in_a_row = run, dataset, 0
+        self.run, self.dataset, self.in_a_row, self.in_all = run, dataset, 0, 0
 
     def note(self, skipped: Skipped | None) -> None:
         """Take in the outcome of an update; raises InputError, after a checkpoint, for one too many in a row."""
@@ -67,6 +67,7 @@ class Skips:
         overflow = scaler is not None and not math.isfinite(skipped.grad_norm)  # of fp16, while its scale is found
         finding_scale = overflow and scaler.get_scale() > 1
         self.in_a_row += not finding_scale
+        self.in_all += not finding_scale
         report = f"update {self.run.step} skipped: {self._describe(skipped)}"
         if not finding_scale or not all(map(math.isfinite, skipped.losses)):
             log.error(report)
@@ -77,6 +78,12 @@ class Skips:
             f"{self.in_a_row} updates in a row skipped, the last: {report}. {folder} holds the last good weights. Look "
             "at these pairs, lower --learning_rate, or try --mixed_precision bf16 or no; then --resume_with_changes"
         )
+
+    def sum_up(self) -> None:
+        """Say at the end what was skipped since the start or the last resume."""
+        if self.in_all:
+            ending = f", the last {self.in_a_row} among them" if self.in_a_row else ""
+            log.warning(f"CAUTION: {self.in_all} of {self.run.step} updates were skipped{ending}")
 
     def _describe(self, skipped: Skipped) -> str:
         bad = [micro for micro, loss in enumerate(skipped.losses) if not math.isfinite(loss)]

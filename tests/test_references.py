@@ -118,7 +118,7 @@ def test_ranks_write_the_errors_of_one_rank(bases, wide_pairs, tmp_path):
         (["--proportion_empty_prompts=0"], "--proportion_empty_prompts was 0.2, is 0.0"),
         (["--resolution=16"], "resolution was 32, is 16"),
         (["--mixed_precision=bf16"], "--mixed_precision was no, is bf16"),
-        (["--max_train_samples=50"], "pairs and labels was "),
+        (["--max_train_samples=50"], "captions, rows and labels was "),
         (["--split=validation"], "captions of the data was "),
     ],
 )
