@@ -248,6 +248,7 @@ TRAIN_FLAGS = {
     "--train_batch_size=0": r"--train_batch_size must be at least 1, got 0",
     "--train_batch 8": r"unknown flag --train_batch; .* lists the flags",
     "--global_batch_size=0": r"--global_batch_size must be at least 1, got 0",
+    "--validation_data_dir={pairs}": r"--validation_data_dir .* holds the pairs trained on: name another folder",
     "--lr_scheduler=polynomial --learning_rate=1e-8": r"polynomial .* cannot from 1e-08, .*; linear falls to 0",
     "--lr_scheduler=polynomial --lr_warmup_steps=3 --max_train_steps=3": r"polynomial .* with 0 updates left; linear",
     "--global_batch_size=5 --train_batch_size=2": r"--global_batch_size 5 is not a multiple of 2 .* use a multiple",

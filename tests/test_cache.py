@@ -312,6 +312,9 @@ def test_two_ranks_share_the_files(monkeypatch, tmp_path):
     assert share(1) == [list(range(10, 20)), []]
 
 
+OTHER_ROWS = '{"names": [1, 2], "notes": {}, "sha256": ""}'  # of a file with one row
+
+
 def test_damage_is_found(flags, tmp_path):
     cache.main(flags("--verify"))
     (path,) = (tmp_path / "cache" / "images").glob("*.safetensors")
@@ -319,7 +322,7 @@ def test_damage_is_found(flags, tmp_path):
     path.write_bytes(whole[:-1])  # noticed at every start, as is a file of others
     with pytest.raises(InputError, match=f"{path} is damaged"):
         cache.main(flags())
-    for metadata in (None, {"about": "{"}, {"about": '{"names": []}'}):
+    for metadata in (None, {"about": "{"}, {"about": '{"names": []}'}, {"about": OTHER_ROWS}):
         save_file({"moments": torch.zeros(1)}, path, metadata)
         with pytest.raises(InputError, match=f"{path} is damaged"):
             cache.main(flags())

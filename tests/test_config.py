@@ -420,6 +420,9 @@ def cautions(flags):
     (
         ("--train_method=dmpo --dmpo_alpha=0.01", "dmpo 0.01 4.595 winner"),  # ln 99
         ("--train_method=dmpo --dmpo_alpha=0.1", "dmpo 0.1 2.197"),  # ln 9
+        ("--train_method=dmpo", "dmpo alpha 0 13.816"),  # 1 - alpha is kept off 1 by 1e-6
+        ("--train_method=dmpo --dmpo_alpha=1", "dmpo alpha 1 -13.816"),
+        ("--winner_preserving_per=pair", "--winner_preserving_per no effect"),
         ("--train_method=dspo --beta_dpo=0.001", "dspo 0.001 beta^2 inert"),
         ("--use_winner_preserving", "--winner_preserving_mu 0 inert"),
         ("--winner_preserving_mu=0.5", "--winner_preserving_mu no effect --use_winner_preserving"),

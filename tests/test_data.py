@@ -233,9 +233,30 @@ def test_images_are_rgb_whatever_their_mode(tmp_path):
     assert pairs.load(0, 2)[0][0].getpixel((0, 0)) == winner(0)
 
 
-def in_format(image, name):
+def test_sixteen_bits_are_scaled_to_eight():
+    ramp = Image.fromarray(np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16))
+    for name in ("PNG", "TIFF"):
+        image = decode(in_format(ramp, name, quality=None))
+        assert image.mode == "RGB" and np.array_equal(np.asarray(image)[..., 0].ravel(), np.arange(256))
+
+
+@pytest.mark.parametrize(
+    ("picture", "said"),
+    [
+        (Image.fromarray(np.ones((8, 8), np.float32)), "mode F have no known range: save"),
+        (Image.fromarray(np.ones((8, 8), np.int32)), "mode I have no known range: save"),
+        (Image.new("L", (1, 101)), "1 x 101 pixels: one side is over 100 times the other"),
+        (Image.new("L", (60_000, 1)), "60000 x 1 pixels"),
+    ],
+)
+def test_pictures_that_cannot_be_shown_are_refused(picture, said):
+    with pytest.raises(ValueError, match=said):
+        decode(in_format(picture, "TIFF", quality=None))
+
+
+def in_format(image, name, quality=95):
     buffer = io.BytesIO()
-    image.save(buffer, name, quality=95)
+    image.save(buffer, name, **({"quality": quality} if quality else {}))
     return buffer.getvalue()
 
 
@@ -788,6 +809,14 @@ def test_unreadable_images_are_replaced_and_reported(value):
     shown = int(batch.captions[3].removeprefix("caption "))
     assert tuple(batch.pixels[3, :, 0, 0].tolist()) == winner(shown)
     assert tuple(batch.pixels[13, :, 0, 0].tolist()) == loser(shown)
+
+
+def test_a_parquet_file_that_was_cut_off_is_named(tmp_path):
+    folder = as_parquet(tmp_path / "pairs", split="train-0")
+    path = as_parquet(folder, split="train-1") / "train-1.parquet"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(InputError, match=f"{path} is damaged: replace it"):
+        load(folder)
 
 
 def test_an_unreadable_image_file_is_named(tmp_path):

@@ -175,6 +175,12 @@ def test_label_files_of_other_data_or_none_are_refused(pairs_folder, tmp_path):
         path = tmp_path / f"{name}.parquet"
         with pytest.raises(InputError, match=f"cannot read labels from {path}"):
             load_pairs(config(pairs_folder, labels_file=str(path)), "train")
+    made(pairs_folder, out)
+    (tmp_path / "turned").mkdir()
+    table = pq.read_table(pairs_folder / "train.parquet")
+    pq.write_table(table.take(list(range(119, -1, -1))), tmp_path / "turned" / "train.parquet")
+    with pytest.raises(InputError, match=r"labels\.parquet was made for other captions, or another order of them"):
+        load_pairs(config(tmp_path / "turned", labels_file=str(out)), "train")
 
 
 def test_single_images_need_no_labels(pairs_folder, tmp_path):

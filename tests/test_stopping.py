@@ -1,6 +1,7 @@
 """Runs that are told to stop, meet numbers that are not finite, or are continued with other settings."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -239,6 +241,78 @@ def test_resuming_with_a_change_must_be_meant(arguments, tmp_path, capsys, chang
     train.main(arguments(*flags, change, "--resume_with_changes"))
     assert f"CAUTION: resuming with a change: {words}" in capsys.readouterr().err
     assert [step for step, _ in read_metrics(tmp_path / "run", "train_loss")] == [1, 2, 3]
+
+
+CONSTANT = ["--lr_scheduler=constant", "--checkpointing_steps=1"]
+
+
+def test_a_changed_learning_rate_is_the_rate_from_the_next_update_on(arguments, tmp_path):
+    train.main(arguments(*CONSTANT, "--max_train_steps=2"))
+    train.main(arguments(*CONSTANT, "--learning_rate=5e-3", "--resume_with_changes"))
+    rates = dict(read_metrics(tmp_path / "run", "lr"))
+    assert rates == pytest.approx({1: 1e-3, 2: 1e-3, 3: 5e-3})
+    one, two, three = (weights(tmp_path / "run" / f"checkpoint-{step}") for step in (1, 2, 3))
+    moved = [sum((b[name] - a[name]).abs().sum() for name in a) for a, b in ((one, two), (two, three))]
+    assert 3 < moved[1] / moved[0] < 7  # steps of Adam are about as long as the rate
+
+
+@pytest.mark.parametrize("change", ["--adam_weight_decay=0.9", "--adam_beta1=0.1", "--adam_epsilon=0.1"])
+def test_changed_settings_of_the_optimizer_take_effect(arguments, tmp_path, change):
+    train.main(arguments(*CONSTANT, "--max_train_steps=2", out="changed"))
+    shutil.copytree(tmp_path / "changed", tmp_path / "same")
+    train.main(arguments(*CONSTANT, change, "--resume_with_changes", out="changed"))
+    train.main(arguments(*CONSTANT, out="same"))
+    assert not same(weights(tmp_path / "changed"), weights(tmp_path / "same"))
+
+
+def test_the_state_of_another_optimizer_is_refused(arguments):
+    train.main(arguments("--checkpointing_steps=1", "--max_train_steps=1"))
+    with pytest.raises(InputError, match=r"checkpoint-1 holds the state of another optimizer: .* --unet_init"):
+        train.main(arguments("--optimizer=adafactor", "--resume_with_changes"))
+
+
+def test_a_checkpoint_beyond_the_runs_end_is_refused(arguments):
+    train.main(arguments("--checkpointing_steps=1"))
+    with pytest.raises(InputError, match="checkpoint-3 is beyond the run's 2 updates: raise --max_train_steps"):
+        train.main(arguments("--max_train_steps=2"))
+
+
+def test_other_labels_and_captions_are_noticed(arguments, pairs_folder, tmp_path):
+    table = pq.read_table(pairs_folder / "train.parquet")
+    changes = {
+        "label_0": [label if label == 0.5 else 1 - label for label in table["label_0"].to_pylist()],
+        "caption": table["caption"].to_pylist()[::-1],
+    }
+    train.main(arguments("--checkpointing_steps=1", "--max_train_steps=1"))
+    for name, values in changes.items():
+        folder = tmp_path / "data"
+        folder.mkdir(exist_ok=True)
+        pq.write_table(table.set_column(table.column_names.index(name), name, [values]), folder / "train.parquet")
+        with pytest.raises(InputError, match="captions or labels of the pairs trained on are others"):
+            train.main([*arguments(), f"--train_data_dir={folder}"])
+
+
+@pytest.mark.parametrize("damaged", [b"", b"{\n", b"[1]\n", b'{"a": 1}\n', b"\xe9\0\n", b'{"step": Infinity}\n'])
+def test_damaged_lines_of_metrics_are_left_out(arguments, tmp_path, damaged, capsys):
+    train.main(arguments("--checkpointing_steps=1", "--max_train_steps=2"))
+    path = tmp_path / "run" / "metrics.jsonl"
+    first, *rest = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + damaged + b"".join(rest))
+    train.main(arguments("--checkpointing_steps=1"))
+    assert [step for step, _ in read_metrics(tmp_path / "run", "train_loss")] == [1, 2, 3]
+    assert (f"CAUTION: {path}, line 2 is damaged and left out" in capsys.readouterr().err) == bool(damaged)
+
+
+def test_skipped_updates_are_summed_up(arguments, capsys):
+    train.main(arguments("--skip_grad_norm_above=1e-9"))
+    assert "CAUTION: 3 of 3 updates were skipped, the last 3 among them" in capsys.readouterr().err
+
+
+def test_the_switch_of_dspo_depends_on_the_micro_batch(arguments):
+    flags = ["--train_method=dspo", "--dspo_form=switched", "--checkpointing_steps=1"]
+    train.main(arguments(*flags, "--max_train_steps=1"))
+    with pytest.raises(InputError, match="--train_batch_size was 2, is 4"):
+        train.main(arguments(*flags, "--train_batch_size=4"))
 
 
 def test_resuming_may_split_the_same_batch_otherwise(arguments, tmp_path):

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -221,3 +223,31 @@ def test_two_ranks_checkpoint_finish_and_equal_one(arguments, tmp_path):
         one, two = (dict(read_metrics(tmp_path / out, name)) for out in ("one", "two"))
         assert one.keys() == two.keys()
         assert list(one.values()) == pytest.approx(list(two.values()), rel=1e-3, abs=1e-6)
+
+
+def test_held_out_pairs_that_cannot_be_read_are_left_out(arguments, pairs_folder, tmp_path, capsys):
+    """Not replaced by others, which would then count twice."""
+    rows, figures = pq.read_table(pairs_folder / "validation.parquet").to_pylist(), {}
+    rows = [row for row in rows if row["label_0"] != 0.5][:6]
+    for out in ("whole", "broken"):
+        folder = tmp_path / f"{out}-pairs"
+        folder.mkdir()
+        pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
+        config = parse_flags(TrainConfig, "", "", arguments(f"--validation_data_dir={folder}", out=out))
+        run, _, held_out = train.set_up(config)
+        with torch.no_grad():
+            for parameter in run.unet.parameters():
+                parameter.mul_(1.1)
+        if out == "whole":
+            held_out.read[0] = False
+        figures[out] = held_out.measure(run.unet, 100.0, "heldout")
+        rows[0]["jpg_0"] = b"no image"
+    assert figures["broken"] == figures["whole"]
+    assert figures["broken"]["heldout/winner_error_change_se"] > 0
+    said = capsys.readouterr().err
+    assert said.count("unreadable, not measured on: ") == 1 and "row 0" in said
+    for row in rows:
+        row["jpg_1"] = b"no image"
+    pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
+    with pytest.raises(InputError, match="unreadable images in a row"):
+        train.set_up(config)
