@@ -97,10 +97,19 @@ def find_pair_file(path: Path) -> Path | None:
     if path.is_file() and path.suffix in (".jsonl", ".csv"):
         return path
     found = sorted([*path.glob("*.jsonl"), *path.glob("*.csv")]) if path.is_dir() else []
+    found = [file for file in found if not describes_images(file)]
     if len(found) > 1:
         names = ", ".join(file.name for file in found)
         raise InputError(f"{path} holds several pair files ({names}): name one of them as --train_data_dir")
     return found[0] if found else None
+
+
+def describes_images(file: Path) -> bool:
+    """Whether this is the file of an image folder, single images with their captions, as `datasets` reads it."""
+    if file.stem != "metadata":
+        return False
+    with open(file, "rb") as content:
+        return b"file_name" in content.readline()
 
 
 def read_pair_file(file: Path, caption_column: str) -> datasets.Dataset:

@@ -382,6 +382,25 @@ def test_sft_takes_winners_of_pairs_and_single_images(tmp_path):
     assert batch.posterior.shape == (3, *LATENT)
 
 
+@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+def test_sft_takes_a_folder_of_images_with_captions(tmp_path, ending):
+    records = write_images(tmp_path / "images")
+    for record in records:
+        record["file_name"] = record.pop("winner")
+        del record["loser"]
+    lines = [json.dumps(record) for record in records]
+    if ending == "csv":
+        lines = ["file_name,caption", *(f"{record['file_name']},{record['caption']}" for record in records)]
+    (tmp_path / "images" / f"metadata.{ending}").write_text("\n".join(lines) + "\n")
+    for path in (tmp_path / "images").rglob("*-loser.png"):
+        path.unlink()
+    pairs, _ = load(tmp_path / "images", sft=True)
+    shown = {pairs.captions()[i][0]: pairs.load(i, 1)[0][0].getpixel((0, 0)) for i in range(len(pairs))}
+    assert shown == {f"caption {i}": winner(i) for i in DECIDED}
+    with pytest.raises(InputError, match="column jpg_0, jpg_1, label_0 missing"):
+        load(tmp_path / "images")
+
+
 def test_held_out_pairs_come_from_another_split_or_folder(tmp_path):
     folder = as_parquet(tmp_path / "pairs")
     as_parquet(folder, make_rows((1.0, 0.0, 1.0), caption=lambda i: f"other {i}"), "validation")
