@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from sdpo.config import NO_ROOM, InputError, TrainConfig
-from sdpo.families import load_weights, load_weights_of
+from sdpo.families import load_fitting_state, load_weights
 from sdpo.files import brief, parse_json, read_text, sha256, sync, write_file, write_json
 from sdpo.step import Run, loss_name
 
@@ -312,7 +312,7 @@ def load_checkpoint(run: Run, checkpoint: Path) -> None:
     if run.average:
         if not (checkpoint / "unet_ema.pth").is_file():
             raise InputError(f"{checkpoint} has no unet_ema.pth: it was trained without --use_ema; resume without it")
-        run.average.load(load_weights_of(run.average.model, checkpoint / "unet_ema.pth"))
+        run.average.load(load_fitting_state(run.average.model, checkpoint / "unet_ema.pth"))
     if run.accelerator.distributed_type != DistributedType.DEEPSPEED:
         keep_settings(run, own, checkpoint)
     run.step = state["step"]

@@ -83,7 +83,7 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
-def load_weights_of(model: nn.Module, path: str | Path) -> dict[str, Tensor]:
+def load_fitting_state(model: nn.Module, path: str | Path) -> dict[str, Tensor]:
     """State dict of a file; raises InputError unless it fits the model and is finite."""
     state = load_state(path)
     check_fit(state, model.state_dict(), str(path), "give the base model it was trained from")
@@ -93,7 +93,7 @@ def load_weights_of(model: nn.Module, path: str | Path) -> dict[str, Tensor]:
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Put the state dict of a file into a model; raises InputError unless it fits and is finite."""
-    model.load_state_dict(load_weights_of(model, path))
+    model.load_state_dict(load_fitting_state(model, path))
 
 
 def hold_matmul_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -52,10 +52,10 @@ def read_table(config: TrainConfig, split: str, folder: str | None = None) -> da
         raise
     except Exception as error:  # datasets, pyarrow and the hub each have errors of their own
         damaged = next(filter(is_damaged, sorted(path.rglob("*.parquet"))), None)
-        fix = f"{damaged} is damaged: replace it" if damaged else "give a local folder, or a hub data set where the hub"
+        fix = "give a local folder, or a hub data set where the hub can be reached"
         raise InputError(
             f"cannot read pairs from {source!r} ({brief(error.__cause__ or error)}); "
-            f"{fix}{'' if damaged else ' can be reached'}"
+            + (f"{damaged} is damaged: replace it" if damaged else fix)
         ) from error
 
 
