@@ -34,8 +34,9 @@ from sdpo.console import start_console
 from sdpo.data import Transform
 from sdpo.families import Conditioning, StableDiffusion, load_family
 from sdpo.hub import DTYPES, PATIENCE
+from sdpo.images import decode
 from sdpo.inputs import normalise
-from sdpo.pairs import Pairs, column, decode, hash_captions, prepare_pairs
+from sdpo.pairs import Pairs, column, hash_captions, prepare_pairs
 from sdpo.shards import SHARD_BYTES, Shards, is_intact, read_key, refuse_changes
 
 log = logging.getLogger("cache")

@@ -19,11 +19,11 @@ from PIL import Image
 
 from sdpo.config import InputError, TrainConfig
 from sdpo.files import brief, is_text, parse_json, read_text
+from sdpo.images import decode
 from sdpo.rng import draw
 
 IMAGES = ("jpg_0", "jpg_1")
 LABELS_ABOUT = b"sdpo"  # key of the JSON object in a label file that says what it was made from
-MAX_ASPECT = 100  # of an image's sides: resized, the longer one has as many times --resolution
 
 
 # Reading
@@ -229,34 +229,6 @@ def column(table: datasets.Dataset, name: str, rows: np.ndarray | None = None) -
 def as_list(caption: str | list[str]) -> list[str]:
     """The captions of a row, which may hold one or a list of them."""
     return caption if isinstance(caption, list) else [caption]
-
-
-def decode(value: bytes | str | dict | Image.Image, least: int = 0) -> Image.Image:
-    """An RGB image from encoded bytes, a path, a datasets image record or a PIL image.
-
-    With `least`, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that leaves both sides at `least` pixels or more.
-    """
-    if isinstance(value, dict):
-        value = value["bytes"] if value.get("bytes") is not None else value["path"]
-    if isinstance(value, Image.Image):
-        return to_rgb(value)
-    if not isinstance(value, bytes | str):
-        raise TypeError(f"{value!r:.40} is no image")
-    with Image.open(io.BytesIO(value) if isinstance(value, bytes) else value) as image:
-        if least:
-            image.draft(None, (least, least))  # other formats ignore it
-        return to_rgb(image)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """The image in RGB; ValueError for values without a known range, and for sides too unequal to be resized."""
-    if max(image.size) > MAX_ASPECT * min(image.size):
-        raise ValueError(f"{image.size[0]} x {image.size[1]} pixels: one side is over {MAX_ASPECT} times the other")
-    if image.mode in ("I", "F"):
-        raise ValueError(f"pixels of mode {image.mode} have no known range: save the image with 8 bits per channel")
-    if image.mode.startswith("I;16"):  # which Pillow would clip at 255
-        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-    return image.convert("RGB")
 
 
 def load_pairs(config: TrainConfig, split: str, folder: str | None = None) -> tuple[Pairs, list[str]]:

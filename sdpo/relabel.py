@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from sdpo.config import CHOICE_MODELS, InputError, TrainConfig, flag, parse_flags, run_command
 from sdpo.files import parse_json, read_text, write_file, write_text
+from sdpo.images import encoded
 from sdpo.manifest import check_score
 from sdpo.pairs import IMAGES, LABELS_ABOUT, as_list, check_captions, column, hash_captions, read_table
 from sdpo.scorers import load_scorers, score_rows
@@ -182,9 +183,7 @@ def iterate_images(table: datasets.Dataset, caption_column: str, first: int) -> 
         row = table[number]
         prompt = as_list(row[caption_column])[0]
         for name in IMAGES:
-            image = row[name]
-            if isinstance(image, dict):
-                image = image["bytes"] if image.get("bytes") is not None else image["path"]
+            image = encoded(row[name])
             yield NamedBytes(image, f"{name} of row {number}") if isinstance(image, bytes) else image, prompt
 
 

@@ -28,6 +28,7 @@ from torchvision import transforms as T
 from sdpo.config import InputError
 from sdpo.files import brief, sha256
 from sdpo.hub import check_fit, fetch, load_part, load_tensors
+from sdpo.images import to_rgb
 from sdpo.tiny import pictures
 
 IN_TURN_BLOCK = 512  # images kept prepared (0.6 MB each and preprocessing) while the models take turns
@@ -416,7 +417,7 @@ def prepare(image: str | Path, preprocesses: Iterable[Preprocess]) -> dict[Prepr
     """The image, decoded once, by preprocessing; raises InputError naming it."""
     try:
         with Image.open(image) as opened:
-            picture = opened.convert("RGB")
+            picture = to_rgb(opened)
         return {preprocess: preprocess.prepare(picture) for preprocess in preprocesses}
     except Exception as error:  # every image format has errors of its own
         raise InputError(f"image {image} cannot be scored: {brief(error)}; make it again or drop it") from error

@@ -18,7 +18,8 @@ from torchvision import transforms
 from sdpo.batch import collate
 from sdpo.config import InputError, Plan, TrainConfig
 from sdpo.data import PairDataset, RankSampler, Transform, train_loader
-from sdpo.pairs import Pairs, decode, load_pairs, prepare_pairs, split_by_prompt
+from sdpo.images import decode
+from sdpo.pairs import Pairs, load_pairs, prepare_pairs, split_by_prompt
 
 LABELS = (1.0, 0.0, 0.5, 0.0, 1.0, 1.0)  # one tie
 DECIDED = (0, 1, 3, 4, 5)

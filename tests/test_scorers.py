@@ -581,12 +581,16 @@ def test_scores_that_are_not_finite_name_the_image(weights, tmp_path, rows):
     refused(["aesthetics", rows[0][0], "nan"], list, score_rows(rows, {"aesthetics": broken}))
 
 
-@pytest.mark.parametrize("fault", ["cut", "text", "missing", "folder"])
+@pytest.mark.parametrize("fault", ["cut", "text", "missing", "folder", "long", "float"])
 def test_images_that_cannot_be_read_are_named_and_earlier_rows_kept(fault, scorers, rows, tmp_path):
     bad = tmp_path / "bad.png"
     whole = rows[1][0].read_bytes()
     if fault == "folder":
         bad.mkdir()
+    elif fault == "long":
+        Image.new("L", (1, 60_000)).save(bad)
+    elif fault == "float":
+        Image.new("F", (8, 8)).save(bad, "TIFF")
     elif fault != "missing":
         bad.write_bytes(whole[: len(whole) // 2] if fault == "cut" else b"hello")
     done = []

@@ -1,0 +1,45 @@
+"""Pictures of others: from whatever holds one to 8 bits of RGB, or an error that says why not."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+MAX_ASPECT = 100  # of a picture's sides: resized, the longer one has as many times the shorter one's pixels
+
+
+def encoded(value: Any) -> Any:
+    """The bytes or the path in an image record of `datasets`; anything else as it is."""
+    if not isinstance(value, dict):
+        return value
+    return value["bytes"] if value.get("bytes") is not None else value["path"]
+
+
+def decode(value: bytes | str | dict | Image.Image, least: int = 0) -> Image.Image:
+    """An RGB image from encoded bytes, a path, a datasets image record or a PIL image.
+
+    With `least`, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that leaves both sides at `least` pixels or more.
+    """
+    value = encoded(value)
+    if isinstance(value, Image.Image):
+        return to_rgb(value)
+    if not isinstance(value, bytes | str):
+        raise TypeError(f"{value!r:.40} is no image")
+    with Image.open(io.BytesIO(value) if isinstance(value, bytes) else value) as image:
+        if least:
+            image.draft(None, (least, least))  # other formats ignore it
+        return to_rgb(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The image in RGB; ValueError for values without a known range, and for sides too unequal to be resized."""
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise ValueError(f"{image.size[0]} x {image.size[1]} pixels: one side is over {MAX_ASPECT} times the other")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode} have no known range: save the image with 8 bits per channel")
+    if image.mode.startswith("I;16"):  # which Pillow would clip at 255
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    return image.convert("RGB")
