@@ -53,6 +53,10 @@ def main(arguments: list[str] | None = None) -> None:
     named = [(args.label_a, args.json_a), (args.label_b, args.json_b), *split_pairs(args.more, "--more")]
     check_labels([label for label, _ in named])
     sources = dict(split_pairs(args.weights, "--weights"))
+    if sources:
+        from sdpo.scorers import check_parts  # slow to import, and not needed where all scores are there
+
+        check_parts(sources)
     options = ScoringOptions(sources, args.score_dtype, args.device, args.batch_size)
     scored = {label: score_manifest(manifest, args.metrics, options) for label, manifest in named}
     check_models(scored, args.metrics)

@@ -1,7 +1,8 @@
 """Images of prompt groups from a UNet, with their manifests: batched, dealt out to ranks, resumable.
 
-Image i of a group depends on prompt, settings and weights only, so it may be made in any batch, order or process. What
-exists is not made again; fingerprint.json beside the images says what they were made with and keeps others out.
+Image i of a group depends on prompt, settings and weights, and on its batch by rounding only, so it may be made in any
+batch, order or process. What exists is not made again; fingerprint.json beside the images says what they were made with
+and keeps others out.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import diffusers
 import numpy as np
@@ -26,6 +27,7 @@ from diffusers import UNet2DConditionModel
 from PIL import ExifTags, Image
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import CLIPTokenizer
 
 from sdpo.config import InputError, flag
 from sdpo.families import FAMILIES, StableDiffusion, load_family, read_pipeline_class
@@ -236,11 +238,27 @@ def choose_resolution(config: EvalConfig, family: StableDiffusion, unet: UNet2DC
     return side
 
 
+def own_settings(config: Any) -> dict[str, Any]:
+    """What the config of a part says of the part itself: neither defaults of the library nor versions and places."""
+    if hasattr(config, "to_diff_dict"):  # of transformers
+        settings, defaults = config.to_diff_dict(), ("transformers_version", "dtype", "architectures")
+    else:
+        settings, defaults = dict(config), config.get("_use_default_values", ())
+    return {name: value for name, value in settings.items() if name not in defaults and not name.startswith("_")}
+
+
+def own_rules(tokenizer: CLIPTokenizer) -> list[Any]:
+    """All that decides which tokens a text becomes."""
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    rules = {name: value for name, value in rules.items() if name not in ("version", "truncation", "padding")}
+    return [rules, tokenizer.model_max_length, tokenizer.pad_token_id]
+
+
 def describe(config: EvalConfig, family: StableDiffusion, unet: nn.Module, device: torch.device) -> dict[str, object]:
     """Everything but prompts and resolution that determines the images; weights by their sha256."""
-    defaults = family.scheduler.config.get("_use_default_values", ())  # of the library, not of the base model
-    scheduler = {k: v for k, v in family.scheduler.config.items() if k not in defaults and not k.startswith("_")}
-    base = hash_weights([family.vae, *family.text_encoders]) + json.dumps(scheduler, sort_keys=True)
+    parts = [own_settings(part.config) for part in (family.scheduler, family.vae, *family.text_encoders, unet)]
+    parts += [own_rules(tokenizer) for tokenizer in family.tokenizers]
+    base = hash_weights([family.vae, *family.text_encoders]) + json.dumps(parts, sort_keys=True, default=str)
     settings = {name: getattr(config, name) for name in ("steps", "cfg", "guidance", "seed", "noise", "dtype")}
     return {
         "checkpoint": hash_weights([unet]),
@@ -311,10 +329,12 @@ def find_damage(path: Path, side: int) -> str:
     """What is wrong with an existing PNG, checked by its size and checksums; empty if nothing is."""
     try:
         with Image.open(path) as image:
-            size = image.size
+            size, kind = image.size, (image.format, image.mode)
             image.verify()
     except Exception as error:  # a broken file may raise anything
         return str(error).splitlines()[0] if str(error) else repr(error)
+    if kind != ("PNG", "RGB"):
+        return f"{kind[0]} of mode {kind[1]}"
     return "" if size == (side, side) else f"{size[0]} x {size[1]} pixels"
 
 

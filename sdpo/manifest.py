@@ -9,6 +9,7 @@ file. Lines about the same image and prompt complete each other.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from sdpo.files import is_text, parse_json, read_text, sha256, write_json, write
 
 ABOUT_A_ROW = {"image", "prompt", "models", "sha256"}  # keys of a row of scores that are not metrics
 MAX_SCORE = 1e100
+log = logging.getLogger(__name__)
 
 Scores = dict[tuple[str, str], dict[str, Any]]  # rows by (image, prompt)
 
@@ -61,8 +63,21 @@ def read_manifest(path: str | Path) -> list[Entry]:
     that leads out of both the working directory and the manifest's folder.
     """
     path = Path(path)
-    rows = _read_list(path)
-    return [_parse_entry(row, path, f"{path}, entry {number} (counted from 0)") for number, row in enumerate(rows)]
+    rows = enumerate(_read_list(path))
+    entries = [_parse_entry(row, path, f"{path}, entry {number} (counted from 0)") for number, row in rows]
+    moved = [entry for entry in entries if _is_moved(entry) and entry.path.parent.name != path.stem]
+    if moved:  # nor is the folder called like the manifest, as official ones are
+        log.warning(
+            f"CAUTION: {path}: {len(moved)} of {len(entries)} images are read from other folders than it says, the "
+            f"first from {moved[0].path}: make sure that they are its own"
+        )
+    return entries
+
+
+def _is_moved(entry: Entry) -> bool:
+    """Whether an image is there, but not under the whole path that the manifest has."""
+    parts = Path(entry.image).parts
+    return ".." not in parts and entry.path.parts[-len(parts) :] != parts and os.path.isfile(entry.path)
 
 
 def _read_list(path: Path) -> list:
@@ -99,11 +114,12 @@ def _is_path(text: str) -> bool:
 def _resolve(image: str, folder: Path, where: str) -> Path:
     """Absolute path of the first that is a file: from the working directory, or from the manifest's folder.
 
-    There leading folders of the path are left out as far as needed: it was written from another working directory, or
-    the folder was moved.
+    There leading folders of the path are left out as far as needed, but not the image's own: it was written from
+    another working directory, or the folder was moved.
     """
     parts = Path(image).parts
-    beside = [os.path.abspath(Path(folder, *parts[n:])) for n in range(1 if ".." in parts else max(1, len(parts)))]
+    kept = range(1 if ".." in parts else max(1, len(parts) - 1))
+    beside = [os.path.abspath(Path(folder, *parts[n:])) for n in kept]
     path = Path(next(filter(os.path.isfile, [os.path.abspath(image), *beside]), beside[0]))
     roots = os.getcwd(), os.path.abspath(folder)
     if not os.path.isabs(image) and not any(path.is_relative_to(root) for root in roots):

@@ -166,6 +166,14 @@ def test_scores_made_by_hand_are_kept_when_others_are_computed(tmp_path):
     assert len(rows) == 8 and all({"PickScore", "Pixels", "sha256"} <= row.keys() for row in rows)
 
 
+def test_weights_of_no_metric_are_refused_where_all_scores_exist(tmp_path):
+    manifest = picture_run(tmp_path / "run", 0)
+    named = [f"--json_a={manifest}", f"--json_b={manifest}", "--label_a=a", "--label_b=b", "--metrics", "Pixels"]
+    eval_vs.main([*named, f"--outdir={tmp_path / 'out'}"])
+    with pytest.raises(InputError, match=r"there is no 'hpsv2\.weights'; choose from"):
+        eval_vs.main([*named, f"--outdir={tmp_path / 'again'}", "--weights", "hpsv2.weights=x"])
+
+
 def test_model_names_the_weights_of_a_metric(tmp_path, monkeypatch):
     (tmp_path / "x.pt").touch()
     monkeypatch.chdir(tmp_path)

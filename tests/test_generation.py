@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from safetensors.torch import save_file
 import eval_generate
 from sdpo.config import InputError
 from sdpo.families import load_family
-from sdpo.generation import RELEASED, EvalConfig, locate_unet
+from sdpo.generation import RELEASED, EvalConfig, find_damage, locate_unet
 from sdpo.manifest import read_manifest, require_images
 from sdpo.sampling import draw_noise, sample
 from sdpo.tiny import compare, pictures
@@ -236,6 +237,47 @@ def test_only_what_is_missing_is_made(arguments, tmp_path, capsys):
     damaged = [line for line in said.splitlines() if "is damaged" in line]
     assert [str(files[i]) in text for i, text in enumerate(damaged, 1)] == [True] * 3
     assert "8 x 8 pixels" in damaged[2]
+
+
+@pytest.mark.parametrize("mode, kind", [("RGB", "JPEG"), ("L", "PNG"), ("RGBA", "PNG")])
+def test_files_of_another_kind_are_not_images_of_a_run(tmp_path, mode, kind):
+    path = tmp_path / "0_32x32.png"
+    Image.new(mode, (32, 32)).save(path, kind)
+    assert find_damage(path, 32) == f"{kind} of mode {mode}"
+
+
+def edit_json(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    "part, values",
+    {
+        "vae/config.json": {"scaling_factor": 0.5},
+        "text_encoder/config.json": {"hidden_act": "gelu"},
+        "unet/config.json": {"flip_sin_to_cos": False},
+        "scheduler/scheduler_config.json": {"beta_end": 0.02},
+    }.items(),
+)
+def test_other_settings_of_the_base_are_refused(arguments, bases, tmp_path, part, values):
+    """Its weights are the same, its images would not be."""
+    eval_generate.main(arguments())
+    copy = shutil.copytree(bases["sd15", "epsilon"], tmp_path / "base")
+    eval_generate.main(arguments(f"--pretrain_path={copy}"))
+    edit_json(copy / part, **values)
+    with pytest.raises(InputError, match=r"holds images made otherwise .*base was"):
+        eval_generate.main(arguments(f"--pretrain_path={copy}"))
+
+
+def test_another_tokenizer_of_the_base_is_refused(arguments, bases, tmp_path):
+    eval_generate.main(arguments())
+    copy = shutil.copytree(bases["sd15", "epsilon"], tmp_path / "base")
+    path = copy / "tokenizer" / "tokenizer.json"
+    rules = json.loads(path.read_text())
+    rules["model"]["merges"].pop()
+    path.write_text(json.dumps(rules))
+    with pytest.raises(InputError, match=r"holds images made otherwise .*base was"):
+        eval_generate.main(arguments(f"--pretrain_path={copy}"))
 
 
 def test_other_settings_or_weights_are_refused(arguments, bases, tmp_path):

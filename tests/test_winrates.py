@@ -358,7 +358,7 @@ def test_images_are_found_from_the_working_directory_first(tmp_path, monkeypatch
     assert entries[4].image == "4.png"
 
 
-def test_images_are_found_from_another_working_directory_and_in_a_moved_folder(tmp_path, monkeypatch):
+def test_images_are_found_from_another_working_directory_and_in_a_moved_folder(tmp_path, monkeypatch, caplog):
     """The generator writes paths as seen from where it ran."""
     run, elsewhere = tmp_path / "out" / "run", tmp_path / "elsewhere"
     manifest = image_manifest(run, ["out/run/group/0.png", str(tmp_path / "gone" / "run" / "group" / "0.png")])
@@ -369,6 +369,16 @@ def test_images_are_found_from_another_working_directory_and_in_a_moved_folder(t
     entries = read_manifest(manifest)
     require_images(entries)
     assert [entry.path for entry in entries] == [run / "group" / "0.png"] * 2
+    assert f"CAUTION: {manifest}: 1 of 2 images are read from other folders than it says" in caplog.text
+    caplog.clear()
+    read_manifest(manifest.rename(run / "group.json"))  # named like its folder, as official ones are
+    monkeypatch.chdir(tmp_path)
+    read_manifest(run / "group.json")
+    assert caplog.text == ""
+    (run / "0.png").touch()
+    (run / "group" / "0.png").unlink()
+    with pytest.raises(InputError, match="is neither in the working directory"):  # the image's own folder counts
+        require_images(read_manifest(run / "group.json"))
 
 
 def test_an_official_output_folder_outside_the_working_directory(tmp_path, monkeypatch):
