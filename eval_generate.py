@@ -16,7 +16,7 @@ from sdpo.console import start_console
 from sdpo.generation import EvalConfig, generate
 from sdpo.hub import PATIENCE
 from sdpo.report import write_report
-from sdpo.scoring import Scored, ScoringOptions, score_manifest, score_share, take_in_shares
+from sdpo.scoring import METRICS, Scored, ScoringOptions, score_manifest, score_share, take_in_shares
 from sdpo.summary import summarise, write_summary
 from sdpo.winrates import collect_run
 
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Path]:
     if config.weights:  # before hours of making images
         from sdpo.scorers import check_parts  # slow to import, and not needed where all scores are there
 
-        check_parts(config.sources)
+        check_parts(config.sources, [METRICS[metric] for metric in config.score_metrics])
     accelerator = Accelerator(kwargs_handlers=[PATIENCE])
     start_console(accelerator.is_main_process)
     manifests, side = generate(config, accelerator)
@@ -57,6 +57,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Path]:
         runs = [collect_run(group, *scored, config.score_metrics) for group, scored in groups.items()]
         report = write_report(folder / "report.html", runs, title=config.unet_path)
         logging.info(f"report         {report}")
+    accelerator.wait_for_everyone()
     accelerator.end_training()
     return manifests
 

@@ -36,7 +36,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--label_a", required=True, help="name of run A in the results")
     parser.add_argument("--label_b", required=True, help="name of run B in the results")
     parser.add_argument("--more", nargs="*", default=[], metavar="LABEL=JSON", help="further runs, for a matrix")
-    parser.add_argument("--device", default="cpu", help="where missing scores are computed: cpu, cuda, cuda:1, ...")
+    parser.add_argument("--device", help="where missing scores are computed: cpu, cuda, ...; on a GPU if there is one")
     parser.add_argument("--batch_size", type=int, default=64, help="images per step of a scorer")
     parser.add_argument("--outdir", default="output/vs_eval", help="folder of the results")
     parser.add_argument("--ties_as_loss_for_a", action="store_true", help="a tie counts zero for A, not one half")
@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
     if sources:
         from sdpo.scorers import check_parts  # slow to import, and not needed where all scores are there
 
-        check_parts(sources)
+        check_parts(sources, [METRICS[metric] for metric in args.metrics])
     options = ScoringOptions(sources, args.score_dtype, args.device, args.batch_size)
     scored = {label: score_manifest(manifest, args.metrics, options) for label, manifest in named}
     check_models(scored, args.metrics)

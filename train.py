@@ -286,8 +286,12 @@ def sample_prompts(run: Run, unet: nn.Module, prompts: list[str]) -> None:
     shape = run.family.latent_shape(run.resolution)
     for index, prompt in enumerate(prompts):
         noise = normal(run.seed, "validation-image", (index,), (1, *shape))
-        with run.accelerator.autocast():
-            image = sample(run.family, unet, [prompt], noise, steps=25, guidance_scale=7.5)  # (1, H, W, 3)
+        try:
+            with run.accelerator.autocast():
+                image = sample(run.family, unet, [prompt], noise, steps=25, guidance_scale=7.5)  # (1, H, W, 3)
+        except FloatingPointError as error:
+            log.error(f"no image of {prompt!r} after {run.step} updates: {error}")
+            continue
         if not run.accelerator.is_main_process:
             continue
         Image.fromarray(image[0]).save(folder / f"{index:03d}.png")

@@ -9,6 +9,7 @@ out=output/quickstart
 mkdir -p "$out"
 rm -rf "$out/references"
 began=$SECONDS
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT # where one training fails, the one beside it ends too
 
 run() { # NAME FLAGS...: one training run, its console output in a file; the later two read the reference's errors from the first two
   local name=$1

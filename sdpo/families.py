@@ -152,6 +152,8 @@ class StableDiffusion:
         if encoders:
             self._check_tokenizers()
         self.vae = self._load_vae(AutoencoderKL if encoders else WeightlessVAE)
+        if self.vae.config.shift_factor:
+            raise InputError(f"VAE {vae or source} shifts its latents, which is not supported: name another one")
         for model in (self.vae, *self.text_encoders):
             model.requires_grad_(False).eval()
 
@@ -214,15 +216,24 @@ class StableDiffusion:
     def load_unet(self, init: str = "") -> UNet2DConditionModel:
         """A UNet in fp32: the base model's, or that of a file with a state dict, a diffusers folder or a hub id.
 
-        Raises InputError unless it has the base's architecture.
+        Raises InputError unless it has the base's architecture and takes what the VAE makes.
         """
         if not init or is_weight_file(init):
             unet = self.load(UNet2DConditionModel, "unet")
             if init:
                 load_weights(unet, init)  # compares names and shapes
-            return unet.float()
-        source, subfolder, options = self._unet_place(init)
-        unet = load_part(UNet2DConditionModel, source, subfolder, **options)
+        else:
+            source, subfolder, options = self._unet_place(init)
+            unet = load_part(UNet2DConditionModel, source, subfolder, **options)
+            self._check_architecture(unet, init)
+        if (channels := self.vae.config.latent_channels) != unet.config.in_channels:
+            raise InputError(
+                f"VAE {self.vae_source or self.source} makes latents of {channels} channels, the UNet takes "
+                f"{unet.config.in_channels}: name the VAE of the base model"
+            )
+        return unet.float()
+
+    def _check_architecture(self, unet: UNet2DConditionModel, init: str) -> None:
         base = UNet2DConditionModel.load_config(self.source, subfolder="unet", **self.options)
         for name in ("in_channels", "block_out_channels", "cross_attention_dim", "addition_embed_type"):
             theirs, own = unet.config.get(name), base.get(name, unet.config.get(name))
@@ -231,7 +242,6 @@ class StableDiffusion:
                     f"{init} belongs to another architecture: {name} is {theirs}, {own} in {self.source}; "
                     "give the base model it was trained from"
                 )
-        return unet.float()
 
     def to(self, device: torch.device, dtype: torch.dtype) -> StableDiffusion:
         """Move the frozen encoders; their weights are held in `dtype`, those of the VAE in vae_dtype(dtype)."""

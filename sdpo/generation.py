@@ -8,6 +8,7 @@ and keeps others out.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import logging
 import math
@@ -23,11 +24,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from diffusers import UNet2DConditionModel
+from diffusers import ConfigMixin, EulerDiscreteScheduler, UNet2DConditionModel
 from PIL import ExifTags, Image
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, PreTrainedModel
 
 from sdpo.config import InputError, flag
 from sdpo.families import FAMILIES, StableDiffusion, load_family, read_pipeline_class
@@ -77,6 +78,8 @@ class EvalConfig:
 
     # Sampling
     resolution: int | None = flag(None, "side of the square images in pixels; the base model's own by default")
+    height: int | None = flag(None, "same as --resolution")
+    width: int | None = flag(None, "same as --resolution")
     steps: int = flag(50, "Euler steps")
     cfg: float = flag(7.5, "guidance scale")
     guidance: Literal["official", "standard"] = flag(
@@ -131,11 +134,18 @@ class EvalConfig:
         yield len(set(names)) < len(names), f"groups must have different names, got {', '.join(names)}"
         for metric in self.metrics:
             yield metric not in (*METRICS, "none"), f"--metrics {metric}: known are {', '.join(METRICS)}, or none"
-        for name in ("resolution", "steps", "batch_size", "score_batch_size"):
+        yield "none" in self.metrics and len(self.metrics) > 1, "--metrics none goes with no other: drop one of them"
+        yield len(self.sides) > 1, "images are square: give --resolution alone, or as much as --height and --width"
+        for name in ("resolution", "height", "width", "steps", "batch_size", "score_batch_size"):
             value = getattr(self, name)
             yield value is not None and value < 1, f"--{name} must be at least 1, got {value}"
         yield not 0 <= self.seed < 2**63, f"--seed must lie in [0, 2^63), got {self.seed}"
         yield not math.isfinite(self.cfg), f"--cfg must be a number, got {self.cfg}"
+
+    @property
+    def sides(self) -> set[int]:
+        """Lengths of the images' sides in pixels that were asked for; one at most."""
+        return {self.resolution, self.height, self.width} - {None}
 
     @property
     def sources(self) -> dict[str, str]:
@@ -145,7 +155,7 @@ class EvalConfig:
     @property
     def score_metrics(self) -> list[str]:
         """The metrics to score by; empty where only images are wanted."""
-        return [metric for metric in self.metrics if metric != "none"]
+        return [] if "none" in self.metrics else self.metrics
 
     def load_groups(self) -> dict[str, list[Prompt]]:
         """Prompts by group name, official groups fetched if need be; raises InputError."""
@@ -166,6 +176,8 @@ def locate_unet(config: EvalConfig) -> tuple[str, Path]:
     if reference == "base":
         return "", hub_folder / f"base-{Path(config.pretrain_path).name}"
     if path.is_dir():
+        if (path / "metrics.jsonl").is_file() and not (path / "unet.pth").is_file():
+            raise InputError(f"training in {path} has not ended: name one of its checkpoint-N folders, or let it end")
         return str(path / "unet.pth" if (path / "unet.pth").is_file() else path), path
     if path.is_file():
         return reference, path.parent
@@ -231,20 +243,26 @@ class EvalRun:
 
 def choose_resolution(config: EvalConfig, family: StableDiffusion, unet: UNet2DConditionModel) -> int:
     """Side of the images in pixels; raises InputError unless latents of it have the official size."""
-    factor = family.image_size(1)
-    side = config.resolution or unet.config.sample_size * factor
+    factor, own = family.image_size(1), unet.config.sample_size
+    if not config.sides and not isinstance(own, int):
+        raise InputError(f"{config.pretrain_path} does not say how large its images are: give --resolution")
+    side = next(iter(config.sides), None) or own * factor
     if side % (2 * factor):  # then 2 * ceil(side / (2 * factor)), the official size of latents, is side / factor
         raise InputError(f"--resolution must be a multiple of {2 * factor}, got {side}")
     return side
 
 
-def own_settings(config: Any) -> dict[str, Any]:
-    """What the config of a part says of the part itself: neither defaults of the library nor versions and places."""
-    if hasattr(config, "to_diff_dict"):  # of transformers
-        settings, defaults = config.to_diff_dict(), ("transformers_version", "dtype", "architectures")
-    else:
-        settings, defaults = dict(config), config.get("_use_default_values", ())
-    return {name: value for name, value in settings.items() if name not in defaults and not name.startswith("_")}
+def own_settings(part: ConfigMixin | PreTrainedModel) -> dict[str, Any]:
+    """Settings of a part that are not the defaults of its class, which a library may write out or leave out."""
+    if isinstance(part, PreTrainedModel):
+        settings, other = part.config.to_diff_dict(), ("transformers_version", "dtype", "architectures")
+        return {name: value for name, value in settings.items() if name not in other and not name.startswith("_")}
+    parameters = inspect.signature(type(part).__init__).parameters
+    return {
+        name: value
+        for name, value in part.config.items()
+        if name in parameters and json.dumps(value) != json.dumps(parameters[name].default)  # tuples are lists in JSON
+    }
 
 
 def own_rules(tokenizer: CLIPTokenizer) -> list[Any]:
@@ -256,7 +274,8 @@ def own_rules(tokenizer: CLIPTokenizer) -> list[Any]:
 
 def describe(config: EvalConfig, family: StableDiffusion, unet: nn.Module, device: torch.device) -> dict[str, object]:
     """Everything but prompts and resolution that determines the images; weights by their sha256."""
-    parts = [own_settings(part.config) for part in (family.scheduler, family.vae, *family.text_encoders, unet)]
+    scheduler = EulerDiscreteScheduler.from_config(family.scheduler.config)  # as sample makes it
+    parts = [own_settings(part) for part in (scheduler, family.vae, *family.text_encoders, unet)]
     parts += [own_rules(tokenizer) for tokenizer in family.tokenizers]
     base = hash_weights([family.vae, *family.text_encoders]) + json.dumps(parts, sort_keys=True, default=str)
     settings = {name: getattr(config, name) for name in ("steps", "cfg", "guidance", "seed", "noise", "dtype")}
@@ -291,7 +310,10 @@ def load_run(config: EvalConfig, accelerator: Accelerator) -> EvalRun:
 
 
 def sample_images(run: EvalRun, captions: list[str], seeds: list[int], steps: int) -> np.ndarray:
-    """Images (N, H, W, 3) uint8 of captions, each from the noise of its seed; raises InputError if memory runs out."""
+    """Images (N, H, W, 3) uint8 of captions, each from the noise of its seed.
+
+    Raises InputError where memory runs out or numbers overflow.
+    """
     config, family = run.config, run.family
     noise = draw_noise(family.latent_shape(run.resolution), seeds, run.accelerator.device, DTYPES[config.dtype])
     noise = noise.to(DTYPES[config.latents_dtype or config.dtype])
@@ -301,6 +323,10 @@ def sample_images(run: EvalRun, captions: list[str], seeds: list[int], steps: in
         raise InputError(
             f"{len(captions)} images of {run.resolution} pixels at a time do not fit the GPU's memory; "
             "what was made is kept, run again with a smaller --batch_size or on a larger GPU"
+        ) from error
+    except FloatingPointError as error:
+        raise InputError(
+            f"{error}: use --dtype bf16 or fp32 if it is fp16, other weights otherwise; what was made is kept"
         ) from error
 
 
@@ -395,23 +421,28 @@ def make_images(run: EvalRun, group: str, prompts: list[Prompt], missing: list[i
 
 
 def write_results(run: EvalRun, group: str, prompts: list[Prompt]) -> None:
-    """Write the manifest of the images that exist, their paths as --output_path spells them, and the zip file."""
+    """Write the manifest, image paths as --output_path spells them, and the zip file; InputError if any is missing."""
+    images = [run.image(group, index) for index in range(len(prompts))]
+    if missing := [path for path in images if not path.is_file()]:
+        raise InputError(
+            f"{len(missing)} of {len(images)} images of {group} are not there, the first {missing[0]}: run again, on "
+            "several machines with an --output_path on a disk that they share"
+        )
     about = {"guidance": run.config.guidance, "checkpoint": run.made_with["checkpoint"]}
-    images = [(index, path) for index in range(len(prompts)) if (path := run.image(group, index)).is_file()]
     entries = [
         {
-            "prompt": prompts[index].text,
+            "prompt": prompt.text,
             "gen_image_path": str(path),
-            "raw_image_path": prompts[index].raw_image_path,
-            "metadata": prompts[index].metadata,
+            "raw_image_path": prompt.raw_image_path,
+            "metadata": prompt.metadata,
             "seed": run.seed(index),
             **about,
         }
-        for index, path in images
+        for index, (prompt, path) in enumerate(zip(prompts, images, strict=True))
     ]
     write_manifest(run.beside(group, ".json"), entries)
     if run.config.zip:
-        write_file(run.beside(group, ".zip"), lambda partial: pack((path for _, path in images), partial))
+        write_file(run.beside(group, ".zip"), lambda partial: pack(images, partial))
 
 
 def pack(files: Iterable[Path], path: Path) -> None:

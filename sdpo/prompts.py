@@ -15,7 +15,7 @@ from typing import Any
 import pooch
 
 from sdpo.config import InputError
-from sdpo.files import is_text, parse_json, read_text, sha256
+from sdpo.files import brief, is_text, parse_json, read_text, sha256
 from sdpo.tiny import pictures
 
 SOURCE = "https://raw.githubusercontent.com/AIDC-AI/Diffusion-SDPO/84fb241c1b89705a247da8b0d6047798ca49830d/prompts"
@@ -51,10 +51,9 @@ def fetch_official(group: str) -> list[Prompt]:
         try:
             pooch.retrieve(url, known_hash=f"sha256:{digest}", fname=path.name, path=FOLDER)
         except (OSError, ValueError) as error:  # of the network or the disk; another sha256
-            reason = str(error).strip().splitlines()[0]
             raise InputError(
                 f"cannot fetch the prompts of {group}: download {url} where the network can be reached "
-                f"and put it at {path} ({reason})"
+                f"and put it at {path} ({brief(error)})"
             ) from error
         log.info(f"fetched        {path} from {url}, sha256 as pinned")
     if sha256(path) != digest:

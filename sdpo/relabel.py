@@ -1,14 +1,16 @@
 """Label pairs with a scorer: `python -m sdpo.relabel --train_data_dir DIR --metric pickscore --out labels.parquet`.
 
 Both images of every row are scored once; `train.py --labels_file labels.parquet` trains on the labels. The file has a
-line per row of the data: row, score_0, score_1, label_0 (1: jpg_0 won, 0: jpg_1 won, 0.5: tie), and in its metadata
-what it was made from. The same command run again makes what is missing.
+line per row of the data: row, score_0, score_1 (null for an image that cannot be read), label_0 (1: jpg_0 won, 0: jpg_1
+won, 0.5: tie, or not to be judged), and in its metadata what it was made from. The same command run again makes what is
+missing.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,8 +26,11 @@ from sdpo.files import parse_json, read_text, write_file, write_text
 from sdpo.images import encoded
 from sdpo.manifest import check_score
 from sdpo.pairs import IMAGES, LABELS_ABOUT, as_list, check_captions, column, hash_captions, read_table
-from sdpo.scorers import load_scorers, score_rows
+from sdpo.scorers import check_device, load_scorers, score_rows
 from sdpo.scoring import split_pairs
+
+SCORES = ("score_0", "score_1")  # columns of a label file
+log = logging.getLogger("relabel")
 
 
 @dataclass(frozen=True)
@@ -43,8 +48,9 @@ class RelabelConfig:
     weights: list[str] = field(
         default_factory=list, metadata={"help": "METRIC.PART=SOURCE: local path or hub file of a scorer's part"}
     )
-    device: str = flag("cpu", "where scores are computed: cpu, cuda, cuda:1, ...")
+    device: str | None = flag(None, "where scores are computed: cpu, cuda, cuda:1, ...; on a GPU if there is one")
     batch_size: int = flag(64, "images per step of the scorer")
+    max_unreadable_images: int = flag(100, "take up to this many rows with an unreadable image for ties, then stop")
     out: str = flag("labels.parquet", "label file to write")
 
     def __post_init__(self):
@@ -56,6 +62,8 @@ class RelabelConfig:
             raise InputError(f"--margin must be finite and not negative, got {self.margin}")
         if self.batch_size < 1:
             raise InputError(f"--batch_size must be at least 1, got {self.batch_size}")
+        if self.max_unreadable_images < 0:
+            raise InputError(f"--max_unreadable_images must not be negative, got {self.max_unreadable_images}")
         if not Path(self.out).name or Path(self.out).is_dir():
             raise InputError(f"--out {self.out!r} is not the name of a file; give one for the labels")
 
@@ -67,6 +75,7 @@ class RelabelConfig:
         weights = [text for text in config.choice_weights.split(",") if text]
         split_pairs(weights, "--choice_weights")
         choice = {"metric": config.choice_model, "margin": config.choice_margin, "weights": weights}
+        choice["max_unreadable_images"] = config.max_unreadable_images
         return cls(**data, **choice, device=device, out=str(config.labels_path))
 
     @property
@@ -82,31 +91,38 @@ class NamedBytes(io.BytesIO):
         super().__init__(content)
         self.name = name
 
-    def __str__(self):
+    def __repr__(self):
         return self.name
 
 
 def make_labels(scores: np.ndarray, margin: float) -> np.ndarray:
-    """Labels (n,) of scores (n, 2): 1 where the first image scores higher, 0.5 where they differ by <= margin."""
+    """Labels (n,) of scores (n, 2): 1 where the first is higher, 0.5 where they differ by <= margin or one is nan."""
     difference = scores[:, 0] - scores[:, 1]
-    return np.where(np.abs(difference) <= margin, 0.5, (difference > 0).astype(float))
+    return np.where(np.abs(difference) > margin, (difference > 0).astype(float), 0.5)
 
 
 def relabel(config: RelabelConfig) -> str:
     """Score and label every row of the data into config.out, unless it is there already; returns a sentence about it.
 
     The file appears when it is complete; scores made so far are kept beside it and reused by the same command.
-    Raises InputError for data, weights and images that cannot be used.
+    Another margin needs no new scores. Raises InputError for data, weights and images that cannot be used.
     """
     table = read_table(config, config.split)
     about, out = describe(config, table), Path(config.out)
-    if read_about(out) == about:
+    then = read_about(out)
+    if then == about:
         return f"labels by {config.metric} reused from {out}"
+    if out.exists() and then is None:
+        raise InputError(f"--out {out} is there already and is no label file: name another one")
     out.parent.mkdir(parents=True, exist_ok=True)
     kept = out.with_name(out.name + ".scores.jsonl")
-    scores = np.array(score_table(config, table, about, kept), float).reshape(-1, 2)  # (n, 2)
+    if then and then | {"margin": config.margin} == about:
+        scores = np.column_stack([pq.read_table(out)[name].to_numpy() for name in SCORES])
+    else:
+        scores = np.array(score_table(config, table, about, kept), float).reshape(-1, 2)  # (n, 2), nan if unreadable
     labels = make_labels(scores, config.margin)
-    columns = {"row": np.arange(len(scores)), "score_0": scores[:, 0], "score_1": scores[:, 1], "label_0": labels}
+    first, second = (pa.array(column, from_pandas=True) for column in scores.T)  # nan as null
+    columns = {"row": np.arange(len(scores)), **dict(zip(SCORES, (first, second), strict=True)), "label_0": labels}
     labelled = pa.table(columns).replace_schema_metadata({LABELS_ABOUT: json.dumps(about)})
     write_file(out, lambda partial: pq.write_table(labelled, partial))
     kept.unlink(missing_ok=True)
@@ -141,28 +157,38 @@ def read_about(path: Path) -> dict | None:
         return None
 
 
-def score_table(config: RelabelConfig, table: datasets.Dataset, about: dict, kept: Path) -> list[list[float]]:
-    """[score of jpg_0, score of jpg_1] of every row; those in the file `kept` are reused, new ones appended to it."""
+def score_table(config: RelabelConfig, table: datasets.Dataset, about: dict, kept: Path) -> list[list[float | None]]:
+    """[score of jpg_0, score of jpg_1] of every row, None for an unreadable image.
+
+    Those in the file `kept` are reused, new ones appended to it. Raises InputError for too many unreadable images.
+    """
+    device = check_device(config.device)  # before weights are fetched
+    about = {name: value for name, value in about.items() if name != "margin"}  # which scores do not depend on
     scores = read_kept(kept, about)
     lines = [json.dumps(row) + "\n" for row in (about, *scores)]
     write_text(kept, "".join(lines))  # without a line that was cut off
     name = CHOICE_MODELS[config.metric]
     images = iterate_images(table, config.caption_column, len(scores))
-    results = score_rows(
-        images, load_scorers([name], config.sources), batch_size=config.batch_size, device=config.device
-    )
-    values = (result[name] for result in results)
+    scorers = load_scorers([name], config.sources)
+    results = score_rows(images, scorers, batch_size=config.batch_size, device=device, tolerant=True)
     progress = tqdm(desc=config.metric, unit="pair", initial=len(scores), total=len(table))
     with progress, kept.open("a") as file:
-        for pair in zip(values, values, strict=True):
-            file.write(json.dumps(pair) + "\n")
+        for pair in zip(results, results, strict=True):
+            scores.append([None if isinstance(result, InputError) else result[name] for result in pair])
+            file.write(json.dumps(scores[-1]) + "\n")
             file.flush()
-            scores.append(list(pair))
             progress.update()
+            for error in (result for result in pair if isinstance(result, InputError)):
+                log.warning(f"CAUTION: {error}; its row counts as a tie")
+                if (count := sum(None in row for row in scores)) > config.max_unreadable_images:
+                    raise InputError(
+                        f"{count} rows have unreadable images, more than --max_unreadable_images "
+                        f"{config.max_unreadable_images}; the last: {error}; remove {kept} once they are repaired"
+                    )
     return scores
 
 
-def read_kept(kept: Path, about: dict) -> list[list[float]]:
+def read_kept(kept: Path, about: dict) -> list[list[float | None]]:
     """Scores that an earlier run for the same labels left, up to a line that was cut off."""
     lines = read_text(kept).split("\n")[:-1] if kept.is_file() else []
     rows = [parse_json(line, f"{kept}, line {number}", "remove the file") for number, line in enumerate(lines, 1)]
@@ -171,7 +197,7 @@ def read_kept(kept: Path, about: dict) -> list[list[float]]:
     for number, row in enumerate(rows[1:], 2):
         if not isinstance(row, list) or len(row) != 2:
             raise InputError(f"{kept}, line {number}: not the scores of two images; remove the file")
-        for score in row:
+        for score in (score for score in row if score is not None):
             check_score(score, f"{kept}, line {number}: a score")
     return rows[1:]
 
@@ -184,7 +210,7 @@ def iterate_images(table: datasets.Dataset, caption_column: str, first: int) -> 
         prompt = as_list(row[caption_column])[0]
         for name in IMAGES:
             image = encoded(row[name])
-            yield NamedBytes(image, f"{name} of row {number}") if isinstance(image, bytes) else image, prompt
+            yield image if isinstance(image, str) else NamedBytes(image or b"", f"{name} of row {number}"), prompt
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -47,7 +47,7 @@ def sample(
     """Images (N, H, W, 3) uint8 for N captions from standard normal `noise` (N, C, h, w), guided away from "".
 
     Guidance and latents have the dtype of `noise`, fp32 or the UNet's own; the latter is what the official code does.
-    Images are decoded one at a time, which bounds the memory.
+    Images are decoded one at a time, which bounds the memory. Raises FloatingPointError where pixels are not finite.
     """
     scheduler = EulerDiscreteScheduler.from_config(family.scheduler.config)
     scheduler.set_timesteps(steps, device=family.device)
@@ -60,5 +60,7 @@ def sample(
         guided = GUIDANCE[convention](*prediction.chunk(2), guidance_scale)
         latents = scheduler.step(guided, timestep, latents).prev_sample
     pixels = torch.cat([family.decode_latents(row) for row in latents.float().split(1)])
+    if not pixels.isfinite().all():
+        raise FloatingPointError("an image has pixels that are not finite")
     pixels = (pixels / 2 + 0.5).clamp(0, 1) * 255
     return pixels.round().permute(0, 2, 3, 1).byte().cpu().numpy()  # NCHW => NHWC

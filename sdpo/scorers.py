@@ -39,12 +39,17 @@ MEMORY_MARGIN = 1.5  # device memory needed per byte of weights, to leave room f
 
 def locate(source: str) -> str:
     """Path of a weights file: a local one, or `owner/repository:file`, fetched from the hub once; raises InputError."""
+    check_file(source)
     if Path(source).is_file():
         return source
     repository, _, name = source.partition(":")
-    if not name:
-        raise InputError(f"weights file {source} does not exist; give a file, or owner/repository:file of the hub")
     return str(fetch(repository, name))
+
+
+def check_file(source: str) -> None:
+    """Raises InputError unless a source is a file, or has the form of one on the hub."""
+    if not Path(source).is_file() and not source.partition(":")[2]:
+        raise InputError(f"there is no weights file {source}; give a file, or owner/repository:file of the hub")
 
 
 def load_state(module: nn.Module, source: str, rename: Callable[[str], str | None] = str) -> None:
@@ -56,6 +61,8 @@ def load_state(module: nn.Module, source: str, rename: Callable[[str], str | Non
     try:
         state = state.get("state_dict", state)
         state = {rename(name.removeprefix("module.")): value for name, value in state.items()}
+        if odd := next((name for name, value in state.items() if name and not value.is_floating_point()), None):
+            raise TypeError(f"{odd} does not hold real numbers")
     except (AttributeError, TypeError) as error:
         raise InputError(f"{source} cannot be read as weights: {brief(error)}; download it again") from error
     state.pop(None, None)  # what `rename` drops
@@ -339,12 +346,16 @@ def check_names(names: Iterable[str], known: Collection[str]) -> None:
     """Raises InputError for the first name that is not known."""
     for name in names:
         if name not in known:
-            raise InputError(f"there is no {name!r}; choose from {', '.join(known)}")
+            raise InputError(f"there is no {name!r}; choose from {', '.join(known) or 'nothing: drop it'}")
 
 
-def check_parts(sources: Iterable[str]) -> None:
-    """Raises InputError unless names are "metric.part" of a metric that has that part."""
-    check_names(sources, [f"{metric}.{part}" for metric, cls in SCORERS.items() for part in cls.official])
+def check_parts(sources: Mapping[str, str], metrics: Iterable[str] = SCORERS) -> None:
+    """Raises InputError unless names are "metric.part" of one of the metrics, and weights files exist."""
+    official = {f"{metric}.{part}": source for metric in metrics for part, source in SCORERS[metric].official.items()}
+    check_names(sources, official)
+    for name, source in sources.items():
+        if ":" in official[name]:  # a file, not a folder
+            check_file(source)
 
 
 def load_scorers(
@@ -372,55 +383,66 @@ def score_rows(
     scorers: Mapping[str, Scorer],
     *,
     batch_size: int = 64,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = "cpu",
     in_turn: bool | None = None,
-) -> Iterator[dict[str, float]]:
+    tolerant: bool = False,
+) -> Iterator[dict[str, float] | InputError]:
     """One {metric: score} per row (image, prompt), in order and as they come.
 
     An image is a path, or an open file. It is decoded once and prepared once per distinct preprocessing, by threads
     that work ahead of the models. With `in_turn` the models take turns on the device, each for IN_TURN_BLOCK images; by
     default they do if it cannot hold them together. Raises InputError naming a device that cannot be used, or an image
-    that cannot be read or has no finite score; all rows of earlier blocks have been yielded by then.
+    that cannot be read or has no finite score; all rows of earlier blocks have been yielded by then. If `tolerant`, the
+    error of an image that cannot be read is yielded, not raised.
     """
     device = check_device(device)
-    if in_turn is None and device.type == "cuda":
-        weights = [tensor for scorer in scorers.values() for tensor in scorer.parameters()]
-        there = sum(tensor.nbytes for tensor in weights if tensor.is_cuda)
-        need = MEMORY_MARGIN * sum(tensor.nbytes for tensor in weights)
-        in_turn = need > torch.cuda.mem_get_info(device)[0] + there
+    in_turn = exceed(scorers.values(), device) if in_turn is None else in_turn
     preprocesses, home = {scorer.preprocess for scorer in scorers.values()}, "cpu" if in_turn else device
     block_size = max(batch_size, IN_TURN_BLOCK) if in_turn else batch_size
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for block, prepared in work_ahead(pool, lambda row: prepare(row[0], preprocesses), rows, block_size):
+            errors = [image for image in prepared if isinstance(image, InputError)]
+            if errors and not tolerant:
+                raise errors[0]
+            readable = [(row, image) for row, image in zip(block, prepared, strict=True) if image not in errors]
             columns = {}
             for metric, scorer in scorers.items():
                 scorer.to(device)
-                images, prompts = [image[scorer.preprocess] for image in prepared], [prompt for _, prompt in block]
-                columns[metric] = score_block(scorer, images, prompts, batch_size)
+                columns[metric] = score_block(metric, scorer, readable, batch_size)
                 scorer.to(home)
-            for (image, _), *scores in zip(block, *columns.values(), strict=True):
-                for metric, score in zip(columns, scores, strict=True):
-                    if not math.isfinite(score):
-                        raise InputError(f"{metric} of image {image} is {score}; check its weights or use float32")
-                yield dict(zip(columns, scores, strict=True))
+            scores = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
+            yield from (image if image in errors else next(scores) for image in prepared)
 
 
-def check_device(name: str | torch.device) -> torch.device:
-    """The device; raises InputError if it cannot be used here."""
+def exceed(scorers: Iterable[Scorer], device: torch.device) -> bool:
+    """Whether models are too large for what is free on a GPU."""
+    if device.type != "cuda":
+        return False
+    weights = [tensor for scorer in scorers for tensor in scorer.parameters()]
+    there = sum(tensor.nbytes for tensor in weights if tensor.is_cuda)
+    need = MEMORY_MARGIN * sum(tensor.nbytes for tensor in weights)
+    torch.cuda.empty_cache()  # blocks that nobody uses any more would count as taken
+    return need > torch.cuda.mem_get_info(device)[0] + there
+
+
+def check_device(name: str | torch.device | None) -> torch.device:
+    """The device, for None a GPU if there is one; raises InputError if it cannot be used here."""
     try:
-        return torch.empty(0, device=name).device
+        number = torch.zeros((), device=name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        number.item()  # the meta device has none
+        return number.device
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
         raise InputError(f"--device {name} cannot be used ({brief(error)}); give cpu, cuda, cuda:1, ...") from error
 
 
-def prepare(image: str | Path, preprocesses: Iterable[Preprocess]) -> dict[Preprocess, Tensor]:
-    """The image, decoded once, by preprocessing; raises InputError naming it."""
+def prepare(image: str | Path, preprocesses: Iterable[Preprocess]) -> dict[Preprocess, Tensor] | InputError:
+    """The image, decoded once, by preprocessing; an InputError that names it where it cannot be read."""
     try:
         with Image.open(image) as opened:
             picture = to_rgb(opened)
         return {preprocess: preprocess.prepare(picture) for preprocess in preprocesses}
     except Exception as error:  # every image format has errors of its own
-        raise InputError(f"image {image} cannot be scored: {brief(error)}; make it again or drop it") from error
+        return InputError(f"image {image} cannot be scored: {brief(error)}; make it again or drop it")
 
 
 def work_ahead(pool: ThreadPoolExecutor, function: Callable, rows: Iterable, size: int) -> Iterator[tuple[list, list]]:
@@ -432,7 +454,16 @@ def work_ahead(pool: ThreadPoolExecutor, function: Callable, rows: Iterable, siz
         yield block, list(results)
 
 
-def score_block(scorer: Scorer, images: list[Tensor], prompts: list[str], batch_size: int) -> list[float]:
-    """Scores of prepared images for their prompts, in batches."""
-    batches = [slice(start, start + batch_size) for start in range(0, len(images), batch_size)]
-    return [score for part in batches for score in scorer.score(torch.stack(images[part]), prompts[part]).tolist()]
+def score_block(
+    metric: str, scorer: Scorer, rows: list[tuple[tuple, dict[Preprocess, Tensor]]], batch_size: int
+) -> list[float]:
+    """Scores of rows ((image, prompt), prepared image), in batches; raises InputError for one that is not finite."""
+    scores: list[float] = []
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        pixels = torch.stack([image[scorer.preprocess] for _, image in batch])
+        scores += scorer.score(pixels, [prompt for (_, prompt), _ in batch]).tolist()
+    for ((image, _), _), score in zip(rows, scores, strict=True):
+        if not math.isfinite(score):
+            raise InputError(f"{metric} of image {image} is {score}; check its weights or use float32")
+    return scores

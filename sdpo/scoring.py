@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from sdpo.manifest import (
 )
 
 Scored = tuple[list[Entry], Scores]  # a manifest and its scores
+log = logging.getLogger(__name__)
 OFFICIAL_MODEL = "official"  # a metric's own weights in fp32, in rows of scores
 
 # Name of a metric in files -> row of sdpo.scorers.SCORERS
@@ -50,7 +52,7 @@ class ScoringOptions:
 
     sources: Mapping[str, str] = field(default_factory=dict)  # "metric.part" -> local path or hub reference
     dtype: str = "fp32"  # of the backbones, fp32 or bf16
-    device: str = "cpu"
+    device: str | None = None  # a GPU if there is one
     batch_size: int = 64
 
     def __post_init__(self):
@@ -90,7 +92,9 @@ def score_manifest(manifest: str | Path, metrics: Sequence[str], options: Scorin
     if todo:
         write_scores(path, scores)  # one row per image again
     for metric in metrics:
-        find_model(entries, scores, metric, str(path))
+        model = find_model(entries, scores, metric, str(path))
+        if model not in (None, OFFICIAL_MODEL) and options.accepts(metric) is None:
+            log.warning(f"CAUTION: scores of {metric} in {path} are not of the official model in fp32, but of {model}")
     return entries, scores
 
 
@@ -138,13 +142,14 @@ def _compute(
     from tqdm.auto import tqdm  # existing scores need none of these
 
     from sdpo.hub import DTYPES
-    from sdpo.scorers import load_scorers, score_rows
+    from sdpo.scorers import check_device, load_scorers, score_rows
 
+    device = check_device(options.device)  # before weights are fetched
     scorers = load_scorers([METRICS[metric] for metric in metrics], options.sources, DTYPES[options.dtype])
     images = ((entry.path, entry.prompt) for entry in entries)
-    rows = score_rows(images, scorers, device=options.device, batch_size=options.batch_size)
+    rows = score_rows(images, scorers, device=device, batch_size=options.batch_size)
     models = {metric: options.model(metric) for metric in metrics}
-    for entry, row in zip(tqdm(entries, desc="scoring", unit="image", disable=quiet), rows, strict=True):
+    for entry, row in zip(tqdm(entries, desc=f"scoring on {device}", unit="image", disable=quiet), rows, strict=True):
         values = {metric: row[METRICS[metric]] for metric in metrics}
         about = {"image": entry.image, "prompt": entry.prompt, "sha256": sha256(entry.path)}
         append_scores(path, [{**about, **values, "models": models}])

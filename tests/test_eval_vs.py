@@ -170,8 +170,31 @@ def test_weights_of_no_metric_are_refused_where_all_scores_exist(tmp_path):
     manifest = picture_run(tmp_path / "run", 0)
     named = [f"--json_a={manifest}", f"--json_b={manifest}", "--label_a=a", "--label_b=b", "--metrics", "Pixels"]
     eval_vs.main([*named, f"--outdir={tmp_path / 'out'}"])
-    with pytest.raises(InputError, match=r"there is no 'hpsv2\.weights'; choose from"):
-        eval_vs.main([*named, f"--outdir={tmp_path / 'again'}", "--weights", "hpsv2.weights=x"])
+    for flag, message in {
+        "hpsv2.weights=x": r"there is no 'hpsv2\.weights'; choose from",
+        "hpsv2.checkpoint=x": r"there is no 'hpsv2\.checkpoint'; choose from nothing: drop it",  # is not compared
+    }.items():
+        with pytest.raises(InputError, match=message):
+            eval_vs.main([*named, f"--outdir={tmp_path / 'again'}", "--weights", flag])
+
+
+def test_scores_of_another_model_are_not_passed_off_as_official(tmp_path, caplog):
+    manifest = picture_run(tmp_path / "run", 0)
+    named = [f"--json_a={manifest}", f"--json_b={manifest}", "--label_a=a", "--label_b=b", "--metrics", "Pixels"]
+    eval_vs.main([*named, f"--outdir={tmp_path / 'out'}"])
+    assert caplog.text == ""
+    path = manifest.parent / "scores.jsonl"
+    path.write_text(path.read_text().replace('"models": {"Pixels": "official"}', '"models": {"Pixels": "bf16"}'))
+    eval_vs.main([*named, f"--outdir={tmp_path / 'again'}"])
+    assert f"CAUTION: scores of Pixels in {path} are not of the official model in fp32, but of bf16" in caplog.text
+
+
+def test_a_device_that_cannot_be_used_is_said_before_weights_are_fetched(tmp_path):
+    manifest = picture_run(tmp_path / "run", 0)
+    named = [f"--json_a={manifest}", f"--json_b={manifest}", "--label_a=a", "--label_b=b"]
+    for device in ("meta", "cuda:77", "toaster"):
+        with pytest.raises(InputError, match=f"--device {device} cannot be used"):
+            eval_vs.main([*named, f"--device={device}"])
 
 
 def test_model_names_the_weights_of_a_metric(tmp_path, monkeypatch):

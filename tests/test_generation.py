@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, EulerDiscreteScheduler
+from diffusers import AutoencoderKL, DiffusionPipeline, EulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import save_file
 
 import eval_generate
+from sdpo import generation
 from sdpo.config import InputError
 from sdpo.families import load_family
 from sdpo.generation import RELEASED, EvalConfig, find_damage, locate_unet
@@ -269,6 +270,55 @@ def test_other_settings_of_the_base_are_refused(arguments, bases, tmp_path, part
         eval_generate.main(arguments(f"--pretrain_path={copy}"))
 
 
+def leave_out(path, *names):
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k not in names}))
+
+
+def test_a_base_whose_files_leave_out_defaults_is_the_same(arguments, bases, tmp_path):
+    """Files on the hub do, those that a library saves again do not."""
+    eval_generate.main(arguments())
+    copy = shutil.copytree(bases["sd15", "epsilon"], tmp_path / "base")
+    leave_out(copy / "vae/config.json", "act_fn", "latent_channels", "layers_per_block", "force_upcast")
+    leave_out(copy / "unet/config.json", "act_fn", "flip_sin_to_cos", "dropout", "time_embedding_type")
+    leave_out(copy / "text_encoder/config.json", "hidden_act", "layer_norm_eps", "dtype")
+    leave_out(copy / "scheduler/scheduler_config.json", "num_train_timesteps")
+    eval_generate.main(arguments(f"--pretrain_path={copy}"))
+    leave_out(copy / "scheduler/scheduler_config.json", "timestep_spacing")  # whose default is Euler's own
+    with pytest.raises(InputError, match=r"holds images made otherwise .*base was"):
+        eval_generate.main(arguments(f"--pretrain_path={copy}"))
+
+
+def test_height_and_width_are_the_resolution(arguments, tmp_path):
+    eval_generate.main(arguments("--height=16", "--width=16"))
+    assert (tmp_path / "run" / "few_seed0_16x16_4s_7.5cfg" / "4_16x16.png").is_file()
+
+
+@pytest.mark.parametrize("size", [None, [8, 8]])
+def test_a_base_that_does_not_say_its_size_needs_a_resolution(arguments, bases, tmp_path, size):
+    copy = shutil.copytree(bases["sd15", "epsilon"], tmp_path / "base")
+    edit_json(copy / "unet" / "config.json", sample_size=size)
+    with pytest.raises(InputError, match="does not say how large its images are: give --resolution"):
+        eval_generate.main(arguments(f"--pretrain_path={copy}"))
+    eval_generate.main(arguments(f"--pretrain_path={copy}", "--resolution=32"))
+
+
+def test_images_that_overflow_are_not_kept(arguments, bases, tmp_path):
+    unet = change_weights(bases)
+    unet.conv_out.weight.data *= 1e38
+    torch.save(unet.state_dict(), tmp_path / "unet.pth")
+    with pytest.raises(InputError, match="an image has pixels that are not finite: use --dtype bf16 or fp32"):
+        eval_generate.main(arguments(f"--unet_path={tmp_path / 'unet.pth'}"))
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_a_manifest_never_lacks_images(arguments, tmp_path, monkeypatch):
+    """As on several machines whose disks are not shared."""
+    monkeypatch.setattr(generation, "save_image", lambda path, *_: None if path.name[0] == "3" else path.touch())
+    with pytest.raises(InputError, match=r"1 of 5 images of few are not there, the first .*3_32x32\.png"):
+        eval_generate.main(arguments())
+    assert not (tmp_path / "run" / f"{NAME}.json").exists()
+
+
 def test_another_tokenizer_of_the_base_is_refused(arguments, bases, tmp_path):
     eval_generate.main(arguments())
     copy = shutil.copytree(bases["sd15", "epsilon"], tmp_path / "base")
@@ -376,6 +426,18 @@ def test_a_hub_reference_is_read_from_the_cache(tmp_path):
         assert Path(found) == file and folder == Path("output/eval/AIDC-AI--Diffusion-SDPO--sd1.5--dspo")
 
 
+def wide_vae(bases, tmp_path):
+    config = AutoencoderKL.load_config(bases["sd15", "epsilon"] / "vae")
+    AutoencoderKL.from_config({**config, "latent_channels": 8}).save_pretrained(tmp_path / "wide")
+    return tmp_path / "wide"
+
+
+def shifted_vae(bases, tmp_path):
+    folder = shutil.copytree(bases["sd15", "epsilon"] / "vae", tmp_path / "shifted")
+    edit_json(folder / "config.json", shift_factor=0.1)
+    return folder
+
+
 def test_unusable_input_is_named(arguments, bases, tmp_path):
     other = change_weights(bases, "sdxl")
     torch.save(other.state_dict(), tmp_path / "other.pth")
@@ -383,6 +445,8 @@ def test_unusable_input_is_named(arguments, bases, tmp_path):
     torch.save(change_weights(bases, by=float("nan")).state_dict(), tmp_path / "nan.pth")
     (tmp_path / "words.pth").write_text("no weights")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "metrics.jsonl").touch()
     for flags, message in {
         ("--unet_path=",): "--unet_path is missing",
         ("--pretrain_path=",): "--pretrain_path is missing",
@@ -395,8 +459,15 @@ def test_unusable_input_is_named(arguments, bases, tmp_path):
         (f"--unet_path={tmp_path / 'words.pth'}",): r"words\.pth cannot be read as weights",
         (f"--unet_path={tmp_path / 'nan.pth'}",): r"nan\.pth holds numbers that are not finite \(in ",
         (f"--unet_path={tmp_path / 'empty'}",): "cannot load unet of .*empty",
+        (f"--unet_path={tmp_path / 'begun'}",): "training in .*begun has not ended: name one of its checkpoint-N",
         (f"--pretrain_path={tmp_path / 'empty'}",): "cannot fetch model_index.json of .*empty",
         ("--resolution=36",): "--resolution must be a multiple of 8, got 36",
+        ("--height=32", "--width=40"): "images are square: give --resolution alone",
+        ("--metrics", "none", "Pixels"): "--metrics none goes with no other",
+        ("--metrics", "Pixels", "--weights", "hpsv2.checkpoint=x.pt"): "there is no 'hpsv2.checkpoint'; choose from nothing",
+        ("--metrics", "HPSv2", "--weights", "hpsv2.checkpoint=x.pt"): "there is no weights file x.pt",
+        (f"--vae_path={wide_vae(bases, tmp_path)}",): "wide makes latents of 8 channels, the UNet takes 4: name the VAE of",
+        (f"--vae_path={shifted_vae(bases, tmp_path)}",): "shifted shifts its latents, which is not supported",
         ("--steps=0",): "--steps must be at least 1",
         ("--batch_size=0",): "--batch_size must be at least 1",
         ("--seed=-1",): "--seed must lie in",
@@ -447,6 +518,6 @@ def test_generated_images_are_scored_and_summed_up(tmp_path):
     (tmp_path / "scores.jsonl").write_text("".join(rows[:10]))
     (tmp_path / "scores.rank1.jsonl").write_text("".join(rows[10:15]) + rows[15][:9])  # left by a run that was cut off
     result = run_on_two_ranks(flags)
-    assert "scoring: 100%" in result.stderr and f"/{math.ceil((len(rows) - 15) / 2)} " in result.stderr
+    assert "scoring on cpu: 100%" in result.stderr and f"/{math.ceil((len(rows) - 15) / 2)} " in result.stderr
     assert sorted((tmp_path / "scores.jsonl").read_text().splitlines(keepends=True)) == sorted(rows)
     assert not list(tmp_path.glob("scores.rank*"))

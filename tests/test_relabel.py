@@ -74,8 +74,23 @@ def test_labels_are_made_again_only_for_something_else(pairs_folder, tmp_path, m
     before = out.stat().st_mtime_ns
     made(pairs_folder, out)
     assert out.stat().st_mtime_ns == before
-    assert json.loads(made(pairs_folder, out, "--margin=0.6").schema.metadata[b"sdpo"])["margin"] == 0.6
     assert made(pairs_folder, out, "--split=validation").num_rows == 24
+
+
+def test_another_margin_needs_no_new_scores(pairs_folder, tmp_path, monkeypatch):
+    plain = made(pairs_folder, tmp_path / "labels.parquet")
+    wide = made(pairs_folder, tmp_path / "wide.parquet", "--margin=0.6")
+    monkeypatch.setattr(module, "score_rows", None)  # cannot be called
+    again = made(pairs_folder, tmp_path / "labels.parquet", "--margin=0.6")
+    assert again.equals(wide, check_metadata=True) and not again.equals(plain)
+
+
+def test_a_file_that_is_no_label_file_is_not_written_over(pairs_folder):
+    path = pairs_folder / "train.parquet"
+    before = path.read_bytes()
+    with pytest.raises(InputError, match=r"train\.parquet is there already and is no label file: name another one"):
+        made(pairs_folder, path)
+    assert path.read_bytes() == before
 
 
 def test_scores_of_a_run_that_was_cut_off_are_reused(pairs_folder, tmp_path, monkeypatch):
@@ -102,12 +117,24 @@ def test_scores_of_a_run_that_was_cut_off_are_reused(pairs_folder, tmp_path, mon
     assert len(asked) == 2 * (120 - 20)
 
 
-def test_a_broken_image_is_named(pairs_folder, tmp_path):
-    rows = pq.read_table(pairs_folder / "train.parquet").to_pylist()[:3]
-    rows[1]["jpg_1"] = b"no image"
+def test_rows_with_unreadable_images_are_named_and_count_as_ties(pairs_folder, tmp_path, caplog):
+    rows = pq.read_table(pairs_folder / "train.parquet").to_pylist()[:4]
+    rows[1]["jpg_1"], rows[2]["jpg_0"] = b"no image", None
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
-    with pytest.raises(InputError, match="jpg_1 of row 1 cannot be scored"):
-        made(tmp_path, tmp_path / "labels" / "labels.parquet")
+    out = tmp_path / "labels" / "labels.parquet"
+    with pytest.raises(
+        InputError, match=r"2 rows have unreadable .* --max_unreadable_images 1; the last: image jpg_0 of row 2 "
+    ):
+        made(tmp_path, out, "--max_unreadable_images=1")
+    table = made(tmp_path, out, "--batch_size=2")  # goes on after row 2
+    for name in ("jpg_1 of row 1", "jpg_0 of row 2"):
+        assert f"image {name} cannot be scored: cannot identify image file {name}" in caplog.text
+    assert table["label_0"].to_pylist()[1:3] == [0.5, 0.5]
+    assert [table[name].to_pylist().index(None) for name in ("score_0", "score_1")] == [2, 1]
+    whole = made(pairs_folder, tmp_path / "whole.parquet")
+    for name in ("score_0", "score_1", "label_0"):
+        assert [table[name].to_pylist()[i] for i in (0, 3)] == [whole[name].to_pylist()[i] for i in (0, 3)]
+    assert made(tmp_path, out, "--margin=1")["score_1"].to_pylist()[1] is None
 
 
 @pytest.mark.parametrize(

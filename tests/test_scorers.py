@@ -477,7 +477,8 @@ def test_missing_official_weights_name_the_file_and_the_fix(metric, tmp_path, mo
 
 def test_missing_local_weights_are_named(weights, tmp_path):
     missing = str(tmp_path / "none.pt")
-    refused([missing, "does not exist"], HPSv2, {"checkpoint": missing})
+    refused(["there is no weights file", missing], HPSv2, {"checkpoint": missing})
+    refused(["there is no weights file", str(tmp_path)], HPSv2, {"checkpoint": str(tmp_path)})  # a folder
     refused([str(tmp_path), "CLIPModel"], PickScore, {"model": str(tmp_path), "processor": str(tmp_path)})
 
 
@@ -496,14 +497,16 @@ def broken_states(state):
         "1 unknown": dict(state) | {"extra": torch.zeros(1)},
         "1 of another shape (e.g. positional_embedding)": wide,
         "cannot be read as weights": ["not a dict"],
+        f"{first} does not hold real numbers": dict(state) | {first: torch.zeros(state[first].shape, dtype=torch.long)},
         "tensors missing": {},
     }
 
 
-@pytest.mark.parametrize("fault", broken_states({"a": torch.zeros(1)}))
-def test_wrong_checkpoints_are_refused(fault, weights, tmp_path):
+@pytest.mark.parametrize("number", range(6))
+def test_wrong_checkpoints_are_refused(number, weights, tmp_path):
     path = tmp_path / "checkpoint.pt"
-    torch.save(broken_states(load_file(weights / "clip.safetensors"))[fault], path)
+    fault, state = list(broken_states(load_file(weights / "clip.safetensors")).items())[number]
+    torch.save(state, path)
     refused([path, fault], ClipScore, {"checkpoint": str(path)}, architecture=ARCHITECTURE)
 
 

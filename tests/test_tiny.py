@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image, ImageFilter
 
 import train
+from sdpo.config import InputError
 from sdpo.metrics import read_metrics
 from sdpo.tiny import compare, make_pairs, pictures
 from sdpo.tiny.train_base import build_tokenizer, measure
@@ -105,6 +106,12 @@ def test_runs_are_compared(tmp_path, monkeypatch, capsys):
     assert {p.dtype for part in (pipeline.unet, pipeline.text_encoder, pipeline.vae) for p in part.parameters()} == {
         torch.float32
     }
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "metrics.jsonl").write_text('{"step": 1, "train_loss": 0.1}\n')
+    for run, message in {f"plain={tmp_path / 'other'}": "is no run that ended", "plain": "expected NAME=VALUE"}.items():
+        monkeypatch.setattr("sys.argv", ["compare", run, "--out", str(tmp_path / "out")])
+        with pytest.raises(InputError, match=message):
+            compare.main()
     monkeypatch.setattr("sys.argv", ["compare", f"plain={tmp_path / 'run'}", "--out", str(tmp_path / "out")])
     compare.main()
     rows = json.loads((tmp_path / "out" / "table.json").read_text())

@@ -16,11 +16,13 @@ import torch
 import transformers
 from matplotlib import pyplot as plt
 
+from sdpo.config import InputError, run_command
 from sdpo.families import StableDiffusion, load_family, load_weights
 from sdpo.files import write_json, write_text
 from sdpo.metrics import read_metrics
 from sdpo.rng import normal
 from sdpo.sampling import sample
+from sdpo.scoring import split_pairs
 from sdpo.tiny import pictures
 
 BASE = Path(__file__).parent / "base"
@@ -140,7 +142,10 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", metavar="NAME=RUN", help="label and output folder of a run of train.py")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    runs = {name: Path(folder) for name, folder in (run.split("=", 1) for run in args.runs)}
+    runs = {name: Path(folder) for name, folder in split_pairs(args.runs, "run")}
+    for run in runs.values():
+        if not (run / "unet.pth").is_file() or not read_metrics(run, "heldout/winner_error_change"):
+            raise InputError(f"{run} is no run that ended and had held-out pairs: train it with --validation_pairs")
     args.out.mkdir(parents=True, exist_ok=True)
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
@@ -164,4 +169,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
