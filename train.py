@@ -27,10 +27,10 @@ from sdpo.cache import CachedPairs, open_cache
 from sdpo.config import InputError, Plan, TrainConfig, parse_flags, run_command
 from sdpo.console import start_console
 from sdpo.data import PairDataset, Transform, train_loader
-from sdpo.families import load_family
+from sdpo.families import FAMILIES, load_family
 from sdpo.files import write_json
 from sdpo.heldout import HeldOutPairs
-from sdpo.hub import PATIENCE
+from sdpo.hub import PATIENCE, check_precision
 from sdpo.memory import choose_checkpointing, planned_memory
 from sdpo.metrics import MetricsLog
 from sdpo.pairs import Pairs, prepare_pairs
@@ -38,7 +38,7 @@ from sdpo.prompts import read_prompts
 from sdpo.references import open_references
 from sdpo.rng import normal
 from sdpo.sampling import sample
-from sdpo.step import Run, build_run, loss_name, update
+from sdpo.step import AUTOCAST, SHARDING, Run, build_run, loss_name, optimizer_name, update
 from sdpo.stopping import Skips, StopRequest
 
 log = logging.getLogger("train")
@@ -49,15 +49,14 @@ log = logging.getLogger("train")
 
 def start_accelerator(config: TrainConfig) -> Accelerator:
     """Accelerate, console logging on rank 0 and the output folder; InputError for what this machine lacks."""
-    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise InputError("--mixed_precision fp16 (the default) needs a GPU: use --mixed_precision no or bf16 here")
+    check_precision(config.mixed_precision)
     logs = str(Path(config.output_dir, config.logging_dir))
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         log_with=None if config.report_to == "none" else config.report_to,
         project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=logs),
         # gradients are not copied into buckets
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True), PATIENCE],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True), AUTOCAST, PATIENCE],
         step_scheduler_with_optimizer=False,  # the schedule advances once per update, on any number of ranks
     )
     if config.report_to not in ("all", "none") and not accelerator.log_with:
@@ -71,9 +70,14 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
 
 def settle_engine(config: TrainConfig, accelerator: Accelerator) -> None:
     """Have FSDP2 or DeepSpeed compute as one process does; InputError for what they cannot do so."""
+    optimizer = optimizer_name(config, FAMILIES[config.base["name"]])
+    if accelerator.distributed_type in SHARDING and optimizer != "adamw":
+        raise InputError(f"--optimizer {optimizer} does not go with FSDP2 or DeepSpeed: use --optimizer adamw")
     if accelerator.distributed_type == DistributedType.FSDP:
         if not accelerator.is_fsdp2:
             raise InputError("FSDP 1 is not supported: write fsdp_version: 2, as in configs/accelerate/fsdp2.yaml")
+        if config.channels_last:
+            raise InputError("--channels_last does not go with FSDP2, which takes no weights of that format: drop it")
         accelerator.state.fsdp_plugin.mixed_precision_policy = None  # autocast casts, as it does for the reference
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         if config.mixed_precision != "no":
@@ -81,8 +85,9 @@ def settle_engine(config: TrainConfig, accelerator: Accelerator) -> None:
                 f"--mixed_precision {config.mixed_precision} under DeepSpeed would round the policy otherwise than the "
                 "reference: use configs/accelerate/fsdp2.yaml, or --mixed_precision no with --allow_tf32"
             )
-        if config.use_ema:
-            raise InputError("--use_ema does not go with DeepSpeed: use configs/accelerate/fsdp2.yaml or ddp.yaml")
+        if config.use_ema or config.skip_grad_norm_above:
+            flag = "--use_ema" if config.use_ema else "--skip_grad_norm_above"
+            raise InputError(f"{flag} does not go with DeepSpeed: use configs/accelerate/fsdp2.yaml or ddp.yaml")
         unset_hf_deepspeed_config()  # encoders and reference are loaded whole, also where the policy is shared out
 
 
@@ -135,10 +140,9 @@ def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
     accelerator = start_accelerator(config)
     checkpoint = checkpoints.find_checkpoint(accelerator, config)
     seed = choose_seed(config, checkpoint)
-    family = load_family(**config.base, encoders=not config.latent_cache or bool(config.validation_prompts))
+    prompts = [prompt.text for prompt in read_prompts(config.validation_prompts)] if config.validation_prompts else []
+    family = load_family(**config.base, encoders=not config.latent_cache or bool(prompts))
     with accelerator.main_process_first():
-        if config.choice_model and accelerator.is_main_process:
-            label_pairs(config, accelerator)
         pairs, held_out_pairs, notes = prepare_pairs(config, seed)
     plan = Plan.of(config, accelerator.num_processes, len(pairs))
     references, data = open_references(config, accelerator, family, plan, seed, pairs), pairs.fingerprint()
@@ -146,7 +150,7 @@ def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
         pairs, held_out_pairs = open_cache(config, accelerator, pairs, held_out_pairs)
 
     run = build_run(config, accelerator, family, plan, seed, references)
-    run.data = data
+    run.data, run.prompts = data, prompts
     dataset = build_dataset(run, pairs, "train")
     announce(run, notes)
     run.prepare()
@@ -157,13 +161,6 @@ def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
     if config.gradient_checkpointing == "auto":
         log.info(choose_checkpointing(run, collate([dataset[run.step, 0]] * config.train_batch_size)))
     return run, dataset, hold_out(run, held_out_pairs)
-
-
-def label_pairs(config: TrainConfig, accelerator: Accelerator) -> None:
-    """Write the choice model's labels into the output folder, unless they are there."""
-    from sdpo.relabel import RelabelConfig, relabel  # the scorers need open_clip, which training does not
-
-    log.info(relabel(RelabelConfig.of(config, str(accelerator.device))))
 
 
 def resume(run: Run, checkpoint: Path) -> None:
@@ -274,17 +271,17 @@ def validate(run: Run, held_out: HeldOutPairs | None) -> dict[str, float]:
         if run.average:
             with run.average.in_place():
                 figures |= held_out.measure(unet, run.config.beta_dpo, "heldout_ema")
-    if run.config.validation_prompts and (run.accelerator.is_main_process or run.sharded):
-        sample_prompts(run, unet, [prompt.text for prompt in read_prompts(run.config.validation_prompts)])
+    if run.prompts and (run.accelerator.is_main_process or run.sharded):
+        sample_prompts(run, unet)
     return figures
 
 
-def sample_prompts(run: Run, unet: nn.Module, prompts: list[str]) -> None:
-    """Write an image per prompt to {output_dir}/validation/step-N/ and show it in the trackers."""
+def sample_prompts(run: Run, unet: nn.Module) -> None:
+    """Write an image per validation prompt to {output_dir}/validation/step-N/ and show it in TensorBoard."""
     folder = Path(run.config.output_dir, "validation", f"step-{run.step:06d}")
     folder.mkdir(parents=True, exist_ok=True)
     shape = run.family.latent_shape(run.resolution)
-    for index, prompt in enumerate(prompts):
+    for index, prompt in enumerate(run.prompts):
         noise = normal(run.seed, "validation-image", (index,), (1, *shape))
         try:
             with run.accelerator.autocast():
@@ -324,7 +321,10 @@ def main(arguments: list[str] | None = None) -> None:
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
     if stopped_by:
-        log.warning(f"stopped after {run.step} updates, checkpoint written; the same command continues")
+        log.warning(
+            f"stopped after {run.step} updates, checkpoint written; the same command continues"
+            + ("" if config.resume_from_checkpoint == "latest" else " with --resume_from_checkpoint latest")
+        )
         sys.exit(128 + stopped_by)
 
 

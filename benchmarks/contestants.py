@@ -22,7 +22,7 @@ from sdpo.inputs import make_inputs, normalise
 from sdpo.losses import sample_mean
 from sdpo.memory import choose_checkpointing
 from sdpo.rng import draw, normal
-from sdpo.step import Run, build_run, update
+from sdpo.step import AUTOCAST, Run, build_run, update
 from sdpo.tiny import pictures
 
 
@@ -79,7 +79,6 @@ class Variant:
 CPU_GIB = 4.0  # of activations, where there is no device memory to go by
 AUTO = {"gradient_checkpointing": "auto"}
 FAST = (cache_latents, choose_activations)
-KNOWN = (cache_latents, know_reference, choose_activations)
 VARIANTS = {
     "baseline": Variant(),  # of which only the flags count
     "default": Variant(),
@@ -125,7 +124,9 @@ class Ours:
 
     def __init__(self, config: TrainConfig, family: StableDiffusion, variant: Variant):
         self.config, self.family = config, family
-        self.accelerator = Accelerator(mixed_precision=config.mixed_precision, step_scheduler_with_optimizer=False)
+        self.accelerator = Accelerator(
+            mixed_precision=config.mixed_precision, kwargs_handlers=[AUTOCAST], step_scheduler_with_optimizer=False
+        )
         self.run = build_run(config, self.accelerator, family, Plan.of(config, 1, pairs=config.max_train_steps), seed=0)
         batch = make_batch(family, config)
         for change in variant.changes:

@@ -15,7 +15,8 @@ run() { # NAME FLAGS...: one training run, its console output in a file; the lat
   local name=$1
   shift
   echo "training $name"
-  bash scripts/train/tiny_diffusion_dpo.sh --output_dir "$out/$name" --resume_from_checkpoint none --reference_cache "$out/references" "$@" \
+  rm -rf "${out:?}/$name" # of an earlier quickstart
+  bash scripts/train/tiny_diffusion_dpo.sh --output_dir "$out/$name" --reference_cache "$out/references" "$@" \
     >"$out/$name.log" 2>&1 ||
     { echo "training $name failed:"; tail -n 20 "$out/$name.log"; exit 1; }
 }
@@ -37,7 +38,6 @@ echo "sampling held-out captions"
 
 echo
 for name in plain safeguard; do
-  rm -rf "$out/$name/eval" # images of an earlier training
   bash scripts/eval/test_tiny.sh "$out/$name/unet.pth" --output_path "$out/$name/eval" >"$out/$name-eval.log" 2>&1 ||
     { echo "evaluating $name failed:"; tail -n 20 "$out/$name-eval.log"; exit 1; }
 done

@@ -33,7 +33,7 @@ from sdpo.config import InputError, TrainConfig, flag, parse_flags, run_command
 from sdpo.console import start_console
 from sdpo.data import Transform
 from sdpo.families import Conditioning, StableDiffusion, load_family
-from sdpo.hub import DTYPES, PATIENCE
+from sdpo.hub import DTYPES, PATIENCE, check_precision
 from sdpo.images import decode
 from sdpo.inputs import normalise
 from sdpo.pairs import Pairs, column, hash_captions, prepare_pairs
@@ -350,6 +350,7 @@ def verify(folder: Path, accelerator: Accelerator) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Fill a cache as the command line says."""
     config = parse_flags(CacheConfig, __doc__.splitlines()[0], "python -m sdpo.cache", arguments)
+    check_precision(config.mixed_precision)
     accelerator = Accelerator(kwargs_handlers=[PATIENCE])
     start_console(accelerator.is_main_process)
     with accelerator.main_process_first():

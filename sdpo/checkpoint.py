@@ -202,9 +202,17 @@ def find_checkpoint(accelerator: Accelerator, config: TrainConfig) -> Path | Non
 
 
 def choose_checkpoint(config: TrainConfig) -> Path | None:
-    """The checkpoint that --resume_from_checkpoint means; raises InputError if it is damaged or none is whole."""
+    """The checkpoint that --resume_from_checkpoint means.
+
+    Raises InputError if it is damaged, if none is whole, or if there are some and none is wanted.
+    """
     wanted = config.resume_from_checkpoint
     if wanted in (None, "", "none"):
+        if found := list_checkpoints(config.output_dir):
+            raise InputError(
+                f"--resume_from_checkpoint {wanted}: {found[-1]} would later be taken for one of the new run: choose "
+                "another --output_dir, or delete the checkpoints there"
+            )
         return None
     if wanted == "latest":
         return newest_whole(config.output_dir)
@@ -212,9 +220,13 @@ def choose_checkpoint(config: TrainConfig) -> Path | None:
     path = next((place for place in places if place.is_dir()), None)
     wrong = damage(path) if path else "no such folder"
     if wrong:
+        weights = path / "unet.pth" if path else None
+        fix = (
+            f", or start a new run from its weights with --unet_init {weights}" if weights and weights.is_file() else ""
+        )
         raise InputError(
             f"--resume_from_checkpoint {wanted}: not a checkpoint of this trainer, or a damaged one ({wrong}). "
-            f"Use 'latest', or start a new run from its weights with --unet_init {wanted}/unet.pth"
+            f"Use 'latest'{fix}"
         )
     return path
 
@@ -230,7 +242,7 @@ def newest_whole(folder: str | Path) -> Path | None:
     if found:
         raise InputError(
             f"--resume_from_checkpoint latest: none of the {len(found)} checkpoints in {folder} is whole "
-            f"({found[-1].name}: {wrong}); start anew with --resume_from_checkpoint none, or in another --output_dir"
+            f"({found[-1].name}: {wrong}); delete them to start anew, or choose another --output_dir"
         )
     return None
 

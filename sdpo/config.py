@@ -261,6 +261,14 @@ class TrainConfig:
             not (self.dataset_name or self.train_data_dir),
             "no data: give --dataset_name (hub id or folder) or --train_data_dir (local folder)",
         )
+        yield (
+            self.dataset_name and self.train_data_dir,
+            "--dataset_name and --train_data_dir exclude each other: give one of them (the launchers take DATA=FOLDER)",
+        )
+        yield (
+            self.global_batch_size and self.gradient_accumulation_steps != 1,
+            "--global_batch_size sets the number of micro-steps: change it in place of --gradient_accumulation_steps",
+        )
         yield not self.output_dir, "--output_dir is empty: name a folder"
         yield (
             self.choice_model and self.choice_model not in CHOICE_MODELS,
@@ -278,13 +286,6 @@ class TrainConfig:
         yield (
             self.validation_split == self.split and not self.validation_data_dir,
             f"--validation_split {self.split} is the split trained on: name another one, or use --validation_pairs",
-        )
-        yield (
-            self.validation_data_dir
-            and Path(self.validation_data_dir).resolve() == Path(self.dataset_name or self.train_data_dir).resolve()
-            and (self.validation_split or "train") == self.split,
-            f"--validation_data_dir {self.validation_data_dir} holds the pairs trained on: name another folder or "
-            "--validation_split, or use --validation_pairs",
         )
         yield (
             self.validation_prompts is not None and not Path(self.validation_prompts).is_file(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -22,6 +23,8 @@ from sdpo.rng import draw, normal
 if TYPE_CHECKING:  # reading pairs needs packages that batches do not
     from sdpo.pairs import Pairs
     from sdpo.references import ReferenceErrors
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @functools.lru_cache(maxsize=2)
@@ -172,6 +175,12 @@ class RankSampler(Sampler):
         return (self.plan.steps - self.first_step) * self.plan.accumulation
 
 
+def outlive_signals(worker: int) -> None:
+    """Have a loader worker work on: launchers signal the whole group, and the trainer needs pairs for a last update."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def train_loader(config: TrainConfig, dataset: PairDataset, plan: Plan, rank: int, first_step: int) -> DataLoader:
     """Micro-batches of this rank from `first_step` to the end of the run."""
     workers = config.dataloader_num_workers
@@ -181,6 +190,7 @@ def train_loader(config: TrainConfig, dataset: PairDataset, plan: Plan, rank: in
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=workers,
+        worker_init_fn=outlive_signals,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
     )

@@ -35,9 +35,11 @@ PART_FILES = {"config.json", "tokenizer_config.json", "vocab.json", "merges.txt"
 PART_FILES |= {"special_tokens_map.json", "added_tokens.json"}  # what a part consists of beside its weights
 
 
-def read_pipeline_class(index: Path) -> str:
-    """The class that a model_index.json names; raises InputError if it names none."""
-    fix = "download the model again"
+def read_pipeline_class(source: str, **options: str | None) -> str:
+    """The class of pipeline that a hub id or local folder says it holds; raises InputError if it does not say."""
+    index, fix = Path(source, "model_index.json"), "download the model again"
+    if not index.is_file():
+        index = fetch(source, index.name, **options)
     content = parse_json(read_text(index), index, fix)
     name = content.get("_class_name") if isinstance(content, dict) else None
     if not isinstance(name, str):
@@ -162,8 +164,7 @@ class StableDiffusion:
         return load_part(cls, self.source, name, **self.options)
 
     def _check_pipeline_class(self) -> None:
-        index = Path(self.source, "model_index.json")
-        found = read_pipeline_class(index) if index.is_file() else self.pipeline_class.__name__
+        found = read_pipeline_class(self.source, **self.options)
         if found != self.pipeline_class.__name__:
             raise InputError(
                 f"{self.source} holds a {found}, not a {self.pipeline_class.__name__}: "
@@ -203,7 +204,8 @@ class StableDiffusion:
     def _unet_place(self, init: str) -> tuple[str, str | None, dict[str, str | None]]:
         if not init:
             return self.source, "unet", self.options
-        bare = Path(init, "config.json").is_file()  # the folder of the UNet itself, not of a pipeline
+        # the folder of the UNet itself, not of a pipeline, beside which train.py leaves another config.json
+        bare = Path(init, "config.json").is_file() and not Path(init, "model_index.json").is_file()
         return init, None if bare else "unet", {"cache_dir": self.cache_dir}
 
     def fingerprint_unet(self, init: str = "") -> str:
@@ -341,10 +343,10 @@ class StableDiffusion:
         """Write a diffusers pipeline with a UNet of this config and state; its other parts are read again, in fp32."""
         unet = UNet2DConditionModel.from_config(config)
         unet.load_state_dict(state)
-        parts = {"unet": unet, "vae": self._load_vae().float(), "torch_dtype": torch.float32}
+        parts = {"unet": unet, "vae": self._load_vae()}
         if "safety_checker" in self.pipeline_class._optional_components:
             parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        load_part(self.pipeline_class, self.source, **parts, **self.options).save_pretrained(folder)
+        load_part(self.pipeline_class, self.source, **parts, **self.options).to(torch.float32).save_pretrained(folder)
         for path in Path(folder).glob("*/*.safetensors"):
             shutil.copymode(Path(folder, "model_index.json"), path)  # safetensors lets nobody else read its files
 

@@ -191,8 +191,7 @@ def locate_unet(config: EvalConfig) -> tuple[str, Path]:
 def load_base(config: EvalConfig) -> StableDiffusion:
     """The base model's frozen parts as the family whose pipeline it holds; raises InputError."""
     base, options = config.pretrain_path, {"revision": config.revision, "cache_dir": config.cache_dir}
-    index = Path(base, "model_index.json")
-    found = read_pipeline_class(index if index.is_file() else fetch(base, index.name, **options))
+    found = read_pipeline_class(base, **options)
     families = {family.pipeline_class.__name__: name for name, family in FAMILIES.items()}
     if found not in families:
         raise InputError(f"{base} holds a {found}; supported are {', '.join(families)}")

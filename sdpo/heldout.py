@@ -55,7 +55,8 @@ class HeldOutPairs:
         return sample_mean((prediction - inputs.target).square())  # (2B,)
 
     def measure(self, unet: nn.Module, beta: float, name: str) -> dict[str, float]:
-        """Means and standard errors: winner and loser error minus the reference's, margin, margin accuracy.
+        """Means of winner and loser error minus the reference's, margin and margin accuracy; of several pairs, standard
+        errors too.
 
         A margin of exactly 0 counts one half.
         """
@@ -78,5 +79,6 @@ class HeldOutPairs:
         result = {}
         for key, value in figures.items():
             result[f"{name}/{key}"] = value.mean().item()
-            result[f"{name}/{key}_se"] = (value.std() / len(value) ** 0.5).item() if len(value) > 1 else float("nan")
+            if len(value) > 1:
+                result[f"{name}/{key}_se"] = (value.std() / len(value) ** 0.5).item()
         return result

@@ -24,6 +24,12 @@ WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")  # what files that loa
 PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # of ranks, while the first one fetches and prepares data
 
 
+def check_precision(name: str) -> None:
+    """Raises InputError for a --mixed_precision that this machine has not."""
+    if name == "fp16" and not torch.cuda.is_available():
+        raise InputError("--mixed_precision fp16 (the default) needs a GPU: use --mixed_precision no or bf16 here")
+
+
 def fetch(repository: str, name: str, **options: str | None) -> Path:
     """A file of a hub repository, downloaded once; raises InputError where that fails."""
     try:

@@ -19,7 +19,7 @@ from sdpo.config import InputError
 from sdpo.families import StableDiffusion
 from sdpo.hub import DTYPES
 from sdpo.inputs import Inputs, make_inputs
-from sdpo.step import OPTIMIZER_BYTES, Run, optimizer_name
+from sdpo.step import AUTOCAST, OPTIMIZER_BYTES, Run, optimizer_name
 
 FREE_SHARE = 0.85  # of the free memory that activations may take; the rest is for what comes and goes
 
@@ -95,7 +95,8 @@ class KeptBytes:
 
     def __init__(self, family: StableDiffusion, unet: ModelMixin, inputs: Inputs, dtype: torch.dtype):
         device = inputs.noisy.device
-        self.family, self.autocast = family, torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+        self.family = family
+        self.autocast = torch.autocast(device.type, dtype, dtype != torch.float32, **AUTOCAST.to_kwargs())
         with device:
             self.model = type(unet).from_config(unet.config).train()
             conditioning = {name: torch.empty(value.shape) for name, value in inputs.conditioning.items()}

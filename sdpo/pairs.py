@@ -14,6 +14,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
@@ -23,6 +24,10 @@ from sdpo.images import decode
 from sdpo.rng import draw
 
 IMAGES = ("jpg_0", "jpg_1")
+IMAGE_TYPES = (
+    *(pa.types.is_binary, pa.types.is_large_binary, pa.types.is_string, pa.types.is_large_string),
+    *(pa.types.is_struct, pa.types.is_null),
+)
 LABELS_ABOUT = b"sdpo"  # key of the JSON object in a label file that says what it was made from
 
 
@@ -256,6 +261,9 @@ def load_pairs(config: TrainConfig, split: str, folder: str | None = None) -> tu
             f"{source}: column {', '.join(missing)} missing (it has {', '.join(table.column_names)}); "
             "rename columns to Pick-a-Pic's caption, jpg_0, jpg_1, label_0, or give --caption_column"
         )
+    check_captions(column(table, config.caption_column), config.caption_column, source)
+    for name in columns:
+        check_images(table, name, source)
     notes = [f"{source}: {len(table):,} rows" + (f", labels of {labels_path}" if labels_path else "")]
     if labels_path:
         labels = read_label_file(labels_path, column(table, config.caption_column), source)
@@ -264,7 +272,6 @@ def load_pairs(config: TrainConfig, split: str, folder: str | None = None) -> tu
     keep = labels != 0.5
     if not single:
         notes.append(f"dropped {len(keep) - keep.sum():,} ties")
-    check_captions(column(table, config.caption_column), config.caption_column, source)
     if config.dreamlike_pairs_only:
         dreamlike = np.logical_and(*(name_dreamlike(table, name, source) for name in ("model_0", "model_1")))
         notes.append(f"dropped {(keep & ~dreamlike).sum():,} pairs that are not dreamlike")
@@ -291,6 +298,16 @@ def check_captions(captions: list, name: str, source: str, first: int = 0) -> No
         options = caption if isinstance(caption, list) and caption else [caption]
         if not all(map(is_text, options)):
             raise InputError(f"{source} row {row}: {name} is {caption!r:.200}, but must be a text or a list of texts")
+
+
+def check_images(table: datasets.Dataset, name: str, source: str) -> None:
+    """Raises InputError unless a column can hold images: encoded, as paths, or as records of both."""
+    kind = table.features.arrow_schema.field(name).type
+    if not any(is_kind(kind) for is_kind in IMAGE_TYPES):
+        raise InputError(
+            f"{source}: column {name} holds {kind}, but must hold encoded images (bytes), their paths, or the image "
+            "records of datasets: write the data again"
+        )
 
 
 def read_labels(labels: list, source: str) -> np.ndarray:
@@ -371,11 +388,25 @@ def split_by_prompt(pairs: Pairs, held_out: int, seed: int) -> tuple[Pairs, Pair
 
 
 def prepare_pairs(config: TrainConfig, seed: int) -> tuple[Pairs, Pairs | None, list[str]]:
-    """(training pairs, held-out pairs or None, sentences for the console) as the config asks."""
-    pairs, notes = load_pairs(config, config.split)
+    """(training pairs, held-out pairs or None, sentences for the console) as the config asks.
+
+    Where a choice model is to label them and has not done so, it does.
+    """
+    notes = [label_pairs(config)] if config.choice_model else []
+    pairs, more = load_pairs(config, config.split)
+    notes += more
     held_out = None
     if config.validation_split or config.validation_data_dir:
         split = config.validation_split or "train"
+        trained, other = (
+            place and (find_pair_file(Path(place)) or Path(place)).resolve()
+            for place in (config.dataset_name or config.train_data_dir, config.validation_data_dir)
+        )
+        if other == trained and split == config.split:
+            raise InputError(
+                f"--validation_data_dir {config.validation_data_dir} holds the pairs trained on: name another folder "
+                "or --validation_split, or use --validation_pairs"
+            )
         held_out, more = load_pairs(config, split, config.validation_data_dir)
         notes += more
         held_out = draw_subset(held_out, config.validation_pairs or None, seed, "held-out")
@@ -389,6 +420,13 @@ def prepare_pairs(config: TrainConfig, seed: int) -> tuple[Pairs, Pairs | None, 
             + (f" ({unused:,} more share their captions and are left out)" if unused else "")
         )
     return draw_subset(pairs, config.max_train_samples, seed, "max-train-samples"), held_out, notes
+
+
+def label_pairs(config: TrainConfig) -> str:
+    """Write the choice model's labels into the output folder, unless they are there; returns a sentence about it."""
+    from sdpo.relabel import RelabelConfig, relabel  # the scorers need open_clip, which training does not
+
+    return relabel(RelabelConfig.of(config))
 
 
 def draw_subset(pairs: Pairs, count: int | None, seed: int, stream: str) -> Pairs:

@@ -25,7 +25,7 @@ from sdpo.config import CHOICE_MODELS, InputError, TrainConfig, flag, parse_flag
 from sdpo.files import parse_json, read_text, write_file, write_text
 from sdpo.images import encoded
 from sdpo.manifest import check_score
-from sdpo.pairs import IMAGES, LABELS_ABOUT, as_list, check_captions, column, hash_captions, read_table
+from sdpo.pairs import IMAGES, LABELS_ABOUT, as_list, check_captions, check_images, column, hash_captions, read_table
 from sdpo.scorers import check_device, load_scorers, score_rows
 from sdpo.scoring import split_pairs
 
@@ -68,7 +68,7 @@ class RelabelConfig:
             raise InputError(f"--out {self.out!r} is not the name of a file; give one for the labels")
 
     @classmethod
-    def of(cls, config: TrainConfig, device: str) -> RelabelConfig:
+    def of(cls, config: TrainConfig) -> RelabelConfig:
         """What --choice_model of train.py asks for."""
         names = ("dataset_name", "dataset_config_name", "train_data_dir", "split", "caption_column", "cache_dir")
         data = {name: getattr(config, name) for name in names}
@@ -76,7 +76,7 @@ class RelabelConfig:
         split_pairs(weights, "--choice_weights")
         choice = {"metric": config.choice_model, "margin": config.choice_margin, "weights": weights}
         choice["max_unreadable_images"] = config.max_unreadable_images
-        return cls(**data, **choice, device=device, out=str(config.labels_path))
+        return cls(**data, **choice, out=str(config.labels_path))
 
     @property
     def sources(self) -> dict[str, str]:
@@ -108,8 +108,8 @@ def relabel(config: RelabelConfig) -> str:
     Another margin needs no new scores. Raises InputError for data, weights and images that cannot be used.
     """
     table = read_table(config, config.split)
-    about, out = describe(config, table), Path(config.out)
-    then = read_about(out)
+    scored, out = describe(config, table), Path(config.out)
+    about, then = scored | {"margin": config.margin}, read_about(out)
     if then == about:
         return f"labels by {config.metric} reused from {out}"
     if out.exists() and then is None:
@@ -119,7 +119,7 @@ def relabel(config: RelabelConfig) -> str:
     if then and then | {"margin": config.margin} == about:
         scores = np.column_stack([pq.read_table(out)[name].to_numpy() for name in SCORES])
     else:
-        scores = np.array(score_table(config, table, about, kept), float).reshape(-1, 2)  # (n, 2), nan if unreadable
+        scores = np.array(score_table(config, table, scored, kept), float).reshape(-1, 2)  # (n, 2), nan if unreadable
     labels = make_labels(scores, config.margin)
     first, second = (pa.array(column, from_pandas=True) for column in scores.T)  # nan as null
     columns = {"row": np.arange(len(scores)), **dict(zip(SCORES, (first, second), strict=True)), "label_0": labels}
@@ -130,12 +130,14 @@ def relabel(config: RelabelConfig) -> str:
 
 
 def describe(config: RelabelConfig, table: datasets.Dataset) -> dict:
-    """What a label file is made from; raises InputError if the data has no pairs or captions."""
+    """What scores of the data are made from; raises InputError if it has no pairs or captions."""
     source = f"{config.dataset_name or config.train_data_dir} ({config.split})"
     missing = [name for name in (config.caption_column, *IMAGES) if name not in table.column_names]
     if missing:
         has = ", ".join(table.column_names)
         raise InputError(f"{source}: column {', '.join(missing)} missing (it has {has}); labels are of pairs of images")
+    for name in IMAGES:
+        check_images(table, name, source)
     captions = column(table, config.caption_column)
     check_captions(captions, config.caption_column, source)
     return {
@@ -144,7 +146,6 @@ def describe(config: RelabelConfig, table: datasets.Dataset) -> dict:
         "rows": len(table),
         "captions": hash_captions(captions),
         "metric": config.metric,
-        "margin": config.margin,
         "weights": config.sources,
     }
 
@@ -163,7 +164,6 @@ def score_table(config: RelabelConfig, table: datasets.Dataset, about: dict, kep
     Those in the file `kept` are reused, new ones appended to it. Raises InputError for too many unreadable images.
     """
     device = check_device(config.device)  # before weights are fetched
-    about = {name: value for name, value in about.items() if name != "margin"}  # which scores do not depend on
     scores = read_kept(kept, about)
     lines = [json.dumps(row) + "\n" for row in (about, *scores)]
     write_text(kept, "".join(lines))  # without a line that was cut off

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -41,12 +43,18 @@ class Shards:
         write_json(self.folder / "index.json", {"key": self.key})
 
     def scan(self) -> None:
-        """Note where each row of the complete files is; raises InputError for a file that is damaged."""
-        self.files = sorted(self.folder.glob("*.safetensors"))
-        for number, path in enumerate(self.files):
-            about = read_about(path)
-            self.places |= {name: (number, row) for row, name in enumerate(about["names"])}
-            self.notes |= about["notes"]
+        """Note where each row of the complete files is; raises InputError for a file that is damaged.
+
+        The main process looks, so that ranks agree while others write; every rank calls this.
+        """
+        if PartialState().is_main_process:
+            self.files = sorted(self.folder.glob("*.safetensors"))
+            for number, path in enumerate(self.files):
+                about = read_about(path)
+                self.places |= {name: (number, row) for row, name in enumerate(about["names"])}
+                self.notes |= about["notes"]
+        found = [self.files, self.places, self.notes]
+        self.files, self.places, self.notes = broadcast_object_list(found)
 
     def write(self, names: list[int | str], tensors: dict[str, Tensor], notes: dict[str, str]) -> None:
         """Write one file of len(names) rows; every tensor is (len(names), ...)."""
@@ -89,7 +97,7 @@ def read_about(path: Path) -> dict:
         with safe_open(path, "pt") as file:
             about = json.loads(file.metadata()["about"])
             rows = {file.get_slice(name).get_shape()[0] for name in file.keys()}  # noqa: SIM118
-        if rows != {len(about["names"])} or not isinstance(about["notes"], dict):
+        if rows != {len(set(about["names"]))} or not isinstance(about["notes"], dict):  # which are hashable
             raise ValueError("it does not describe its own rows")
         return {name: about[name] for name in ("names", "notes", "sha256")}
     except (SafetensorError, TypeError, LookupError, ValueError) as error:

@@ -6,13 +6,13 @@ import copy
 import dataclasses
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import AutocastKwargs, DistributedType
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -30,6 +30,8 @@ from sdpo.metrics import Meter, pair_metrics
 if TYPE_CHECKING:  # the benchmark trains without the packages that data on file need
     from sdpo.references import ReferenceErrors
 
+# A pass uses every weight once, so autocast gains nothing by keeping its copies until the end of the pass
+AUTOCAST = AutocastKwargs(cache_enabled=False)
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)  # engines that may share out weights over ranks
 OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 0}  # of state per parameter, to the next whole number
 
@@ -51,6 +53,7 @@ class Run:
     average: AveragedWeights | None = None  # of the policy, once that is prepared
     data: str = ""  # Pairs.fingerprint of what it trains on
     references: ReferenceErrors | None = None  # the reference's errors, kept for other runs
+    prompts: list[str] = field(default_factory=list)  # to sample images of when held-out errors are measured
     step: int = 0  # updates made or skipped
 
     def state(self) -> dict[str, Any]:

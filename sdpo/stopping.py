@@ -12,11 +12,10 @@ from accelerate import Accelerator
 
 from sdpo.checkpoint import save_checkpoint
 from sdpo.config import InputError
-from sdpo.data import PairDataset, micro_batch_places
+from sdpo.data import STOP_SIGNALS, PairDataset, micro_batch_places
 from sdpo.step import Run, Skipped
 
 SHOWN_ROWS = 16  # of a skipped update, on the console
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 log = logging.getLogger(__name__)
 
 
@@ -27,7 +26,7 @@ class StopRequest:
         self.accelerator, self.received, self.earlier = accelerator, 0, {}
 
     def __enter__(self) -> StopRequest:
-        self.earlier = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self.earlier = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, *_) -> None:
@@ -36,7 +35,7 @@ class StopRequest:
 
     def _note(self, number: int, _) -> None:
         self.received = number
-        for other in SIGNALS:
+        for other in STOP_SIGNALS:
             signal.signal(other, signal.SIG_DFL)
         if self.accelerator.is_local_main_process:
             os.write(2, b"\nstopping after this update, with a checkpoint; a second signal stops at once\n")

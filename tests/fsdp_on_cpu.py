@@ -2,7 +2,9 @@
 
 import os
 import sys
+from pathlib import Path
 
+import yaml
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
@@ -11,17 +13,15 @@ import train
 from sdpo.config import run_command
 
 original = Accelerator.__init__
+CONFIG = Path(__file__).parents[1] / "configs" / "accelerate" / "fsdp2.yaml"
 
 
 def begin(self, *given, **options):
-    version = int(os.environ.get("FSDP_VERSION", 2))  # accelerate's own variable
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=version,
-        auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["BasicTransformerBlock", "ResnetBlock2D"],
-        state_dict_type="SHARDED_STATE_DICT",
-        reshard_after_forward=True if version == 2 else "FULL_SHARD",
-    )
+    for name, value in yaml.safe_load(CONFIG.read_text())["fsdp_config"].items():  # as accelerate's launcher does
+        os.environ.setdefault(name.replace("transformer_layer_cls", "transformer_cls").upper(), str(value))
+    if os.environ["FSDP_VERSION"] == "1":
+        os.environ["FSDP_RESHARD_AFTER_FORWARD"] = "FULL_SHARD"
+    plugin = FullyShardedDataParallelPlugin()
     original(self, *given, **options)
     for state in (AcceleratorState, PartialState):
         state._shared_state["distributed_type"] = DistributedType.FSDP

@@ -313,6 +313,7 @@ def test_two_ranks_share_the_files(monkeypatch, tmp_path):
 
 
 OTHER_ROWS = '{"names": [1, 2], "notes": {}, "sha256": ""}'  # of a file with one row
+ODD_ROWS = '{"names": [[1]], "notes": {}, "sha256": ""}'
 
 
 def test_damage_is_found(flags, tmp_path):
@@ -322,7 +323,7 @@ def test_damage_is_found(flags, tmp_path):
     path.write_bytes(whole[:-1])  # noticed at every start, as is a file of others
     with pytest.raises(InputError, match=f"{path} is damaged"):
         cache.main(flags())
-    for metadata in (None, {"about": "{"}, {"about": '{"names": []}'}, {"about": OTHER_ROWS}):
+    for metadata in (None, {"about": "{"}, {"about": '{"names": []}'}, {"about": OTHER_ROWS}, {"about": ODD_ROWS}):
         save_file({"moments": torch.zeros(1)}, path, metadata)
         with pytest.raises(InputError, match=f"{path} is damaged"):
             cache.main(flags())
@@ -421,6 +422,8 @@ def test_a_base_in_the_hubs_cache_has_the_fingerprint_of_its_files(bases, tmp_pa
     assert family.fingerprints() == load_family("sdxl", str(base), encoders=False).fingerprints()
     with pytest.raises(InputError, match="nobody/base"):
         load_family("sdxl", "nobody/base", **options)
+    with pytest.raises(InputError, match=r"somebody/base holds a StableDiffusionXLPipeline, .* need --sdxl"):
+        load_family("sd15", "somebody/base", **options)
 
 
 @pytest.mark.parametrize("form", ["bytes", "paths", "records", "records with paths"])

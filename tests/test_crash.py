@@ -220,6 +220,20 @@ def test_only_damaged_checkpoints_are_no_reason_to_start_again(arguments, tmp_pa
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
 
 
+def test_a_run_that_starts_anew_does_not_mix_its_checkpoints_with_others(arguments, tmp_path):
+    """They would be resumed from later."""
+    flags = arguments("--checkpointing_steps=1", "--max_train_steps=2")
+    train.main(flags)
+    before = list_checkpoints(tmp_path / "run")
+    with pytest.raises(InputError, match=r"none: .*checkpoint-2 would later be taken for one of the new run: choose"):
+        train.main([*flags, "--resume_from_checkpoint=none"])
+    assert list_checkpoints(tmp_path / "run") == before
+    for folder in before:
+        shutil.rmtree(folder)
+    train.main([*flags, "--resume_from_checkpoint=none"])
+    assert list_checkpoints(tmp_path / "run") == before
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_no_flipped_bit_passes(arguments, tmp_path, name):
     train.main(arguments("--checkpointing_steps=1", "--max_train_steps=1", "--use_ema"))

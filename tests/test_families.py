@@ -109,7 +109,7 @@ def test_unet_init_replaces_the_weights(bases, tmp_path, suffix):
 def test_unusable_models_are_refused(bases, tmp_path):
     with pytest.raises(InputError, match="need --sdxl"):
         load_family("sd15", str(bases["sdxl", "epsilon"]))
-    with pytest.raises(InputError, match=r"cannot load scheduler of .*nowhere"):
+    with pytest.raises(InputError, match=r"cannot fetch model_index.json of .*nowhere"):
         load_family("sd15", str(tmp_path / "nowhere"))
     family = load_family("sd15", str(bases["sd15", "epsilon"]))
     with pytest.raises(InputError, match="multiple of 4"):

@@ -85,6 +85,13 @@ def test_another_margin_needs_no_new_scores(pairs_folder, tmp_path, monkeypatch)
     assert again.equals(wide, check_metadata=True) and not again.equals(plain)
 
 
+def test_columns_that_hold_no_images_are_refused(tmp_path):
+    columns = {"caption": ["a"], "jpg_0": [b""], "jpg_1": [1]}
+    pq.write_table(pa.table(columns), tmp_path / "train.parquet")
+    with pytest.raises(InputError, match=r"\(train\): column jpg_1 holds int64, but must hold encoded images"):
+        made(tmp_path, tmp_path / "labels.parquet")
+
+
 def test_a_file_that_is_no_label_file_is_not_written_over(pairs_folder):
     path = pairs_folder / "train.parquet"
     before = path.read_bytes()

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from diffusers import DiffusionPipeline
 from test_training import same, weights
 
 import train
+from sdpo.config import InputError
 from sdpo.metrics import read_metrics
 
 TESTS = Path(__file__).parent
@@ -22,9 +25,10 @@ def run_sharded(flags):
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=300)
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_sharded_run_is_the_run_of_one_process(arguments, tmp_path, precision):
+@pytest.mark.parametrize("family, precision", [("sd15", "no"), ("sd15", "bf16"), ("sdxl", "no")])
+def test_sharded_run_is_the_run_of_one_process(arguments, tmp_path, family, precision):
     flags = [
+        "--optimizer=adamw",
         f"--mixed_precision={precision}",
         "--validation_pairs=5",
         "--checkpointing_steps=2",
@@ -33,11 +37,11 @@ def test_sharded_run_is_the_run_of_one_process(arguments, tmp_path, precision):
         "--validation_steps=1",  # puts averaged weights in place and takes them back
         "--adam_epsilon=0.1",  # Adam otherwise turns the rounding of small gradients into steps
     ]
-    result = run_sharded(arguments(*flags, out="sharded"))
+    result = run_sharded(arguments(*flags, family=family, out="sharded"))
     assert result.returncode == 0, result.stderr[-3000:]
     assert "2 pairs x 2 processes" in result.stderr
-    train.main(arguments(*flags, out="one"))
-    start = train.load_family("sd15", arguments()[0].split("=")[1]).load_unet("").state_dict()
+    train.main(arguments(*flags, family=family, out="one"))
+    start = train.load_family(family, arguments(family=family)[0].split("=")[1]).load_unet("").state_dict()
     for file in ("unet.pth", "unet_ema.pth"):
         sharded, one = (weights(tmp_path / out, file) for out in ("sharded", "one"))
         moved = sum((one[name] - start[name]).square().sum() for name in one).sqrt()
@@ -56,14 +60,42 @@ def test_sharded_run_is_the_run_of_one_process(arguments, tmp_path, precision):
     if not exact:
         return
     (tmp_path / "sharded" / "unet.pth").unlink()
-    result = run_sharded(arguments(*flags, out="sharded"))
+    result = run_sharded(arguments(*flags, family=family, out="sharded"))
     assert result.returncode == 0 and "after 2 updates" in result.stderr, result.stderr[-3000:]
     assert same(weights(tmp_path / "sharded"), sharded)
     assert same(weights(tmp_path / "sharded", "unet_ema.pth"), averaged)
 
 
-def test_fsdp_1_is_refused(arguments, monkeypatch):
-    monkeypatch.setenv("FSDP_VERSION", "1")
-    result = run_sharded(arguments())
+@pytest.mark.parametrize(
+    "environment, flags, message",
+    [
+        ({"FSDP_VERSION": "1"}, [], "FSDP 1 is not supported: write fsdp_version: 2"),
+        (
+            {},
+            ["--optimizer=adafactor"],
+            "--optimizer adafactor does not go with FSDP2 or DeepSpeed: use --optimizer adamw",
+        ),
+        ({}, ["--channels_last"], "--channels_last does not go with FSDP2"),
+    ],
+)
+def test_what_sharding_cannot_do_is_refused(arguments, monkeypatch, environment, flags, message):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    result = run_sharded(arguments(*flags))
     assert result.returncode != 0, result.stderr[-3000:]
-    assert "error: FSDP 1 is not supported: write fsdp_version: 2" in result.stderr
+    assert f"error: {message}" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    {
+        ("--mixed_precision=bf16",): "--mixed_precision bf16 under DeepSpeed would round the policy otherwise",
+        ("--use_ema",): "--use_ema does not go with DeepSpeed",
+        ("--skip_grad_norm_above=9",): "--skip_grad_norm_above does not go with DeepSpeed",
+        ("--optimizer=adafactor",): "--optimizer adafactor does not go with FSDP2 or DeepSpeed",
+    }.items(),
+)
+def test_what_deepspeed_cannot_do_is_refused(arguments, monkeypatch, flags, message):
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.DEEPSPEED)
+    with pytest.raises(InputError, match=message):
+        train.main(arguments(*flags))

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -19,10 +20,11 @@ from benchmarks.architectures import BASES
 from benchmarks.contestants import Ours, Variant
 from benchmarks.counting import like_a_gpu
 from sdpo import step
+from sdpo.batch import collate
 from sdpo.config import TrainConfig, parse_flags
 from sdpo.families import load_family
-from sdpo.inputs import Inputs
-from sdpo.memory import checkpoint_units, choose_units, room_for_activations
+from sdpo.inputs import Inputs, make_inputs
+from sdpo.memory import KeptBytes, checkpoint_units, choose_units, room_for_activations
 from sdpo.metrics import read_metrics
 
 GIB = 2**30
@@ -57,6 +59,41 @@ def test_kept_activations_are_counted_as_they_are(case):
     chosen, kept = choose_units(family, unet, inputs, torch.float32, float("inf"))
     assert chosen == set()
     assert kept == kept_for_backward(family, unet, inputs)
+    chosen, kept = choose_units(family, unet, inputs, torch.bfloat16, float("inf"))
+    with torch.autocast("cpu", torch.bfloat16):
+        real = kept_for_backward(family, unet, inputs)
+    assert kept == pytest.approx(real, rel=0.01) and kept < 0.9 * kept_for_backward(family, unet, inputs)
+
+
+class WeightCopies(TorchDispatchMode):
+    """Notes copies of weights in another precision; `alive` counts the numbers of those that somebody still holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.copies = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and isinstance(args[0], torch.nn.Parameter):
+            self.copies.append(weakref.ref(out))
+        return out
+
+    def alive(self):
+        return sum(copy.numel() for copy in (copy() for copy in self.copies) if copy is not None)
+
+
+def test_checkpointed_units_leave_no_copies_of_their_weights(arguments):
+    """Which autocast would otherwise hold until the end of the pass."""
+    flags = arguments("--mixed_precision=bf16", "--gradient_checkpointing")
+    run, dataset, _ = train.set_up(parse_flags(TrainConfig, "", "", flags))
+    inputs = make_inputs(run.family, collate([dataset[0, 0]]))
+    unet, alive = run.accelerator.unwrap_model(run.unet, keep_fp32_wrapper=False), {}
+    for name, autocast in {"ours": run.accelerator.autocast(), "plain": torch.autocast("cpu", torch.bfloat16)}.items():
+        with WeightCopies() as copies, autocast:
+            prediction = run.family.predict(unet, inputs.noisy, inputs.timesteps, inputs.conditioning)
+            alive[name] = copies.alive()
+        assert prediction.requires_grad
+    assert 0 < alive["ours"] < 0.4 * alive["plain"]
 
 
 def test_as_few_units_as_the_budget_needs_are_computed_again(case):
@@ -69,6 +106,10 @@ def test_as_few_units_as_the_budget_needs_are_computed_again(case):
         budget = least + share * (everything - least)
         chosen, kept = choose_units(family, unet, inputs, torch.float32, budget)
         assert kept <= budget
+        with FakeTensorMode():
+            counter = KeptBytes(family, unet, inputs, torch.float32)
+            by_unit = counter.by_unit()
+            assert counter.total(chosen - {min(chosen, key=by_unit.get)}) > budget  # one fewer would be too few
         sizes.append(len(chosen))
     assert 0 < sizes[0] <= sizes[1] <= sizes[2] < len(all_units)
 

@@ -104,6 +104,28 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_update(arguments, tmp_pat
             rank.kill()
 
 
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_the_whole_group_spares_loader_workers(arguments, tmp_path, number, code):
+    """As launchers and terminals send it; what is left of the workers would fail the run."""
+    command = [sys.executable, ROOT / "train.py", *arguments("--max_train_steps=100000", "--dataloader_num_workers=2")]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        log = tmp_path / "run" / "metrics.jsonl"
+        while not (log.exists() and log.read_text().count("\n") > 1):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.1)
+        os.killpg(process.pid, number)
+        said = process.communicate(timeout=60)[1]
+        assert process.returncode == code, said
+        (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+        assert f"stopped after {checkpoint.name.split('-')[1]} updates" in said
+        assert said.count("stopping after this update") == 1
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
 def poison(monkeypatch, bad):
     """Make the noise of the pairs at some places infinite."""
     original = PairDataset.__getitem__
@@ -338,7 +360,8 @@ def test_a_preempted_slurm_job_goes_back_into_the_queue(arguments, pairs_folder,
         (tmp_path / name).chmod(0o755)
     job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "here", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     command = ["bash", ROOT / "scripts/slurm/train.sbatch", ROOT / "scripts/train/sd15_diffusion_dpo.sh"]
-    command += arguments("--max_train_steps=100000", "--train_batch_size=1", "--dataloader_num_workers=0")
+    flags = arguments("--max_train_steps=100000", "--train_batch_size=1", "--dataloader_num_workers=0")
+    command += [flag for flag in flags if not flag.startswith("--train_data_dir")]
     process = subprocess.Popen(
         command, cwd=tmp_path, stderr=subprocess.PIPE, text=True,
         env={**os.environ, **job, "ACCELERATE_USE_CPU": "true", "PYTHON": sys.executable, "DATA": str(pairs_folder)},

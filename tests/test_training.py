@@ -116,6 +116,19 @@ def test_checkpoints_are_limited_and_plain(arguments, tmp_path):
     assert same(weights(tmp_path / "run" / "checkpoint-3"), weights(tmp_path / "run"))
 
 
+def test_a_trained_output_folder_is_a_start_for_another_run(arguments, tmp_path):
+    train.main(arguments(out="first"))
+    train.main(arguments(f"--unet_init={tmp_path / 'first'}", "--learning_rate=0", "--max_train_steps=1"))
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "first"))
+
+
+def test_a_single_held_out_pair_has_no_standard_error(arguments, tmp_path):
+    train.main(arguments("--validation_pairs=1", "--max_train_steps=1"))
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in lines]  # NaN is no JSON
+    assert "heldout/margin" in rows[0] and "heldout/margin_se" not in rows[0]
+
+
 def test_averaged_weights_are_the_recursion(arguments, tmp_path):
     train.main(arguments("--use_ema", "--ema_decay=0.9", "--checkpointing_steps=1"))
     base = json.loads((tmp_path / "run" / "config.json").read_text())["config"]["pretrained_model_name_or_path"]

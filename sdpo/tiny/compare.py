@@ -144,7 +144,7 @@ def main() -> None:
     args = parser.parse_args()
     runs = {name: Path(folder) for name, folder in split_pairs(args.runs, "run")}
     for run in runs.values():
-        if not (run / "unet.pth").is_file() or not read_metrics(run, "heldout/winner_error_change"):
+        if not (run / "unet.pth").is_file() or not read_metrics(run, "heldout/margin_se"):
             raise InputError(f"{run} is no run that ended and had held-out pairs: train it with --validation_pairs")
     args.out.mkdir(parents=True, exist_ok=True)
     for library in (diffusers, transformers):
