@@ -76,7 +76,10 @@ SMALL = {  # 49.5 M parameters: some quarter of the widths of SD1.5, its VAE inc
 }
 
 
-CHANGES = ("cached latents", "known reference", "channels last", "unfused AdamW", "full checkpointing")
+CHANGES = (  # contestants that differ from the default in one thing
+    *("cached latents", "known reference", "channels last", "unfused attention", "reference in fp32"),
+    *("figures fetched", "unfused AdamW", "Adafactor", "AdamW in 8 bits", "averaged weights", "full checkpointing"),
+)
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ class Base:
     parts: dict[str, dict] | None  # configuration of every part; None: the embedded tiny base
     flags: dict[str, Any]
     stored: int  # side of the images on file, pixels
-    changes: tuple[str, ...] = CHANGES  # contestants that differ from the default in one thing
+    changes: tuple[str, ...] = CHANGES
     lean: float | None = None  # GiB of activations that the contestant which saves memory keeps on a GPU
 
     def config(self, **flags: Any) -> TrainConfig:

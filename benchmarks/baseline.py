@@ -68,7 +68,7 @@ class OfficialLoop:
                 reference = self.family.predict(self.reference, noisy, timesteps, conditioning).to(self.dtype)
             loss = self.log(*self.loss(prediction, reference, noise))
             self.accelerator.backward(loss)
-            if self.accelerator.sync_gradients and self.family.optimizer == "adamw":
+            if self.accelerator.sync_gradients:
                 self.accelerator.clip_grad_norm_(self.unet.parameters(), self.config.max_grad_norm)
             self.optimizer.step()
             self.schedule.step()

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from diffusers.models.attention_processor import AttnProcessor
+from torch import Tensor
 
 from benchmarks.architectures import Base
 from benchmarks.baseline import OfficialLoop
@@ -68,6 +70,32 @@ def unfuse_optimizer(run: Run, batch: Batch) -> Batch:
     return batch
 
 
+def unfuse_attention(run: Run, batch: Batch) -> Batch:
+    """Attention in several operations, with its scores in memory, for policy and reference."""
+    for unet in (run.unet, run.reference):
+        unet.set_attn_processor(AttnProcessor())
+    return batch
+
+
+def hold_reference_in_fp32(run: Run, batch: Batch) -> Batch:
+    """The reference's weights as the policy's: cast at every use."""
+    run.reference.float()
+    return batch
+
+
+def fetch_figures(run: Run, batch: Batch) -> Batch:
+    """Seven figures fetched from the device in every micro-step, as the official loop does."""
+    backward = run.accelerator.backward
+
+    def fetch_and_backward(loss: Tensor) -> None:
+        for _ in range(7):
+            run.accelerator.gather(loss.detach()).item()
+        backward(loss)
+
+    run.accelerator.backward = fetch_and_backward
+    return batch
+
+
 @dataclass(frozen=True)
 class Variant:
     """Flags that differ from the default, and what is changed in a run before its first update."""
@@ -92,7 +120,13 @@ VARIANTS = {
     "cached latents": Variant(changes=(cache_latents,)),
     "known reference": Variant(changes=(know_reference,)),
     "channels last": Variant({"channels_last": True}),
+    "unfused attention": Variant(changes=(unfuse_attention,)),
+    "reference in fp32": Variant(changes=(hold_reference_in_fp32,)),
+    "figures fetched": Variant(changes=(fetch_figures,)),
     "unfused AdamW": Variant(changes=(unfuse_optimizer,)),
+    "Adafactor": Variant({"optimizer": "adafactor"}),
+    "AdamW in 8 bits": Variant({"optimizer": "adamw8bit"}),
+    "averaged weights": Variant({"use_ema": True}),
     "full checkpointing": Variant({"gradient_checkpointing": "full"}),
     "auto checkpointing": Variant(AUTO, (choose_activations,)),
 }

@@ -92,6 +92,7 @@ def count(base: Base, dtype: torch.dtype) -> dict[str, dict[str, float]]:
         return counted(parts.setdefault(name, {}), 1 / pairs)
 
     family = base.build(meta).to(meta, dtype)
+    family.vae.to(dtype)  # which is otherwise left alone on the meta device
     unet = family.load_unet().to(meta, dtype).train()
     noise = torch.empty(2 * pairs, *family.latent_shape(size), device=meta)
     pixels = torch.empty(2 * pairs, 3, size, size, device=meta)

@@ -63,19 +63,19 @@ def show_safeguard(cost: dict[str, Any]) -> str:
     return text + (f"; {cost['added_peak_bytes']:+d} bytes at the peak" if "added_peak_bytes" in cost else "")
 
 
-def show_decoding(base: dict[str, Any]) -> str:
-    """What loading one pair costs, and how many loader workers keep up."""
-    decode, default = base["decode_ms_per_pair"], base["against_baseline"]["default"].get("pairs_per_second")
-    if decode is None:
+def show_data(base: dict[str, Any]) -> str:
+    """What loading one pair costs, and what share of a core keeps up."""
+    data, default = base["data_ms_per_pair"], base["against_baseline"]["default"].get("pairs_per_second")
+    if data is None:
         return "not measured, torchvision is missing"
-    workers = f"; {decode / 1000 * default['median']:.1f} workers keep up with the default" if default else ""
-    return f"{decode:.1f} ms per pair on one core{workers}"
+    cores = f"; {data / 1000 * default['median']:.2g} cores keep up with the default" if default else ""
+    return f"{data:.1f} ms per pair on one core to decode, crop and draw noise{cores}"
 
 
 def markdown(results: dict[str, Any]) -> str:
     """All tables of a run."""
-    about = f"{results['name']}, {results['threads']} threads, torch {results['versions']['torch']}, {results['date']}"
-    texts = [f"Measured on {about}.", show_counts(results["bases"])]
+    about = f"{results['name']}, torch {results['versions']['torch']}, {results['date']}"
+    texts = [f"Measured on {about}, by `{results['command']}`.", show_counts(results["bases"])]
     for name, base in results["bases"].items():
         peak, copy_rate = base["ceilings"]["matmul_flops_per_second"], base["ceilings"]["copy_bytes_per_second"]
         batch = f"{base['train_batch_size']} pairs x {base['gradient_accumulation_steps']} micro-steps per update"
@@ -83,7 +83,7 @@ def markdown(results: dict[str, Any]) -> str:
             f"- ceilings: matmul {peak / 1e12:.3g} TFLOP/s, copy {copy_rate / 1e9:.3g} GB/s",
             f"- baseline's FLOPs: {show_check(base['baseline_flops'])}",
             f"- safeguard: {show_safeguard(base['safeguard'])}",
-            f"- data: {show_decoding(base)}",
+            f"- data: {show_data(base)}",
         ]
         compiled = base["against_baseline"].get("fast, compiled", {})
         if "ratio_to_fast" in compiled:

@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -22,6 +23,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +41,19 @@ from benchmarks.architectures import BASES, Base  # noqa: E402
 from benchmarks.baseline import OfficialLoop  # noqa: E402
 from benchmarks.contestants import VARIANTS, Ours, build, cache_latents, know_reference, precision  # noqa: E402
 from benchmarks.counting import count, counted  # noqa: E402
-from benchmarks.tables import PARTS, markdown, show_check, show_safeguard  # noqa: E402
+from benchmarks.tables import PARTS, markdown, show_check, show_counts, show_safeguard  # noqa: E402
 from sdpo.files import write_json, write_text  # noqa: E402
 from sdpo.hub import DTYPES  # noqa: E402
 from sdpo.losses import pair_terms  # noqa: E402
-from sdpo.rng import draw  # noqa: E402
+from sdpo.rng import draw, normal  # noqa: E402
 
 AGAINST_BASELINE = ("baseline", "default", "fast", "fast, lean", "fast, compiled", "fast, known reference")
+
+ONLY_ON_GPU = {
+    "fast, lean",
+    "reference in fp32",
+    "figures fetched",
+}  # peak memory, low precision, waiting for the device
 
 # Measuring
 
@@ -73,16 +81,20 @@ def seconds(task: Callable[[], Any], device: torch.device) -> float:
 def ceilings(device: torch.device) -> dict[str, float]:
     """Best rate of a large matrix product, FLOP/s, and of a large copy, bytes read and written per second."""
     cuda = device.type == "cuda"
-    side, dtype = (8192, torch.bfloat16) if cuda else (2048, torch.float32)
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    sides, dtype = ((8192,), torch.bfloat16) if cuda else ((512, 1024, 2048), torch.float32)
     source = torch.randn(2**28 if cuda else 2**25, device=device)
     target = torch.empty_like(source)
-    tasks = {"matmul": lambda: torch.mm(a, b), "copy": lambda: target.copy_(source)}
-    best = {name: min(seconds(task, device) for _ in range(20)) for name, task in tasks.items()}
-    matmul, copied = 2 * side**3, 2 * source.numel() * source.element_size()
+
+    def best(task: Callable[[], Any]) -> float:
+        return min(seconds(task, device) for _ in range(20))
+
+    def matmul(side: int) -> float:
+        a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+        return 2 * side**3 / best(lambda: torch.mm(a, b))
+
     return {
-        "matmul_flops_per_second": matmul / best["matmul"],
-        "copy_bytes_per_second": copied / best["copy"],
+        "matmul_flops_per_second": max(map(matmul, sides)),
+        "copy_bytes_per_second": 2 * source.nbytes / best(lambda: target.copy_(source)),
     }
 
 
@@ -133,8 +145,8 @@ def time_parts(contestant: Ours | OfficialLoop, device: torch.device) -> dict[st
     return parts | {"optimizer": 1000 * spent["optimizer"]}
 
 
-def decode_milliseconds(base: Base) -> float | None:
-    """Time of one core to decode, resize and crop one pair of JPEG files; None where torchvision is not installed."""
+def data_milliseconds(base: Base) -> float | None:
+    """Time of one core to make a sample of one pair of JPEG files; None where torchvision is not installed."""
     try:
         from sdpo.data import Transform
     except ImportError:
@@ -142,11 +154,15 @@ def decode_milliseconds(base: Base) -> float | None:
     smooth = draw(0, "benchmark-image").integers(0, 256, (16, 16, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(smooth).resize((base.stored, base.stored), Image.Resampling.BICUBIC).save(file, "JPEG", quality=95)
-    transform = Transform(base.config().resolution, flip=True)
+    transform, shape = (
+        Transform(base.config().resolution, flip=True),
+        base.build("meta").latent_shape(base.config().resolution),
+    )
 
-    def pair() -> Tensor:
+    def pair() -> tuple[Tensor, ...]:
         images = [Image.open(io.BytesIO(file.getvalue())).convert("RGB") for _ in range(2)]
-        return transform(images, draw(0, "crop"), draw(0, "flip"))
+        pixels = transform(images, draw(0, "crop"), draw(0, "flip"))
+        return pixels, normal(0, "noise", (), shape), normal(0, "posterior", (), (2, *shape))
 
     return 1000 * statistics.median(seconds(pair, torch.device("cpu")) for _ in range(10))
 
@@ -238,16 +254,16 @@ def race(base: Base, names: list[str], device: torch.device, args: argparse.Name
     results: dict[str, Any] = {name: {"rounds": []} for name in names}
     took: dict[str, float] = {}
 
-    def turn(name: str, first: bool) -> dict[str, Any]:
+    def turn(name: str) -> dict[str, Any]:
         contestant = build(base, name, device)
         figures = measure_round(contestant, device, args.seconds)
-        return {"figures": figures} | ({"parts_ms": time_parts(contestant, device)} if first else {})
+        return {"figures": figures | {"parts_ms": time_parts(contestant, device)}}
 
     for number, name in itertools.product(range(args.rounds), names):
         began, result = time.monotonic(), results[name]
         if "error" in result or began + took.get(name, 0) > until:
             continue
-        result |= attempt(lambda name=name, number=number: turn(name, first=number == 0))
+        result |= attempt(lambda name=name: turn(name))
         if "figures" in result:
             result["rounds"].append(result.pop("figures"))
             speed = result["rounds"][-1]["pairs_per_second"]
@@ -264,6 +280,8 @@ def compare(results: dict[str, Any], flops: dict[str, float], peak: float) -> No
         if not speeds[name]:
             continue
         result["pairs_per_second"] = spread(speeds[name])
+        parts = [r["parts_ms"] for r in result["rounds"]]
+        result["parts_ms"] = {part: statistics.median(times[part] for times in parts) for part in parts[0]}
         result["share_of_matmul_peak"] = statistics.median(speeds[name]) * flops[name] / peak
         for other in (next(iter(results)), name.removesuffix(", compiled")):
             if speeds[other]:
@@ -273,28 +291,34 @@ def compare(results: dict[str, Any], flops: dict[str, float], peak: float) -> No
         result["peak_bytes"] = max(peaks, default=None)
 
 
+def describe(base: Base, dtype: torch.dtype) -> dict[str, Any]:
+    """Size of an update, and what a pair costs by part with all tensors in `dtype`."""
+    names = ("resolution", "train_batch_size", "gradient_accumulation_steps")
+    return {name: getattr(base.config(), name) for name in names} | {"per_pair": count(base, dtype)}
+
+
 def measure_base(
     base: Base, args: argparse.Namespace, device: torch.device, limit: float, result: dict[str, Any], save: Callable
 ) -> None:
     """Fill `result` with everything about one base model in about `limit` seconds, and save it after each race."""
-    began, config = time.monotonic(), base.config()
-    for name in ("resolution", "train_batch_size", "gradient_accumulation_steps"):
-        result[name] = getattr(config, name)
-    parts = result["per_pair"] = count(base, DTYPES[precision(device)])
+    began = time.monotonic()
+    result |= describe(base, DTYPES[precision(device)])
+    parts = result["per_pair"]
     peaks = result["ceilings"] = ceilings(device)
-    result["decode_ms_per_pair"] = decode_milliseconds(base)
+    result["data_ms_per_pair"] = data_milliseconds(base)
     result["baseline_flops"] = attempt(lambda: check_baseline(base, parts, device))
     result["safeguard"] = attempt(lambda: safeguard_cost(base, device, 4 * args.seconds))
     print(f"  baseline's FLOPs: {show_check(result['baseline_flops'])}", flush=True)
     print(f"  safeguard: {show_safeguard(result['safeguard'])}", flush=True)
     now = time.monotonic()
     races = {
-        "against_baseline": (AGAINST_BASELINE, now + 0.7 * (began + limit - now)),
+        "against_baseline": (AGAINST_BASELINE, now + 0.6 * (began + limit - now)),
         "against_default": (("default", *base.changes), began + limit),
     }
     for title, (names, until) in races.items():
         unwanted = set() if args.compile else {"fast, compiled"}
-        unwanted |= set() if device.type == "cuda" else {"fast, lean"}  # for its peak memory
+        unwanted |= set() if device.type == "cuda" else ONLY_ON_GPU
+        unwanted |= set() if find_spec("bitsandbytes") else {"AdamW in 8 bits"}
         chosen = [name for name in names if name not in unwanted]
         result[title] = race(base, chosen, device, args, until)
         changes = {name: VARIANTS[name].changes for name in chosen}
@@ -317,7 +341,9 @@ def environment(device: torch.device) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     cores = {"cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads()}
-    return {"date": date, "device": device.type, "name": name, **cores, "versions": versions}
+    threads = f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']} " if "OMP_NUM_THREADS" in os.environ else ""
+    command = f"{threads}python benchmarks/train.py {shlex.join(sys.argv[1:])}".strip()
+    return {"date": date, "command": command, "device": device.type, "name": name, **cores, "versions": versions}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -325,6 +351,7 @@ def parse_arguments() -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
+    parser.add_argument("--count", action="store_true", help="print FLOPs and bytes in bf16 and stop; needs no GPU")
     parser.add_argument("--bases", nargs="+", choices=BASES, default=["sd15", "sdxl"] if cuda else ["tiny", "small"])
     compiled = {"action": argparse.BooleanOptionalAction, "default": cuda}
     parser.add_argument("--compile", help="measure compiled blocks too; minutes on a CPU", **compiled)
@@ -343,6 +370,9 @@ def main() -> None:
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+    if args.count:
+        print(show_counts({name: describe(BASES[name], torch.bfloat16) for name in args.bases}))
+        return
     size = {"train_batch_size": args.pairs, "gradient_accumulation_steps": args.accumulation}
     size = {name: value for name, value in size.items() if value}
     device, until = torch.device(args.device), time.monotonic() + 60 * args.minutes
