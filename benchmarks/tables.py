@@ -68,8 +68,11 @@ def show_data(base: dict[str, Any]) -> str:
     data, default = base["data_ms_per_pair"], base["against_baseline"]["default"].get("pairs_per_second")
     if data is None:
         return "not measured, torchvision is missing"
-    cores = f"; {data / 1000 * default['median']:.2g} cores keep up with the default" if default else ""
-    return f"{data:.1f} ms per pair on one core to decode, crop and draw noise{cores}"
+    cores = f"; {data['stored'] / 1000 * default['median']:.2g} cores keep up with the default" if default else ""
+    return (
+        f"{data['stored']:.2f} ms per pair on one core to decode, crop and draw noise{cores}; from images of twice the "
+        f"side {data['large']:.2f} ms, {data['draft']:.2f} with --draft_decoding"
+    )
 
 
 def markdown(results: dict[str, Any]) -> str:

@@ -44,6 +44,7 @@ from benchmarks.counting import count, counted  # noqa: E402
 from benchmarks.tables import PARTS, markdown, show_check, show_counts, show_safeguard  # noqa: E402
 from sdpo.files import write_json, write_text  # noqa: E402
 from sdpo.hub import DTYPES  # noqa: E402
+from sdpo.images import decode  # noqa: E402
 from sdpo.losses import pair_terms  # noqa: E402
 from sdpo.rng import draw, normal  # noqa: E402
 
@@ -145,26 +146,31 @@ def time_parts(contestant: Ours | OfficialLoop, device: torch.device) -> dict[st
     return parts | {"optimizer": 1000 * spent["optimizer"]}
 
 
-def data_milliseconds(base: Base) -> float | None:
-    """Time of one core to make a sample of one pair of JPEG files; None where torchvision is not installed."""
+def data_milliseconds(base: Base) -> dict[str, float] | None:
+    """Time of one core to make a sample of a pair of JPEG files; None where torchvision is not installed.
+
+    Of files of the base's own size, and of twice the resolution, decoded whole and reduced.
+    """
     try:
         from sdpo.data import Transform
     except ImportError:
         return None
-    smooth = draw(0, "benchmark-image").integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(smooth).resize((base.stored, base.stored), Image.Resampling.BICUBIC).save(file, "JPEG", quality=95)
-    transform, shape = (
-        Transform(base.config().resolution, flip=True),
-        base.build("meta").latent_shape(base.config().resolution),
-    )
+    side = base.config().resolution
+    transform, shape = Transform(side, flip=True), base.build("meta").latent_shape(side)
+    smooth = Image.fromarray(draw(0, "benchmark-image").integers(0, 256, (16, 16, 3), dtype=np.uint8))
 
-    def pair() -> tuple[Tensor, ...]:
-        images = [Image.open(io.BytesIO(file.getvalue())).convert("RGB") for _ in range(2)]
-        pixels = transform(images, draw(0, "crop"), draw(0, "flip"))
-        return pixels, normal(0, "noise", (), shape), normal(0, "posterior", (), (2, *shape))
+    def milliseconds(stored: int, least: int = 0) -> float:
+        file = io.BytesIO()
+        smooth.resize((stored, stored), Image.Resampling.BICUBIC).save(file, "JPEG", quality=95)
 
-    return 1000 * statistics.median(seconds(pair, torch.device("cpu")) for _ in range(10))
+        def pair() -> tuple[Tensor, ...]:
+            images = [decode(file.getvalue(), least) for _ in range(2)]
+            pixels = transform(images, draw(0, "crop"), draw(0, "flip"))
+            return pixels, normal(0, "noise", (), shape), normal(0, "posterior", (), (2, *shape))
+
+        return 1000 * statistics.median(seconds(pair, torch.device("cpu")) for _ in range(10))
+
+    return {"stored": milliseconds(base.stored), "large": milliseconds(2 * side), "draft": milliseconds(2 * side, side)}
 
 
 # The safeguard

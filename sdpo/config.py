@@ -408,6 +408,11 @@ class TrainConfig:
             "the held-out errors are measured without the input perturbation",
         )
         yield (
+            any(name in self.pretrained_model_name_or_path.lower() for name in ("turbo", "refiner")),
+            f"{self.pretrained_model_name_or_path} is trained on all timesteps of its own noise schedule; the official "
+            "code has others for bases called turbo or refiner",
+        )
+        yield (
             self.latent_cache and self.validation_prompts,
             "--validation_prompts needs VAE and text encoders, so they are loaded in spite of --latent_cache",
         )
