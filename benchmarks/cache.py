@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.eval import environment  # noqa: E402
+from benchmarks.environment import environment  # noqa: E402
 from sdpo.batch import collate  # noqa: E402
 from sdpo.cache import CachedPairs, cut  # noqa: E402
 from sdpo.data import PairDataset, Transform  # noqa: E402
@@ -146,7 +146,12 @@ def main() -> None:
         pairs, seconds = write_cache(Path(name), args.pairs)
         size = sum(path.stat().st_size for path in Path(name).glob("*/*.safetensors"))
         tasks = measure_all(pairs, Path(name), args.repeats)
-    results = environment("cpu") | {"load_average": os.getloadavg(), "pairs": args.pairs, "bytes": size, "batch": BATCH}
+    results = environment("cpu", "safetensors") | {
+        "load_average": os.getloadavg(),
+        "pairs": args.pairs,
+        "bytes": size,
+        "batch": BATCH,
+    }
     results |= {"seconds_to_open": seconds, "tasks": tasks}
     print(f"{args.pairs:,} pairs, {size / 2**30:.3g} GiB, opened in {seconds:.3f} s")
     for task, row in tasks.items():

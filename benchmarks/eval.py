@@ -7,14 +7,10 @@ benchmarks/results/eval-{device}.json. Models have random weights and reduced si
 from __future__ import annotations
 
 import argparse
-import datetime
-import os
-import platform
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +23,7 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.environment import environment  # noqa: E402
 from sdpo.families import StableDiffusion, load_family  # noqa: E402
 from sdpo.files import write_json  # noqa: E402
 from sdpo.sampling import draw_noise, sample  # noqa: E402
@@ -144,16 +141,6 @@ def scoring(device: str, images: int, repeats: int) -> dict:
     return {"images": images, "scorers": list(scorers), "passes": ratios(speeds)}
 
 
-def environment(device: str) -> dict:
-    """Where and when."""
-    versions = {name: version(name) for name in ("torch", "diffusers", "transformers", "open_clip_torch")}
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor() or "CPU"
-    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    versions["python"] = platform.python_version()
-    cores = {"cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads()}
-    return {"date": date, "device": device, "name": name, **cores, "versions": versions}
-
-
 def show(title: str, rows: dict[str, dict[str, float]]) -> None:
     """A line per task: speed and ratio."""
     print(title)
@@ -171,7 +158,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
     args = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
-    results = environment(args.device)
+    results = environment(args.device, "diffusers", "transformers", "open_clip_torch")
     results["generation"] = generation(args.device, args.batches, args.repeats)
     for name, result in results["generation"].items():
         show(f"generation, {name} ({result['parameters'] / 1e6:.1f} M parameters), by batch size", result["batch"])

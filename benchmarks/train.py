@@ -9,20 +9,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import io
 import itertools
 import json
 import os
-import platform
-import shlex
 import statistics
 import sys
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -41,6 +37,7 @@ from benchmarks.architectures import BASES, Base  # noqa: E402
 from benchmarks.baseline import OfficialLoop  # noqa: E402
 from benchmarks.contestants import VARIANTS, Ours, build, cache_latents, know_reference, precision  # noqa: E402
 from benchmarks.counting import count, counted  # noqa: E402
+from benchmarks.environment import environment  # noqa: E402
 from benchmarks.tables import PARTS, markdown, show_check, show_counts, show_safeguard  # noqa: E402
 from sdpo.files import write_json, write_text  # noqa: E402
 from sdpo.hub import DTYPES  # noqa: E402
@@ -340,18 +337,6 @@ def measure_base(
 # Everything
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Where and when."""
-    versions = {name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate")}
-    versions["python"] = platform.python_version()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
-    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    cores = {"cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads()}
-    threads = f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']} " if "OMP_NUM_THREADS" in os.environ else ""
-    command = f"{threads}python benchmarks/train.py {shlex.join(sys.argv[1:])}".strip()
-    return {"date": date, "command": command, "device": device.type, "name": name, **cores, "versions": versions}
-
-
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     cuda = torch.cuda.is_available()
@@ -384,7 +369,7 @@ def main() -> None:
     device, until = torch.device(args.device), time.monotonic() + 60 * args.minutes
     os.environ["ACCELERATE_USE_CPU"] = str(device.type == "cpu").lower()
     torch.backends.cuda.matmul.allow_tf32 = True  # as the official recipe has it
-    results = environment(device) | {"bases": {}}
+    results = environment(device, "diffusers", "transformers", "accelerate") | {"bases": {}}
     path = args.out / f"{device.type}-{results['date'][:10]}.json"
 
     def save() -> None:

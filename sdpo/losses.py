@@ -85,19 +85,18 @@ def pair_terms(
     """Residuals, errors, loser scale and margin of B pairs.
 
     prediction, reference, target: (2B, C, H, W), winners first; the targets of the two members need not be equal. Where
-    `reference_error` (2B,) is known, no prediction of the reference is needed, and there is no drift. The loser's
+    `reference_error` (2B,) is known, the prediction of the reference is needed for the drift alone. The loser's
     gradient is scaled by the winner-preserving rule where `mu` is given, else by `constant` (1 is the plain method, 0
     trains on winners only).
     """
     prediction, target = prediction.float(), target.detach().float()
     residual_w, residual_l = (prediction - target).chunk(2)
     error_w, error_l = sample_mean(residual_w.square()), sample_mean(residual_l.square())
-    drift_w = None
+    reference = None if reference is None else reference.detach().float()
     if reference_error is None:
-        reference = reference.detach().float()
         reference_error = sample_mean((reference - target).square())
-        drift_w = (prediction - reference).chunk(2)[0]
-    reference_error_w, reference_error_l = reference_error.chunk(2)
+    reference_error_w, reference_error_l = reference_error.float().chunk(2)
+    drift_w = None if reference is None else (prediction - reference).chunk(2)[0]
     scale = (
         error_l.new_tensor(constant) if mu is None else winner_preserving_scale(residual_w, residual_l, mu, per_pair)
     )

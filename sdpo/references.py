@@ -27,7 +27,7 @@ from sdpo.shards import Shards, is_intact, refuse_changes
 FLAGS = (  # that decide what the reference is shown, or how its numbers are rounded
     *("random_crop", "no_hflip", "shared_flip", "draft_decoding", "proportion_empty_prompts"),
     *("noise_offset", "input_perturbation"),
-    *("train_batch_size", "mixed_precision", "allow_tf32", "compile", "channels_last"),
+    *("train_batch_size", "official_reference_errors", "mixed_precision", "allow_tf32", "compile", "channels_last"),
 )
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from sdpo.config import InputError, Plan, TrainConfig
 from sdpo.families import StableDiffusion, hold_matmul_weights
 from sdpo.hub import DTYPES
 from sdpo.inputs import make_inputs
-from sdpo.losses import PAIR_LOSSES, pair_terms, sft
+from sdpo.losses import PAIR_LOSSES, pair_terms, sample_mean, sft
 from sdpo.metrics import Meter, pair_metrics
 
 if TYPE_CHECKING:  # the benchmark trains without the packages that data on file need
@@ -170,9 +170,11 @@ def compute_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         return loss, {"train_loss": loss.detach()}
     mu = config.winner_preserving_mu if config.use_winner_preserving else None
     scaling = {"mu": mu, "per_pair": config.winner_preserving_per == "pair", "constant": config.constant_loser_scale}
-    terms = pair_terms(
-        prediction, reference, inputs.target, config.beta_dpo, reference_error=batch.reference_error, **scaling
-    )
+    known = batch.reference_error
+    if config.official_reference_errors and reference is not None:
+        low = DTYPES[config.mixed_precision]
+        known = sample_mean((reference.to(low) - inputs.target.to(low)).square())
+    terms = pair_terms(prediction, reference, inputs.target, config.beta_dpo, reference_error=known, **scaling)
     if run.references and reference is not None:
         run.references.add(run.step, terms)
     loss = PAIR_LOSSES[loss_name(config, family)](terms, config.beta_dpo, config.dmpo_alpha).mean()

@@ -54,7 +54,7 @@ class Recorder:
         if self.teacher and run.step:
             unet = run.accelerator.unwrap_model(run.unet)
             load_weights(unet, Path(self.teacher, f"checkpoint-{run.step}", "unet.pth"))
-        self.updates.append({"step": run.step, "draws": [], "losses": [], "gradient": None})
+        self.updates.append({"step": run.step, "draws": [], "losses": [], "exchanges": [], "gradient": None})
         original(run, *given)
 
     def make_inputs(self, original, family, batch):
@@ -62,9 +62,10 @@ class Recorder:
         self.updates[-1]["draws"].append(by_pair(batch, inputs))
         return inputs
 
-    def compute_loss(self, original, *given):
-        loss, values = original(*given)
+    def compute_loss(self, original, run, *given):
+        loss, values = original(run, *given)
         self.updates[-1]["losses"].append(loss.item())
+        self.updates[-1]["exchanges"].append(getattr(run.unet, "require_backward_grad_sync", None))  # of DDP
         return loss, values
 
     def clip_grad_norm(self, original, accelerator, parameters, limit):

@@ -231,6 +231,23 @@ def test_the_gpu_suite_runs_without_packages_that_training_does_not_need(tmp_pat
     assert "1.0000 of the count" in table
 
 
+@pytest.mark.parametrize(
+    "script, flags, figures",
+    [
+        ("cache.py", "--pairs 200 --folder {tmp}", lambda results: results["tasks"].values()),
+        ("eval.py", "--batches 1 2 --images 2", lambda results: results["scoring"]["passes"].values()),
+    ],
+)
+def test_the_other_benchmarks_run(tmp_path, script, flags, figures):
+    command = [sys.executable, ROOT / "benchmarks" / script, "--repeats=1", f"--out={tmp_path}"]
+    run = subprocess.run([*command, *flags.format(tmp=tmp_path).split()], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    (path,) = tmp_path.glob("*.json")
+    results = json.loads(path.read_text())
+    assert results["command"].startswith(f"OMP_NUM_THREADS=1 python benchmarks/{script} --repeats=1")
+    assert all(row.get("pairs_per_second", row.get("images_per_second")) > 0 for row in figures(results))
+
+
 def test_a_failing_contestant_is_named_and_the_others_go_on(monkeypatch):
     def broken(run, batch):
         raise torch.OutOfMemoryError("no memory for this one")

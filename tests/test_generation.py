@@ -448,12 +448,7 @@ def test_unusable_input_is_named(arguments, bases, tmp_path):
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "metrics.jsonl").touch()
     for flags, message in {
-        ("--unet_path=",): "--unet_path is missing",
-        ("--pretrain_path=",): "--pretrain_path is missing",
-        ("--unet_path=runs/7/unet.pth",): "runs/7/unet.pth is neither a file nor a folder, nor base or one of",
         ("--unet_path=runs/unet.pth",): "runs/unet.pth is neither a file nor a folder",
-        ("--unet_path=sdpo-sdxl-dspo", f"--cache_dir={tmp_path}"): "cannot fetch sdxl/dspo/unet.pth of AIDC-AI/.* give its path",
-        ("--unet_path=owner/model", f"--cache_dir={tmp_path}"): "cannot load unet of 'owner/model'",
         (f"--unet_path={tmp_path / 'other.pth'}",): r"other\.pth belongs to another architecture",
         (f"--unet_path={tmp_path / 'other'}",): "other belongs to another architecture: cross_attention_dim is 32, 16 in",
         (f"--unet_path={tmp_path / 'words.pth'}",): r"words\.pth cannot be read as weights",
@@ -468,13 +463,6 @@ def test_unusable_input_is_named(arguments, bases, tmp_path):
         ("--metrics", "HPSv2", "--weights", "hpsv2.checkpoint=x.pt"): "there is no weights file x.pt",
         (f"--vae_path={wide_vae(bases, tmp_path)}",): "wide makes latents of 8 channels, the UNet takes 4: name the VAE of",
         (f"--vae_path={shifted_vae(bases, tmp_path)}",): "shifted shifts its latents, which is not supported",
-        ("--steps=0",): "--steps must be at least 1",
-        ("--batch_size=0",): "--batch_size must be at least 1",
-        ("--seed=-1",): "--seed must lie in",
-        ("--cfg=nan",): "--cfg must be a number",
-        ("--groups=papv3",): "--groups papv3: known are papv2, hpsv2",
-        ("--test_json", f"{tmp_path}/few.json", f"{tmp_path}/few.json"): "groups must have different names, got few, few",
-        ("--stepz=3",): "unknown flag --stepz=3",
     }.items():  # fmt: skip
         with pytest.raises(InputError, match=message) as error:
             eval_generate.main(arguments(*flags))

@@ -51,6 +51,7 @@ def joined(ranks):
             "draws": {name: torch.cat([micro[name] for micro in draws]) for name in draws[0] if name != "captions"},
             "loss": torch.tensor(sum(losses) / len(losses)),
             "gradient": updates[0]["gradient"],
+            "exchanges": updates[0]["exchanges"],
         }
 
 
@@ -108,6 +109,13 @@ def test_micro_steps_do_not_change_an_update(run, case, batch):
 @pytest.mark.parametrize("case, batch", ON_TWO_RANKS)
 def test_ranks_do_not_change_an_update(run, on_two_ranks, case, batch):
     assert_same_updates(on_two_ranks[case, batch], run(case, PAIRS))
+
+
+@pytest.mark.parametrize("case, batch", ON_TWO_RANKS)
+def test_ranks_exchange_gradients_once_per_update(on_two_ranks, case, batch):
+    micro_steps = PAIRS // (2 * batch)
+    for update in on_two_ranks[case, batch]:
+        assert update["exchanges"] == [False] * (micro_steps - 1) + [True]
 
 
 def test_what_is_compared_is_drawn_for_every_pair(run):
