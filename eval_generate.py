@@ -15,6 +15,7 @@ from sdpo.config import parse_flags, run_command
 from sdpo.console import start_console
 from sdpo.generation import EvalConfig, generate
 from sdpo.hub import PATIENCE
+from sdpo.manifest import find_score, read_manifest, read_scores
 from sdpo.report import write_report
 from sdpo.scoring import METRICS, Scored, ScoringOptions, score_manifest, score_share, take_in_shares
 from sdpo.summary import summarise, write_summary
@@ -37,6 +38,18 @@ def score(config: EvalConfig, manifests: dict[str, Path], accelerator: Accelerat
     return {group: score_manifest(path, metrics, options) for group, path in manifests.items()}
 
 
+def read_scored(manifests: dict[str, Path], metrics: list[str]) -> dict[str, Scored]:
+    """Entries and scores by group, of those whose images all have a score in every metric."""
+    scored = {
+        group: (read_manifest(path), read_scores(path.parent / "scores.jsonl")) for group, path in manifests.items()
+    }
+    return {
+        group: (entries, scores)
+        for group, (entries, scores) in scored.items()
+        if all(find_score(entry, scores, metric) is not None for entry in entries for metric in metrics)
+    }
+
+
 def main(arguments: list[str] | None = None) -> dict[str, Path]:
     """Generate and score as the command line says; returns the manifest's path by group."""
     config = parse_flags(EvalConfig, __doc__.splitlines()[0], "python eval_generate.py", arguments)
@@ -46,12 +59,14 @@ def main(arguments: list[str] | None = None) -> dict[str, Path]:
         check_parts(config.sources, [METRICS[metric] for metric in config.score_metrics])
     accelerator = Accelerator(kwargs_handlers=[PATIENCE])
     start_console(accelerator.is_main_process)
-    manifests, side = generate(config, accelerator)
+    manifests, alike, side = generate(config, accelerator)
     for path in manifests.values():
         logging.info(f"manifest       {path}")
     groups = score(config, manifests, accelerator)
     if accelerator.is_main_process:
         folder = next(iter(manifests.values())).parent
+        earlier = {group: path for group, path in alike.items() if group not in manifests}
+        groups |= read_scored(earlier, config.score_metrics)
         if config.score_metrics:
             logging.info(write_summary(summarise(groups, config.score_metrics), folder, side))
         runs = [collect_run(group, *scored, config.score_metrics) for group, scored in groups.items()]

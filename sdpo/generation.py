@@ -7,6 +7,7 @@ and keeps others out.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import inspect
 import json
@@ -375,10 +376,9 @@ def claim_folder(run: EvalRun, group: str, prompts: list[Prompt]) -> None:
         about = {"unet_path": run.config.unet_path, "pretrain_path": run.config.pretrain_path}
         about |= {"torch": torch.__version__, "diffusers": diffusers.__version__}
         write_json(path, {"settings": settings, "about": about})
-    try:
-        then = dict(json.loads(path.read_text(encoding="utf-8"))["settings"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise InputError(f"{path} does not say what made the images in its folder: {fix}") from None
+    then = read_settings(path)
+    if then is None:
+        raise InputError(f"{path} does not say what made the images in its folder: {fix}")
     differ = [
         f"{name} was {str(then.get(name))[:12]}, is {str(settings.get(name))[:12]}"
         for name in sorted(then.keys() | settings.keys())
@@ -386,6 +386,25 @@ def claim_folder(run: EvalRun, group: str, prompts: list[Prompt]) -> None:
     ]
     if differ:
         raise InputError(f"{folder} holds images made otherwise ({'; '.join(differ)}): {fix}")
+
+
+def read_settings(fingerprint: Path) -> dict[str, object] | None:
+    """What the images of a folder were made with, None if its fingerprint does not say."""
+    try:
+        return dict(json.loads(fingerprint.read_text(encoding="utf-8"))["settings"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def find_groups(run: EvalRun) -> dict[str, Path]:
+    """Manifests in the output folder by group, of this command and of others with the same weights and settings."""
+    ending, found = run.beside("", ".json").name, {}
+    for path in sorted(run.output.glob(f"*{glob.escape(ending)}")):
+        group = path.name.removesuffix(ending)
+        settings = read_settings(run.folder(group) / FINGERPRINT) or {}
+        if all(settings.get(name) == value for name, value in run.made_with.items()):
+            found[group] = path
+    return found
 
 
 def find_missing(run: EvalRun, group: str, count: int) -> list[int]:
@@ -451,11 +470,11 @@ def pack(files: Iterable[Path], path: Path) -> None:
             archive.write(file, file.name)
 
 
-def generate(config: EvalConfig, accelerator: Accelerator) -> tuple[dict[str, Path], int]:
+def generate(config: EvalConfig, accelerator: Accelerator) -> tuple[dict[str, Path], dict[str, Path], int]:
     """Make what is missing of every group's images and write the manifests; every rank calls this.
 
-    Returns the manifest's path by group, and the images' side in pixels. Raises InputError for input that cannot
-    be used; images made until then stay.
+    Returns the manifest's path by group, those of all groups that were made alike in the same folder, and the images'
+    side in pixels. Raises InputError for input that cannot be used; images made until then stay.
     """
     with accelerator.main_process_first():
         groups = config.load_groups()
@@ -476,4 +495,4 @@ def generate(config: EvalConfig, accelerator: Accelerator) -> tuple[dict[str, Pa
         if accelerator.is_main_process:
             write_results(run, group, prompts)
     accelerator.wait_for_everyone()
-    return {group: run.beside(group, ".json") for group in groups}, run.resolution
+    return {group: run.beside(group, ".json") for group in groups}, find_groups(run), run.resolution

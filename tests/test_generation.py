@@ -502,6 +502,16 @@ def test_generated_images_are_scored_and_summed_up(tmp_path):
     eval_generate.main(flags)
     assert (tmp_path / "scores.jsonl").stat().st_mtime_ns == before
 
+    (tmp_path / "one.json").write_text(json.dumps([pictures.HELD_OUT[0].caption]))
+    other = [flag for flag in flags if flag not in ("--groups", "tiny")] + [f"--test_json={tmp_path / 'one.json'}"]
+    eval_generate.main(other)  # a group more: the summary is of both
+    assert [row["group"] for row in json.loads((tmp_path / "summary.json").read_text())] == ["one", "tiny"]
+    eval_generate.main([*other, "--seed=1"])  # made otherwise
+    assert [row["group"] for row in json.loads((tmp_path / "summary.json").read_text())] == ["one"]
+    for path in [*tmp_path.glob("one_*")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (tmp_path / "scores.jsonl").write_text("".join(map(lambda row: json.dumps(row) + "\n", scores)))
+
     rows = (tmp_path / "scores.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "scores.jsonl").write_text("".join(rows[:10]))
     (tmp_path / "scores.rank1.jsonl").write_text("".join(rows[10:15]) + rows[15][:9])  # left by a run that was cut off
