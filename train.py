@@ -143,6 +143,10 @@ def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
     prompts = [prompt.text for prompt in read_prompts(config.validation_prompts)] if config.validation_prompts else []
     family = load_family(**config.base, encoders=not config.latent_cache or bool(prompts))
     with accelerator.main_process_first():
+        if config.choice_model:
+            from sdpo.relabel import RelabelConfig, relabel  # the scorers need open_clip, which training does not
+
+            log.info(relabel(RelabelConfig.of(config)))
         pairs, held_out_pairs, notes = prepare_pairs(config, seed)
     plan = Plan.of(config, accelerator.num_processes, len(pairs))
     references, data = open_references(config, accelerator, family, plan, seed, pairs), pairs.fingerprint()

@@ -315,7 +315,7 @@ def measure_base(
     print(f"  safeguard: {show_safeguard(result['safeguard'])}", flush=True)
     now = time.monotonic()
     races = {
-        "against_baseline": (AGAINST_BASELINE, now + 0.6 * (began + limit - now)),
+        "against_baseline": (AGAINST_BASELINE, now + 0.65 * (began + limit - now)),
         "against_default": (("default", *base.changes), began + limit),
     }
     for title, (names, until) in races.items():

@@ -354,6 +354,10 @@ def main(arguments: list[str] | None = None) -> None:
     accelerator = Accelerator(kwargs_handlers=[PATIENCE])
     start_console(accelerator.is_main_process)
     with accelerator.main_process_first():
+        if config.choice_model:
+            from sdpo.relabel import RelabelConfig, relabel  # the scorers need open_clip, which a cache does not
+
+            log.info(relabel(RelabelConfig.of(config)))
         pairs, held_out, notes = prepare_pairs(config, config.seed or 0)
     for line in notes:
         log.info(line)

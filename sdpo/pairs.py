@@ -388,13 +388,8 @@ def split_by_prompt(pairs: Pairs, held_out: int, seed: int) -> tuple[Pairs, Pair
 
 
 def prepare_pairs(config: TrainConfig, seed: int) -> tuple[Pairs, Pairs | None, list[str]]:
-    """(training pairs, held-out pairs or None, sentences for the console) as the config asks.
-
-    Where a choice model is to label them and has not done so, it does.
-    """
-    notes = [label_pairs(config)] if config.choice_model else []
-    pairs, more = load_pairs(config, config.split)
-    notes += more
+    """(training pairs, held-out pairs or None, sentences for the console) as the config asks."""
+    pairs, notes = load_pairs(config, config.split)
     held_out = None
     if config.validation_split or config.validation_data_dir:
         split = config.validation_split or "train"
@@ -420,13 +415,6 @@ def prepare_pairs(config: TrainConfig, seed: int) -> tuple[Pairs, Pairs | None, 
             + (f" ({unused:,} more share their captions and are left out)" if unused else "")
         )
     return draw_subset(pairs, config.max_train_samples, seed, "max-train-samples"), held_out, notes
-
-
-def label_pairs(config: TrainConfig) -> str:
-    """Write the choice model's labels into the output folder, unless they are there; returns a sentence about it."""
-    from sdpo.relabel import RelabelConfig, relabel  # the scorers need open_clip, which training does not
-
-    return relabel(RelabelConfig.of(config))
 
 
 def draw_subset(pairs: Pairs, count: int | None, seed: int, stream: str) -> Pairs:

@@ -410,6 +410,14 @@ def test_what_does_not_matter_is_not_refused(flags, bases, tmp_path):
     assert pairs.load(0, 1) and files(tmp_path / "cache") == before
 
 
+def test_a_choice_model_labels_the_pairs_for_the_cache_too(flags, tmp_path):
+    cache.main(flags("--choice_model=pixels"))
+    assert (tmp_path / "run" / "labels_pixels.parquet").is_file()
+    before = files(tmp_path / "cache")
+    train.main(flags("--choice_model=pixels", "--max_train_steps=1"))
+    assert files(tmp_path / "cache") == before
+
+
 def test_a_base_in_the_hubs_cache_has_the_fingerprint_of_its_files(bases, tmp_path):
     base = bases["sdxl", "epsilon"]
     commit = "0" * 40
