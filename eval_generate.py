@@ -11,13 +11,21 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from sdpo.config import parse_flags, run_command
+from sdpo.config import InputError, parse_flags, run_command
 from sdpo.console import start_console
 from sdpo.generation import EvalConfig, generate
 from sdpo.hub import PATIENCE
-from sdpo.manifest import find_score, read_manifest, read_scores
 from sdpo.report import write_report
-from sdpo.scoring import METRICS, Scored, ScoringOptions, score_manifest, score_share, take_in_shares
+from sdpo.scoring import (
+    METRICS,
+    Scored,
+    ScoringOptions,
+    check_models,
+    read_complete,
+    score_manifest,
+    score_share,
+    take_in_shares,
+)
 from sdpo.summary import summarise, write_summary
 from sdpo.winrates import collect_run
 
@@ -38,16 +46,18 @@ def score(config: EvalConfig, manifests: dict[str, Path], accelerator: Accelerat
     return {group: score_manifest(path, metrics, options) for group, path in manifests.items()}
 
 
-def read_scored(manifests: dict[str, Path], metrics: list[str]) -> dict[str, Scored]:
-    """Entries and scores by group, of those whose images all have a score in every metric."""
-    scored = {
-        group: (read_manifest(path), read_scores(path.parent / "scores.jsonl")) for group, path in manifests.items()
-    }
-    return {
-        group: (entries, scores)
-        for group, (entries, scores) in scored.items()
-        if all(find_score(entry, scores, metric) is not None for entry in entries for metric in metrics)
-    }
+def add_earlier(groups: dict[str, Scored], manifests: dict[str, Path], config: EvalConfig) -> None:
+    """Add groups that earlier commands made and scored alike; those that were scored by other models are named."""
+    metrics, options = config.score_metrics, ScoringOptions(config.sources, config.score_dtype)
+    for group, path in manifests.items():
+        if group in groups or not (scored := read_complete(path, metrics, options)):
+            continue
+        try:
+            check_models({**groups, group: scored}, metrics)
+        except InputError as error:
+            logging.warning(f"CAUTION: {group} is left out of the summary: {error}")
+        else:
+            groups[group] = scored
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Path]:
@@ -65,8 +75,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Path]:
     groups = score(config, manifests, accelerator)
     if accelerator.is_main_process:
         folder = next(iter(manifests.values())).parent
-        earlier = {group: path for group, path in alike.items() if group not in manifests}
-        groups |= read_scored(earlier, config.score_metrics)
+        check_models(groups, config.score_metrics)
+        add_earlier(groups, alike, config)
         if config.score_metrics:
             logging.info(write_summary(summarise(groups, config.score_metrics), folder, side))
         runs = [collect_run(group, *scored, config.score_metrics) for group, scored in groups.items()]

@@ -6,6 +6,7 @@ Scores are read from scores.jsonl beside each manifest and computed only where t
 from __future__ import annotations
 
 import argparse
+import sys
 
 from sdpo.config import FlagErrors, run_command
 from sdpo.report import write_report
@@ -62,17 +63,19 @@ def main(arguments: list[str] | None = None) -> None:
     check_models(scored, args.metrics)
     runs = [collect_run(label, *pair, args.metrics) for label, pair in scored.items()]
     ties = "loss_for_a" if args.ties_as_loss_for_a else "half"
-    comparisons = compare_all(runs, ties=ties, pair_by=args.pair_by)
+    comparisons, said = compare_all(runs, ties=ties, pair_by=args.pair_by), []
     for comparison in comparisons:
         folder = write_comparison(comparison, args.outdir)
-        print(f"{format_comparison(comparison)}\nwritten to {folder}\n")
+        said.append(f"{format_comparison(comparison)}\nwritten to {folder}\n")
     page = folder / "report.html"
     if len(runs) > 2:
         matrix = win_matrix(comparisons)
         path = write_matrix(matrix, args.outdir)
-        print(f"{format_matrix(matrix)}\nwritten to {path}\n")
+        said.append(f"{format_matrix(matrix)}\nwritten to {path}\n")
         page = path.with_name(path.stem.replace("matrix", "report") + ".html")
-    print(f"report: {write_report(page, runs, comparisons)}")
+    said.append(f"report: {write_report(page, runs, comparisons)}")
+    sys.stdout.reconfigure(errors="backslashreplace")  # prompts may hold what a terminal cannot show
+    print("\n".join(said), flush=True)
 
 
 if __name__ == "__main__":

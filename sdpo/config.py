@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import errno
 import math
+import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,6 +31,9 @@ def run_command(main: Callable[[], Any]) -> Any:
         return main()
     except InputError as error:
         message = str(error)
+    except BrokenPipeError:  # nobody reads what is printed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         path = error.filename2 or error.filename
         if error.errno in NO_ROOM:

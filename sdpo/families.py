@@ -144,6 +144,9 @@ class StableDiffusion:
         self.options = {"revision": revision, "cache_dir": cache_dir}
         self._check_pipeline_class()
         self.scheduler = self.load(DDPMScheduler, "scheduler")
+        defaults = self.scheduler.config.get("_use_default_values", ())
+        if "beta_schedule" in defaults and not self.scheduler.config.trained_betas:
+            raise InputError(f"the scheduler of {source} has no betas: it is of another kind of diffusion model")
         kind = self.scheduler.config.prediction_type
         if kind not in ("epsilon", "v_prediction"):
             raise InputError(f"{self.source}: prediction_type {kind!r} is not supported; epsilon and v_prediction are")
@@ -154,7 +157,7 @@ class StableDiffusion:
         if encoders:
             self._check_tokenizers()
         self.vae = self._load_vae(AutoencoderKL if encoders else WeightlessVAE)
-        if self.vae.config.shift_factor:
+        if self.vae.config.shift_factor or self.vae.config.latents_mean or self.vae.config.latents_std:
             raise InputError(f"VAE {vae or source} shifts its latents, which is not supported: name another one")
         for model in (self.vae, *self.text_encoders):
             model.requires_grad_(False).eval()
@@ -178,6 +181,11 @@ class StableDiffusion:
                 raise InputError(
                     f"tokenizer of {self.source!r} has {len(tokenizer)} entries, its text encoder {size}: "
                     "files are missing or another model's; download it again"
+                )
+            if not 2 <= tokenizer.model_max_length <= encoder.config.max_position_embeddings:
+                raise InputError(
+                    f"tokenizer of {self.source!r} makes {tokenizer.model_max_length:g} tokens, its text encoder takes "
+                    f"{encoder.config.max_position_embeddings}: correct model_max_length in tokenizer_config.json"
                 )
 
     @property
@@ -228,6 +236,12 @@ class StableDiffusion:
             source, subfolder, options = self._unet_place(init)
             unet = load_part(UNet2DConditionModel, source, subfolder, **options)
             self._check_architecture(unet, init)
+        width = sum(encoder.config.hidden_size for encoder in self.text_encoders)
+        if width and isinstance(unet.config.cross_attention_dim, int) and width != unet.config.cross_attention_dim:
+            raise InputError(
+                f"the text encoders of {self.source} are {width} wide, the UNet takes "
+                f"{unet.config.cross_attention_dim}: they belong to different models"
+            )
         if (channels := self.vae.config.latent_channels) != unet.config.in_channels:
             raise InputError(
                 f"VAE {self.vae_source or self.source} makes latents of {channels} channels, the UNet takes "

@@ -58,28 +58,46 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_file(path: Path, write: Callable[[Path], object]) -> None:
+def write_file(path: Path, write: Callable[[Path], object], replace: bool = True) -> None:
     """Let `write` make the file under a name of its own and move it into place, so that it is never seen half written.
 
-    Several processes may write the same file; the last one's stays.
+    Several processes may write the same file; the last one's stays, or the first one's if it is not to be replaced.
     """
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
         write(partial)
         sync(partial)
-        os.replace(partial, path)
+        if replace:
+            os.replace(partial, path)
+        else:
+            put_first(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        if error.errno and not error.filename:  # as on a full disk
+            error.filename = str(path)
+        raise
     except BaseException:
         partial.unlink(missing_ok=True)  # on a full disk it would take the room
         raise
     sync(path.parent)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, and the folder for it, so that it is never seen half written."""
+def put_first(partial: Path, path: Path) -> None:
+    """Give a file its name unless another has it; the other stays then."""
+    try:
+        os.link(partial, path)
+    except OSError:  # another process was first, or the file system has no links
+        if not path.exists():
+            os.replace(partial, path)
+    partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str, replace: bool = True) -> None:
+    """Write a text file, and the folder for it, as write_file does."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_file(path, lambda partial: partial.write_text(text, encoding="utf-8"), replace)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, replace: bool = True) -> None:
     """Write a JSON file as write_text does, indented like the official tools' files."""
-    write_text(path, json.dumps(value, indent=2))
+    write_text(path, json.dumps(value, indent=2), replace)

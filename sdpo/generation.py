@@ -33,7 +33,7 @@ from transformers import CLIPTokenizer, PreTrainedModel
 
 from sdpo.config import InputError, flag
 from sdpo.families import FAMILIES, StableDiffusion, load_family, read_pipeline_class
-from sdpo.files import write_file, write_json
+from sdpo.files import brief, write_file, write_json
 from sdpo.hub import DTYPES, WEIGHT_SUFFIXES, fetch
 from sdpo.manifest import write_manifest
 from sdpo.prompts import GROUPS, OFFICIAL, Prompt, read_prompts
@@ -156,7 +156,7 @@ class EvalConfig:
     @property
     def score_metrics(self) -> list[str]:
         """The metrics to score by; empty where only images are wanted."""
-        return [] if "none" in self.metrics else self.metrics
+        return [] if "none" in self.metrics else list(dict.fromkeys(self.metrics))
 
     def load_groups(self) -> dict[str, list[Prompt]]:
         """Prompts by group name, official groups fetched if need be; raises InputError."""
@@ -244,7 +244,7 @@ class EvalRun:
 def choose_resolution(config: EvalConfig, family: StableDiffusion, unet: UNet2DConditionModel) -> int:
     """Side of the images in pixels; raises InputError unless latents of it have the official size."""
     factor, own = family.image_size(1), unet.config.sample_size
-    if not config.sides and not isinstance(own, int):
+    if not config.sides and not (isinstance(own, int) and own > 0):
         raise InputError(f"{config.pretrain_path} does not say how large its images are: give --resolution")
     side = next(iter(config.sides), None) or own * factor
     if side % (2 * factor):  # then 2 * ceil(side / (2 * factor)), the official size of latents, is side / factor
@@ -269,7 +269,13 @@ def own_rules(tokenizer: CLIPTokenizer) -> list[Any]:
     """All that decides which tokens a text becomes."""
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     rules = {name: value for name, value in rules.items() if name not in ("version", "truncation", "padding")}
-    return [rules, tokenizer.model_max_length, tokenizer.pad_token_id]
+    return [
+        rules,
+        tokenizer.model_max_length,
+        tokenizer.pad_token_id,
+        tokenizer.padding_side,
+        tokenizer.truncation_side,
+    ]
 
 
 def describe(config: EvalConfig, family: StableDiffusion, unet: nn.Module, device: torch.device) -> dict[str, object]:
@@ -296,6 +302,13 @@ def load_run(config: EvalConfig, accelerator: Accelerator) -> EvalRun:
     unet = family.load_unet(source).requires_grad_(False).eval()
     if config.steps > (most := family.scheduler.config.num_train_timesteps):
         raise InputError(f"--steps must be at most {most} for {config.pretrain_path}, got {config.steps}")
+    try:
+        EulerDiscreteScheduler.from_config(family.scheduler.config).set_timesteps(config.steps)
+    except Exception as error:  # each wrong setting has one of its own
+        raise InputError(
+            f"the scheduler of {config.pretrain_path} cannot be sampled with by Euler steps ({brief(error)}): "
+            "correct its scheduler_config.json"
+        ) from error
     resolution = choose_resolution(config, family, unet)
     made_with = {**describe(config, family, unet, device), "resolution": resolution}
     family.to(device, torch.float32)  # the VAE stays so
@@ -315,14 +328,16 @@ def sample_images(run: EvalRun, captions: list[str], seeds: list[int], steps: in
     Raises InputError where memory runs out or numbers overflow.
     """
     config, family = run.config, run.family
-    noise = draw_noise(family.latent_shape(run.resolution), seeds, run.accelerator.device, DTYPES[config.dtype])
-    noise = noise.to(DTYPES[config.latents_dtype or config.dtype])
     try:
+        noise = draw_noise(family.latent_shape(run.resolution), seeds, run.accelerator.device, DTYPES[config.dtype])
+        noise = noise.to(DTYPES[config.latents_dtype or config.dtype])
         return sample(family, run.unet, captions, noise, steps, config.cfg, config.guidance)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:  # of a GPU's memory or the machine's
+        if "allocate" not in str(error):
+            raise
         raise InputError(
-            f"{len(captions)} images of {run.resolution} pixels at a time do not fit the GPU's memory; "
-            "what was made is kept, run again with a smaller --batch_size or on a larger GPU"
+            f"{len(captions)} images of {run.resolution} pixels at a time do not fit the memory; "
+            "what was made is kept, run again with a smaller --batch_size or --resolution, or on a larger GPU"
         ) from error
     except FloatingPointError as error:
         raise InputError(
@@ -375,7 +390,9 @@ def claim_folder(run: EvalRun, group: str, prompts: list[Prompt]) -> None:
             raise InputError(f"{folder} holds images but no {FINGERPRINT} that says what made them: {fix}")
         about = {"unet_path": run.config.unet_path, "pretrain_path": run.config.pretrain_path}
         about |= {"torch": torch.__version__, "diffusers": diffusers.__version__}
-        write_json(path, {"settings": settings, "about": about})
+        for ending in (".json", ".zip"):
+            run.beside(group, ending).unlink(missing_ok=True)  # of images that were here
+        write_json(path, {"settings": settings, "about": about}, replace=False)  # another command may be first
     then = read_settings(path)
     if then is None:
         raise InputError(f"{path} does not say what made the images in its folder: {fix}")

@@ -42,4 +42,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
         raise ValueError(f"pixels of mode {image.mode} have no known range: save the image with 8 bits per channel")
     if image.mode.startswith("I;16"):  # which Pillow would clip at 255
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-    return image.convert("RGB")
+    rgb = image.convert("RGB")
+    rgb.info.pop("transparency", None)  # of a colour that Pillow has made opaque; transformers would still see through
+    return rgb

@@ -165,6 +165,8 @@ def score_table(config: RelabelConfig, table: datasets.Dataset, about: dict, kep
     """
     device = check_device(config.device)  # before weights are fetched
     scores = read_kept(kept, about)
+    if len(scores) > len(table):
+        raise InputError(f"{kept} has {len(scores):,} rows, the data {len(table):,}: remove the file")
     lines = [json.dumps(row) + "\n" for row in (about, *scores)]
     write_text(kept, "".join(lines))  # without a line that was cut off
     name = CHOICE_MODELS[config.metric]

@@ -356,6 +356,8 @@ def check_parts(sources: Mapping[str, str], metrics: Iterable[str] = SCORERS) ->
     for name, source in sources.items():
         if ":" in official[name]:  # a file, not a folder
             check_file(source)
+        elif Path(source).is_absolute() and not Path(source).is_dir():
+            raise InputError(f"there is no folder {source}; give one, or owner/repository of the hub")
 
 
 def load_scorers(
@@ -431,7 +433,7 @@ def check_device(name: str | torch.device | None) -> torch.device:
         number = torch.zeros((), device=name or ("cuda" if torch.cuda.is_available() else "cpu"))
         number.item()  # the meta device has none
         return number.device
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
+    except Exception as error:  # every backend that is not there has one of its own
         raise InputError(f"--device {name} cannot be used ({brief(error)}); give cpu, cuda, cuda:1, ...") from error
 
 

@@ -98,6 +98,12 @@ def score_manifest(manifest: str | Path, metrics: Sequence[str], options: Scorin
     return entries, scores
 
 
+def read_complete(manifest: str | Path, metrics: Sequence[str], options: ScoringOptions) -> Scored | None:
+    """Entries of a manifest and their scores, None unless every image, as it is now, has one in each of the metrics."""
+    entries, path = read_manifest(manifest), Path(manifest).parent / "scores.jsonl"
+    return None if _missing(entries, path, metrics, options) else (entries, read_scores(path))
+
+
 def score_share(manifest: str | Path, metrics: Sequence[str], options: ScoringOptions, rank: int, ranks: int) -> None:
     """Compute one rank's share of the missing scores into scores.rank{N}.jsonl, which score_manifest takes in."""
     entries, path = read_manifest(manifest), Path(manifest).parent / "scores.jsonl"

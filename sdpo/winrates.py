@@ -7,6 +7,7 @@ is `win_rate_ci95`, `sign_test_p`, `sign_test_p_holm`, `mean_difference` and `me
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -296,20 +297,29 @@ def write_comparison(comparison: Comparison, outdir: str | Path, now: datetime |
     """
     pair = comparison.summary["pair"]
     name = f"{pair['model_a']}_vs_{pair['model_b']}_{now or datetime.now():%m%d-%H%M%S}"
-    folder, partial = Path(outdir, name), Path(outdir, name + ".partial")
-    if folder.exists():
-        raise InputError(f"{folder} exists already; run the same command again for a new time stamp")
-    shutil.rmtree(partial, ignore_errors=True)
-    for metric, detail in comparison.details.items():
-        write_json(partial / f"pair_{metric.lower()}.json", detail)
-    write_json(partial / "summary.json", comparison.summary)
-    os.replace(partial, folder)
+    folder, partial = Path(outdir, name), Path(outdir, f"{name}.{secrets.token_hex(4)}.partial")
+    try:
+        for metric, detail in comparison.details.items():
+            write_json(partial / f"pair_{metric.lower()}.json", detail)
+        write_json(partial / "summary.json", comparison.summary)
+        refuse_existing(folder)
+        os.replace(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     return folder
 
 
+def refuse_existing(path: Path) -> None:
+    """Raises InputError where results of the same second are."""
+    if path.exists():
+        raise InputError(f"{path} exists already; run the same command again for a new time stamp")
+
+
 def write_matrix(matrix: dict[str, Any], outdir: str | Path, now: datetime | None = None) -> Path:
-    """Write {outdir}/matrix_{MMDD-HHMMSS}.json and return its path."""
+    """Write {outdir}/matrix_{MMDD-HHMMSS}.json and return its path; raises InputError if it exists already."""
     path = Path(outdir, f"matrix_{now or datetime.now():%m%d-%H%M%S}.json")
+    refuse_existing(path)
     write_json(path, matrix)
     return path
 

@@ -339,6 +339,7 @@ GENERATE_FLAGS = {
     "--resolution=36": r"--resolution must be a multiple of 8, got 36",
     "--resolution=0": r"--resolution must be at least 1, got 0",
     "--steps=0": r"--steps must be at least 1, got 0",
+    "--resolution=4000000": r"1 images of 4000000 pixels at a time do not fit the memory; .* smaller --batch_size",
     "--steps=1001": r"--steps must be at most 1000 for .*, got 1001",
     "--steps=many": r"--steps.*: invalid int value: 'many'",
     "--batch_size=0": r"--batch_size must be at least 1, got 0",
@@ -355,6 +356,7 @@ GENERATE_FLAGS = {
     "--groups tiny tiny": r"groups must have different names, got tiny, tiny",
     "--metrics Beauty": r"--metrics Beauty: known are PickScore, .*, or none",
     "--metrics CLIP --weights clip": r"--weights clip: expected NAME=VALUE",
+    "--metrics PickScore --weights pickscore.model=/no": r"there is no folder /no; give one, or owner/repository",
     "--metrics CLIP --weights clip.x=y": r"there is no 'clip.x'; choose from",
     "--output_path={f}/few.json": r"few.json/.* cannot be used \(Not a directory\): correct the path",
     "--output_path=/proc/nowhere": r"/proc/nowhere cannot be used \(.*\): correct the path",
@@ -388,6 +390,7 @@ VERSUS_FLAGS = {
     "--pair_by=luck": r"--pair_by.*: invalid choice: 'luck' \(choose from",
     "--batch_size=0": r"--batch_size must be at least 1, got 0",
     "--batch_size=many": r"--batch_size.*: invalid int value: 'many'",
+    f"--device=hpu {UNSCORED}": r"--device hpu cannot be used \(.*\); give cpu",
     f"--device=tpu9 {UNSCORED}": r"--device tpu9 cannot be used \(.*\); give cpu",
     "--outdir={f}/few.json": r"few.json/.* cannot be used \(Not a directory\): correct the path",
     "--outdir=/proc/nowhere": r"/proc/nowhere cannot be used \(.*\): correct the path",
@@ -514,6 +517,12 @@ MODELS = {  # base model: (what writes it, message)
     "encoder lacks a tensor": (base(tensors(ENCODER, less)), r"text_encoder of .* lacks 1 tensors"),
     "tokenizer of text": (base(text("tokenizer/tokenizer.json", "x")), r"cannot load tokenizer of .*base' \("),
     "scheduler of text": (base(text(SCHEDULER, "x")), r"cannot load scheduler of .*base' \("),
+    "scheduler without betas": (base(text(SCHEDULER, {"num_train_timesteps": 1000})), r"scheduler of .*base has no betas"),
+    "tokenizer without a length": (
+        base(edit("tokenizer/tokenizer_config.json", model_max_length=None)),
+        r"tokenizer of .* makes 1e\+30 tokens, its text encoder takes \d+: correct model_max_length",
+    ),
+    "VAE with a mean": (base(edit("vae/config.json", latents_mean=[0.1] * 4)), r"VAE .*base shifts its latents, which"),
     "prediction of samples": (base(edit(SCHEDULER, prediction_type="sample")), r"'sample' is not"),
 }  # fmt: skip
 

@@ -1,6 +1,7 @@
 """eval_vs.py from manifests to results: official scores reproduced, missing ones computed once, several runs."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -187,6 +188,32 @@ def test_scores_of_another_model_are_not_passed_off_as_official(tmp_path, caplog
     path.write_text(path.read_text().replace('"models": {"Pixels": "official"}', '"models": {"Pixels": "bf16"}'))
     eval_vs.main([*named, f"--outdir={tmp_path / 'again'}"])
     assert f"CAUTION: scores of Pixels in {path} are not of the official model in fp32, but of bf16" in caplog.text
+
+
+@pytest.mark.parametrize("reader", ["ascii", "gone"])
+def test_results_are_on_file_whatever_becomes_of_the_console(tmp_path, reader):
+    rows = [{"prompt": prompt, "gen_image_path": f"{prompt}.png"} for prompt in ("東京", "both")]
+    scores = "".join(
+        json.dumps({"image": r["gen_image_path"], "prompt": r["prompt"], "CLIP": 0.5}) + "\n" for r in rows
+    )
+    for run, kept in {"a": rows, "b": rows[1:]}.items():
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "m.json").write_text(json.dumps(kept))
+        (tmp_path / run / "scores.jsonl").write_text(scores)
+    command = [sys.executable, ROOT / "eval_vs.py", "--metrics", "CLIP", f"--outdir={tmp_path / 'out'}"]
+    command += [f"--json_{run}={tmp_path / run / 'm.json'}" for run in "ab"] + ["--label_a=a", "--label_b=b"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"} if reader == "ascii" else dict(os.environ)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True)
+    if reader == "gone":
+        process.stdout.close()
+        said = process.stderr.read()
+        assert process.wait(60) == 141
+    else:
+        out, said = process.communicate(timeout=60)
+        assert process.returncode == 0 and "\\u6771" in out
+    assert said == ""
+    (folder,) = (tmp_path / "out").iterdir()
+    assert {path.name for path in folder.iterdir()} == {"pair_clip.json", "summary.json", "report.html"}
 
 
 def test_a_device_that_cannot_be_used_is_said_before_weights_are_fetched(tmp_path):

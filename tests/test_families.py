@@ -1,11 +1,13 @@
 """Base models: encoding, parametrisation, saving, and equal arithmetic of policy and reference."""
 
 import copy
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from sdpo.config import InputError
 from sdpo.families import hold_matmul_weights, load_family, load_state
@@ -118,6 +120,12 @@ def test_unusable_models_are_refused(bases, tmp_path):
     torch.save(other.state_dict(), tmp_path / "other.pth")
     with pytest.raises(InputError, match=r"other\.pth belongs to another architecture"):
         family.load_unet(str(tmp_path / "other.pth"))
+    broader = shutil.copytree(bases["sd15", "epsilon"], tmp_path / "broader")
+    config = CLIPTextConfig.from_pretrained(broader / "text_encoder")
+    config.hidden_size = 32
+    CLIPTextModel(config).save_pretrained(broader / "text_encoder")
+    with pytest.raises(InputError, match=r"text encoders of .*broader are 32 wide, the UNet takes 16: they belong"):
+        load_family("sd15", str(broader)).load_unet()
     with pytest.raises(InputError, match="belongs to another architecture: cross_attention_dim is 32, 16 in"):
         family.load_unet(str(bases["sdxl", "epsilon"]))
     for name, content in {"list": [1, 2], "empty": {}, "nested": {"state_dict": {"a": torch.ones(1)}}}.items():

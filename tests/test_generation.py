@@ -319,6 +319,39 @@ def test_a_manifest_never_lacks_images(arguments, tmp_path, monkeypatch):
     assert not (tmp_path / "run" / f"{NAME}.json").exists()
 
 
+def test_images_made_anew_have_no_manifest_of_earlier_ones(arguments, tmp_path, monkeypatch):
+    eval_generate.main(arguments("--zip"))
+    shutil.rmtree(tmp_path / "run" / NAME)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(generation, "make_images", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        eval_generate.main(arguments("--seed=0"))
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [NAME, "report.html"]
+
+
+def test_of_two_commands_the_first_claims_the_folder(arguments, tmp_path, monkeypatch):
+    """Also where the other one saw no fingerprint."""
+    eval_generate.main(arguments())
+    exists, asked = Path.exists, []
+
+    def seen(path):
+        if path.name == "fingerprint.json" and not asked:
+            asked.append(path)
+            return False
+        return exists(path)
+
+    monkeypatch.setattr(Path, "exists", seen)
+    monkeypatch.setattr(Path, "glob", lambda *_: iter(()))
+    with pytest.raises(InputError, match="guidance was official, is standard"):
+        eval_generate.main(arguments("--guidance=standard"))
+
+
+def test_a_scheduler_that_euler_steps_cannot_follow_is_named(arguments, bases, tmp_path):
+    copy = shutil.copytree(bases["sd15", "epsilon"], tmp_path / "base")
+    edit_json(copy / "scheduler" / "scheduler_config.json", beta_schedule="sigmoid")  # which DDPM knows
+    with pytest.raises(InputError, match=r"scheduler of .*base cannot be sampled with by Euler steps \(.*sigmoid.*\)"):
+        eval_generate.main(arguments(f"--pretrain_path={copy}"))
+
+
 def test_another_tokenizer_of_the_base_is_refused(arguments, bases, tmp_path):
     eval_generate.main(arguments())
     copy = shutil.copytree(bases["sd15", "epsilon"], tmp_path / "base")
@@ -483,7 +516,7 @@ def test_launchers_say_what_is_missing(tmp_path):
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_generated_images_are_scored_and_summed_up(tmp_path):
+def test_generated_images_are_scored_and_summed_up(tmp_path, capsys):
     """The tiny base end to end: images, scores on file, summary; a second run computes nothing anew."""
     flags = ["--unet_path=base", f"--pretrain_path={compare.BASE}", "--groups", "tiny", "--steps=4", "--dtype=fp32"]
     flags += ["--guidance=standard", "--cfg=1", "--metrics", "Pixels", f"--output_path={tmp_path}"]
@@ -506,6 +539,18 @@ def test_generated_images_are_scored_and_summed_up(tmp_path):
     other = [flag for flag in flags if flag not in ("--groups", "tiny")] + [f"--test_json={tmp_path / 'one.json'}"]
     eval_generate.main(other)  # a group more: the summary is of both
     assert [row["group"] for row in json.loads((tmp_path / "summary.json").read_text())] == ["one", "tiny"]
+    kept = (tmp_path / "scores.jsonl").read_text()
+    (tmp_path / "scores.jsonl").write_text(kept.replace('"official"', '"bf16"', 3))
+    eval_generate.main(other)  # whose scores are not those of one model
+    assert [row["group"] for row in json.loads((tmp_path / "summary.json").read_text())] == ["one"]
+    assert "tiny is left out of the summary: " in capsys.readouterr().err
+    (tmp_path / "scores.jsonl").write_text(kept)
+    picture = tmp_path / "tiny_seed0_32x32_4s_1.0cfg" / "3_32x32.png"
+    pixels = picture.read_bytes()
+    Image.new("RGB", (32, 32)).save(picture)
+    eval_generate.main(other)  # with a picture that was not scored
+    assert [row["group"] for row in json.loads((tmp_path / "summary.json").read_text())] == ["one"]
+    picture.write_bytes(pixels)
     eval_generate.main([*other, "--seed=1"])  # made otherwise
     assert [row["group"] for row in json.loads((tmp_path / "summary.json").read_text())] == ["one"]
     for path in [*tmp_path.glob("one_*")]:

@@ -38,6 +38,7 @@ from sdpo.scorers import (
     PixelChecks,
     Preprocess,
     load_scorers,
+    prepare,
     score_rows,
 )
 from sdpo.tiny import pictures
@@ -365,6 +366,19 @@ def test_preprocessing_equals_independent_code(size, scorers):
     for metric in ("pickscore", "aesthetics"):
         got = scorers[metric].preprocess.prepare(picture)
         torch.testing.assert_close(got, torch.from_numpy(expected).float(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["P", "RGB", "L"])
+def test_a_transparent_colour_is_opaque(mode, scorers, tmp_path):
+    """As in the same picture without one; transformers would put it on white."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 4, (40, 40, 3), dtype=np.uint8) * 80).convert(mode)
+    colour = picture.getpixel((0, 0))
+    picture.convert("RGB").save(tmp_path / "plain.png")
+    picture.save(tmp_path / "transparent.png", transparency=colour)
+    assert "transparency" in Image.open(tmp_path / "transparent.png").info
+    preprocesses = {scorer.preprocess for scorer in scorers.values()}
+    plain, transparent = (prepare(tmp_path / f"{name}.png", preprocesses) for name in ("plain", "transparent"))
+    assert all(np.array_equal(plain[p], transparent[p]) for p in preprocesses)
 
 
 def test_the_other_backend_of_transformers_would_differ(scorers):

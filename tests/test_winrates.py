@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from sdpo import winrates
 from sdpo.config import InputError
 from sdpo.files import sha256
 from sdpo.manifest import (
@@ -322,16 +323,31 @@ def test_console_table_shows_percent():
 
 def test_comparison_folder_is_whole_and_never_overwritten(tmp_path):
     comparison = compare(official_run("a"), official_run("b"))
-    left_by_a_crash = tmp_path / "model-A_vs_model-B_0309-120005.partial"
-    left_by_a_crash.mkdir()
-    (left_by_a_crash / "pair_old.json").write_text("{")
     folder = write_comparison(comparison, tmp_path, NOON)
-    assert not left_by_a_crash.exists()
-    assert not (folder / "pair_old.json").exists()
     (folder / "summary.json").write_text("mine")
     with pytest.raises(InputError, match="exists already"):
         write_comparison(comparison, tmp_path, NOON)
-    assert (folder / "summary.json").read_text() == "mine"
+    assert (folder / "summary.json").read_text() == "mine" and list(tmp_path.iterdir()) == [folder]
+    matrix = win_matrix([comparison])
+    path = write_matrix(matrix, tmp_path, NOON)
+    with pytest.raises(InputError, match=f"{path} exists already"):
+        write_matrix(matrix, tmp_path, NOON)
+
+
+def test_two_commands_of_one_second_do_not_mix(tmp_path, monkeypatch):
+    comparison = compare(official_run("a"), official_run("b"))
+    write, others = winrates.write_json, []
+
+    def write_after_the_other(path, value):
+        if not others:
+            others.append(None)
+            others[0] = write_comparison(comparison, tmp_path, NOON)
+        write(path, value)
+
+    monkeypatch.setattr(winrates, "write_json", write_after_the_other)
+    with pytest.raises(InputError, match="exists already"):
+        write_comparison(comparison, tmp_path, NOON)
+    assert list(tmp_path.iterdir()) == others and len(list(others[0].iterdir())) == 6
 
 
 # Manifests: paths and bad input
