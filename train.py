@@ -154,7 +154,8 @@ def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
         pairs, held_out_pairs = open_cache(config, accelerator, pairs, held_out_pairs)
 
     run = build_run(config, accelerator, family, plan, seed, references)
-    run.data, run.prompts = data, prompts
+    base = family.describe(config.unet_init) if accelerator.is_main_process else None
+    run.data, run.base, run.prompts = data, broadcast_object_list([base])[0], prompts
     dataset = build_dataset(run, pairs, "train")
     announce(run, notes)
     run.prepare()
@@ -183,6 +184,8 @@ def resume(run: Run, checkpoint: Path) -> None:
             f"{checkpoint} is beyond the run's {run.plan.steps} updates: raise --max_train_steps, name an earlier "
             "checkpoint with --resume_from_checkpoint, or choose another --output_dir"
         )
+    if run.config.resume_from_checkpoint != "latest":
+        checkpoints.set_later_aside(run)
     log.info(f"resumed        {checkpoint}, after {run.step} updates")
 
 
@@ -317,13 +320,14 @@ def save_model(run: Run) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Train as the command line says."""
     config = parse_flags(TrainConfig, __doc__.splitlines()[0], "python train.py", arguments)
-    run, dataset, held_out = set_up(config)
-    with checkpoints.writing_to(config.output_dir):
-        stopped_by = train(run, dataset, held_out)
-        if not stopped_by:
-            save_model(run)
-    run.accelerator.wait_for_everyone()
-    run.accelerator.end_training()
+    with checkpoints.alone_in(config.output_dir):
+        run, dataset, held_out = set_up(config)
+        with checkpoints.writing_to(config.output_dir):
+            stopped_by = train(run, dataset, held_out)
+            if not stopped_by:
+                save_model(run)
+        run.accelerator.wait_for_everyone()
+        run.accelerator.end_training()
     if stopped_by:
         log.warning(
             f"stopped after {run.step} updates, checkpoint written; the same command continues"

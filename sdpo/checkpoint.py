@@ -8,6 +8,7 @@ random numbers is needed: both are functions of the step.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import logging
 import os
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from sdpo.config import NO_ROOM, InputError, TrainConfig
 from sdpo.families import load_fitting_state, load_weights
 from sdpo.files import brief, parse_json, read_text, sha256, sync, write_file, write_json
-from sdpo.step import Run, loss_name
+from sdpo.step import Run, loss_name, optimizer_name
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,31 @@ def writing_to(folder: str | Path) -> Iterator[None]:
                 "--checkpoints_total_limit or choose another --output_dir; the checkpoints already written are intact"
             ) from error
         raise
+
+
+@contextmanager
+def alone_in(folder: str | Path) -> Iterator[None]:
+    """Keep other runs out of a folder, and remove what a killed one left half written.
+
+    Raises InputError if there is another one. Every rank enters this, the first one speaks for all.
+    """
+    if os.environ.get("RANK", "0") != "0":  # as launchers set it
+        yield
+        return
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with open(Path(folder, ".lock"), "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which loader workers do not inherit
+        except (BlockingIOError, PermissionError):
+            raise InputError(
+                f"another run is in {folder}: wait until it ends, or choose another --output_dir"
+            ) from None
+        except OSError as error:  # a file system without locks
+            log.warning(f"CAUTION: {folder} cannot be locked ({error.strerror}): let no other run write there")
+        for path in Path(folder).glob("*.partial"):
+            if path.is_file():
+                path.unlink()
+        yield
 
 
 # Checkpoints
@@ -247,6 +273,18 @@ def newest_whole(folder: str | Path) -> Path | None:
     return None
 
 
+def set_later_aside(run: Run) -> None:
+    """Rename checkpoints beyond the one resumed from: they are not of the run that goes on from there."""
+    if not run.accelerator.is_main_process:
+        return
+    for path in list_checkpoints(run.config.output_dir):
+        if int(path.name.removeprefix("checkpoint-")) > run.step:
+            aside = path.with_name(path.name + ".abandoned")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(path, aside)
+            log.warning(f"CAUTION: {path} was written after the one resumed from, and is now {aside.name}")
+
+
 def space_caution(folder: str | Path, size: int) -> str | None:
     """A warning if a folder has less free space than a checkpoint of so many bytes takes."""
     free = shutil.disk_usage(folder).free
@@ -266,6 +304,8 @@ def read_state(checkpoint: Path) -> dict:
     known = isinstance(state, dict) and all(type(state.get(key)) is kind for key, kind in kinds.items())
     if not known or min(state["step"], state["seed"]) < 0:
         raise InputError(f"{path} does not hold step and seed, both 0 or more, config, plan and meter; {fix}")
+    if not all(type(state["meter"].get(name)) is int and state["meter"][name] >= 0 for name in ("made", "skipped")):
+        raise InputError(f"{path} does not hold the numbers of updates made and skipped; {fix}")
     if not all(isinstance(value, int | float) for value in state["plan"].values()):
         raise InputError(f"{path} does not hold the plan as numbers; {fix}")
     return state
@@ -304,7 +344,10 @@ def changed_settings(run: Run, checkpoint: Path) -> list[str]:
             changes.append(f"{what} was {old:,}, is {new:,}")
     if then["plan"].get("pairs") == plan.pairs and then.get("data", run.data) != run.data:
         changes.append("captions or labels of the pairs trained on are others")
-    return changes
+    begun = then.get("base") if isinstance(then.get("base"), dict) else {}
+    return changes + [
+        f"the base's {name} is another" for name, value in run.base.items() if begun.get(name, value) != value
+    ]
 
 
 def load_checkpoint(run: Run, checkpoint: Path) -> None:
@@ -315,6 +358,8 @@ def load_checkpoint(run: Run, checkpoint: Path) -> None:
         run.accelerator.load_state(str(checkpoint))
         run.accelerator.step = 0  # micro-steps, of which this run may make another number per update
         run.meter.load(state["meter"])
+        if run.accelerator.distributed_type != DistributedType.DEEPSPEED:
+            check_restored(run)
     except InputError:
         raise
     except Exception as error:  # torch, pickle and the objects' own
@@ -328,6 +373,16 @@ def load_checkpoint(run: Run, checkpoint: Path) -> None:
     if run.accelerator.distributed_type != DistributedType.DEEPSPEED:
         keep_settings(run, own, checkpoint)
     run.step = state["step"]
+
+
+def check_restored(run: Run) -> None:
+    """Raises ValueError for state that accelerate puts back without a look, and that would end the process later."""
+    if type(run.schedule.scheduler.last_epoch) is not int:
+        raise ValueError("the schedule's epoch is no number")
+    for parameter, state in run.optimizer.state.items():
+        for name in ("exp_avg", "exp_avg_sq") if optimizer_name(run.config, run.family) == "adamw" else ():
+            if state and getattr(state.get(name), "shape", None) != parameter.shape:
+                raise ValueError(f"{name} of the optimizer does not have the shape of its parameter")
 
 
 def keep_settings(run: Run, own: list[dict], checkpoint: Path) -> None:

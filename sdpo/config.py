@@ -31,6 +31,9 @@ def run_command(main: Callable[[], Any]) -> Any:
         return main()
     except InputError as error:
         message = str(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # nobody reads what is printed
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
@@ -282,6 +285,13 @@ class TrainConfig:
             "--dataset_name and --train_data_dir exclude each other: give one of them (the launchers take DATA=FOLDER)",
         )
         yield not self.output_dir, "--output_dir is empty: name a folder"
+        output, sources = os.path.abspath(self.output_dir), ("pretrained_model_name_or_path", "unet_init")
+        for name in (*sources, "pretrained_vae_model_name_or_path", "dataset_name", "train_data_dir"):
+            place = os.path.abspath(getattr(self, name) or "")
+            yield (
+                getattr(self, name) and output == (os.path.dirname(place) if os.path.isfile(place) else place),
+                f"--output_dir {self.output_dir} holds --{name}, which training would write over: name another folder",
+            )
         yield (
             self.choice_model and self.choice_model not in CHOICE_MODELS,
             f"--choice_model {self.choice_model!r}: choose from {', '.join(CHOICE_MODELS)}, "

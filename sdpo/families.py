@@ -223,6 +223,16 @@ class StableDiffusion:
         source, subfolder, options = self._unet_place(init)
         return hash_part(UNet2DConditionModel, source, subfolder, **options)
 
+    def describe(self, init: str = "") -> dict[str, str]:
+        """SHA-256 over the files of every part, and of the noise schedule's settings: what a run begins with."""
+        schedule = {name: value for name, value in self.scheduler.config.items() if not name.startswith("_")}
+        schedule = json.dumps(schedule, sort_keys=True, default=str)
+        return {
+            "UNet": self.fingerprint_unet(init),
+            **self.fingerprints(),
+            "noise schedule": hashlib.sha256(schedule.encode()).hexdigest(),
+        }
+
     def load_unet(self, init: str = "") -> UNet2DConditionModel:
         """A UNet in fp32: the base model's, or that of a file with a state dict, a diffusers folder or a hub id.
 
@@ -235,7 +245,7 @@ class StableDiffusion:
         else:
             source, subfolder, options = self._unet_place(init)
             unet = load_part(UNet2DConditionModel, source, subfolder, **options)
-            self._check_architecture(unet, init)
+            self._check_kind(unet, init)
         width = sum(encoder.config.hidden_size for encoder in self.text_encoders)
         if width and isinstance(unet.config.cross_attention_dim, int) and width != unet.config.cross_attention_dim:
             raise InputError(
@@ -249,7 +259,11 @@ class StableDiffusion:
             )
         return unet.float()
 
-    def _check_architecture(self, unet: UNet2DConditionModel, init: str) -> None:
+    def _check_kind(self, unet: UNet2DConditionModel, init: str) -> None:
+        scheduler, own = Path(init, "scheduler", "scheduler_config.json"), self.scheduler.config.prediction_type
+        theirs = parse_json(read_text(scheduler), scheduler, "download it again") if scheduler.is_file() else {}
+        if theirs.get("prediction_type", own) != own:
+            raise InputError(f"{init} makes {theirs['prediction_type']} predictions, {self.source} {own} ones")
         base = UNet2DConditionModel.load_config(self.source, subfolder="unet", **self.options)
         for name in ("in_channels", "block_out_channels", "cross_attention_dim", "addition_embed_type"):
             theirs, own = unet.config.get(name), base.get(name, unet.config.get(name))

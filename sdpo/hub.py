@@ -20,6 +20,7 @@ from sdpo.config import InputError
 from sdpo.files import brief
 
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # as flags say it
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of weights
 WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")  # what files that load_tensors reads are called
 PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # of ranks, while the first one fetches and prepares data
 
@@ -69,7 +70,7 @@ def check_finite(state: dict[str, Tensor], source: str) -> None:
 
 
 def check_fit(state: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str, fix: str) -> None:
-    """Raises InputError unless a state dict from `source` has the names and shapes of a model's own."""
+    """Raises InputError unless a state dict from `source` has names and shapes of a model's own, and real numbers."""
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     resized = sorted(n for n in own.keys() & state.keys() if getattr(state[n], "shape", None) != own[n].shape)
     if missing or unknown or resized:
@@ -77,6 +78,10 @@ def check_fit(state: Mapping[str, Tensor], own: Mapping[str, Tensor], source: st
             f"{source} belongs to another architecture: {len(missing)} tensors missing, {len(unknown)} unknown, "
             f"{len(resized)} of another shape (e.g. {(missing or unknown or resized)[0]}); {fix}"
         )
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or value.dtype not in FLOATS or value.layout != torch.strided or value.is_meta:
+            what = f"{value.dtype}, {value.layout}" if isinstance(value, Tensor) else type(value).__name__
+            raise InputError(f"{source}: {name} is {what}, but must be plain numbers of fp16, bf16, fp32 or fp64")
 
 
 def load_tensors(path: str | Path) -> Any:

@@ -60,14 +60,14 @@ def read_table(config: TrainConfig, split: str, folder: str | None = None) -> da
         fix = "give a local folder, or a hub data set where the hub can be reached"
         raise InputError(
             f"cannot read pairs from {source!r} ({brief(error.__cause__ or error)}); "
-            + (f"{damaged} is damaged: replace it" if damaged else fix)
+            + (f"{damaged} is damaged or has no rows: replace or remove it" if damaged else fix)
         ) from error
 
 
 def is_damaged(file: Path) -> bool:
-    """Whether a parquet file lacks its end, where it says what it holds."""
+    """Whether a parquet file has no rows, or lacks its end, where it says what it holds."""
     try:
-        return pq.read_metadata(file) is None
+        return pq.read_metadata(file).num_rows == 0
     except Exception:  # pyarrow has many
         return True
 
@@ -180,7 +180,8 @@ def read_saved(path: Path, split: str) -> datasets.Dataset:
 
 
 def undecoded(table: datasets.Dataset) -> datasets.Dataset:
-    """Image columns as bytes or paths, so that filters and workers decide what is decoded."""
+    """All columns as Python has them, images as bytes or paths, so that filters and workers decide what is decoded."""
+    table = table.with_format(None)
     for name, feature in table.features.items():
         if isinstance(feature, datasets.Image):
             table = table.cast_column(name, datasets.Image(decode=False))
@@ -328,8 +329,9 @@ def read_label_file(path: Path, captions: list, source: str) -> np.ndarray:
     Raises InputError for a file of other data or none at all.
     """
     try:
-        table = pq.read_table(path, columns=["label_0"])
+        table = pq.read_table(path)
         labels = table["label_0"].to_pylist()
+        numbers = table["row"].to_pylist() if "row" in table.column_names else list(range(len(labels)))
         about = json.loads((table.schema.metadata or {}).get(LABELS_ABOUT, b"{}"))
         rows, made_for = len(captions), about.get("captions")
     except Exception as error:  # pyarrow has many
@@ -341,6 +343,8 @@ def read_label_file(path: Path, captions: list, source: str) -> np.ndarray:
             f"{path} has labels of {len(labels):,} rows, but {source} has {rows:,} rows: "
             "make it again from this data with python -m sdpo.relabel"
         )
+    if numbers != list(range(rows)):
+        raise InputError(f"{path} does not have its rows in the order of the data: sort them by row")
     if made_for not in (None, hash_captions(captions)):
         raise InputError(
             f"{path} was made for other captions, or another order of them, than {source} has: "

@@ -7,8 +7,6 @@ per pair, and the others read them bit for bit and do without the reference's fo
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from pathlib import Path
 
@@ -66,7 +64,6 @@ class ReferenceErrors:
             len(steps), self.plan.global_batch, 2
         )  # as data.py deals them out
         if self.accelerator.is_main_process:
-            self.shards.create()
             self.shards.write(steps, {"errors": errors.contiguous()}, {})
         self.new = {}
 
@@ -85,6 +82,8 @@ def open_references(
         keys = [make_key(config, accelerator, family, plan, seed, pairs)]
     shards = Shards(Path(config.reference_cache), broadcast_object_list(keys)[0])
     refuse_changes([shards], "--reference_cache")
+    if accelerator.is_main_process:
+        shards.create()  # before another run does
     shards.scan()
     if damaged := [str(path) for path in shards.files if not is_intact(path)]:
         raise InputError(f"damaged: {', '.join(damaged)}; delete and run the same command again")
@@ -98,12 +97,9 @@ def make_key(
     config: TrainConfig, accelerator: Accelerator, family: StableDiffusion, plan: Plan, seed: int, pairs: Pairs
 ) -> dict:
     """All that the errors depend on, down to rounding."""
-    schedule = {name: value for name, value in family.scheduler.config.items() if not name.startswith("_")}
     device = accelerator.device
     return {
-        "reference": family.fingerprint_unet(config.unet_init),
-        **family.fingerprints(),
-        "noise schedule": hashlib.sha256(json.dumps(schedule, sort_keys=True, default=str).encode()).hexdigest(),
+        **family.describe(config.unet_init),
         "seed": seed,
         "pairs per update": plan.global_batch,
         "resolution": config.resolution or family.resolution,

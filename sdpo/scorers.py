@@ -61,8 +61,6 @@ def load_state(module: nn.Module, source: str, rename: Callable[[str], str | Non
     try:
         state = state.get("state_dict", state)
         state = {rename(name.removeprefix("module.")): value for name, value in state.items()}
-        if odd := next((name for name, value in state.items() if name and not value.is_floating_point()), None):
-            raise TypeError(f"{odd} does not hold real numbers")
     except (AttributeError, TypeError) as error:
         raise InputError(f"{source} cannot be read as weights: {brief(error)}; download it again") from error
     state.pop(None, None)  # what `rename` drops

@@ -39,8 +39,14 @@ class Shards:
         return vars(self) | {"places": {}, "_mapped": {}}  # another process maps the files itself
 
     def create(self) -> None:
-        """Write index.json."""
-        write_json(self.folder / "index.json", {"key": self.key})
+        """Write index.json, unless it is there; raises InputError if it says something else than the key."""
+        write_json(self.folder / "index.json", {"key": self.key}, replace=False)
+        refuse_changes([self], f"the cache {self.folder.parent}")  # another command may have been first
+
+    @property
+    def mark(self) -> str:
+        """SHA-256 of the key, which every file has."""
+        return hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()
 
     def scan(self) -> None:
         """Note where each row of the complete files is; raises InputError for a file that is damaged.
@@ -51,6 +57,8 @@ class Shards:
             self.files = sorted(self.folder.glob("*.safetensors"))
             for number, path in enumerate(self.files):
                 about = read_about(path)
+                if about["key"] not in (None, self.mark):
+                    raise InputError(f"{path} was made from something else than the files beside it: delete it")
                 self.places |= {name: (number, row) for row, name in enumerate(about["names"])}
                 self.notes |= about["notes"]
         found = [self.files, self.places, self.notes]
@@ -58,8 +66,9 @@ class Shards:
 
     def write(self, names: list[int | str], tensors: dict[str, Tensor], notes: dict[str, str]) -> None:
         """Write one file of len(names) rows; every tensor is (len(names), ...)."""
-        about = {"names": names, "notes": notes, "sha256": hash_content(names, notes, tensors)}
-        path = self.folder / f"{hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]}.safetensors"
+        about = {"names": names, "notes": notes, "sha256": hash_content(names, notes, tensors), "key": self.mark}
+        name = hashlib.sha256(json.dumps([self.mark, names]).encode()).hexdigest()[:16]
+        path = self.folder / f"{name}.safetensors"
         write_file(path, lambda partial: save_readable(tensors, partial, about, self.folder / "index.json"))
 
     def read(self, place: tuple[int, int]) -> dict[str, Tensor]:
@@ -92,14 +101,14 @@ def read_key(folder: Path) -> dict:
 
 
 def read_about(path: Path) -> dict:
-    """{"names", "notes", "sha256"} of a file; raises InputError where its header or length is wrong."""
+    """{"names", "notes", "sha256", "key"} of a file; raises InputError where its header or length is wrong."""
     try:
         with safe_open(path, "pt") as file:
             about = json.loads(file.metadata()["about"])
             rows = {file.get_slice(name).get_shape()[0] for name in file.keys()}  # noqa: SIM118
         if rows != {len(set(about["names"]))} or not isinstance(about["notes"], dict):  # which are hashable
             raise ValueError("it does not describe its own rows")
-        return {name: about[name] for name in ("names", "notes", "sha256")}
+        return {name: about[name] for name in ("names", "notes", "sha256")} | {"key": about.get("key")}
     except (SafetensorError, TypeError, LookupError, ValueError) as error:
         raise InputError(
             f"{path} is damaged ({brief(error)}): delete it and run the same command again, which makes it anew"

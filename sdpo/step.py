@@ -52,6 +52,7 @@ class Run:
     meter: Meter
     average: AveragedWeights | None = None  # of the policy, once that is prepared
     data: str = ""  # Pairs.fingerprint of what it trains on
+    base: dict[str, str] = field(default_factory=dict)  # StableDiffusion.describe of what it begins with
     references: ReferenceErrors | None = None  # the reference's errors, kept for other runs
     prompts: list[str] = field(default_factory=list)  # to sample images of when held-out errors are measured
     step: int = 0  # updates made or skipped
@@ -59,7 +60,8 @@ class Run:
     def state(self) -> dict[str, Any]:
         """What a checkpoint says about the run beside weights and optimizer; every rank calls this."""
         shape = {"config": dataclasses.asdict(self.config), "plan": dataclasses.asdict(self.plan)}
-        return {"step": self.step, "seed": self.seed, "data": self.data, **shape, "meter": self.meter.state()}
+        made_from = {"data": self.data, "base": self.base}
+        return {"step": self.step, "seed": self.seed, **made_from, **shape, "meter": self.meter.state()}
 
     def prepare(self) -> None:
         """Let accelerate wrap what it has to, policy, optimizer and schedule, and begin to average."""
@@ -110,6 +112,8 @@ def build_models(
     dtype = DTYPES[accelerator.mixed_precision]
     family.to(accelerator.device, dtype)
     unet = family.load_unet(config.unet_init).to(accelerator.device).train()
+    if any(module.p for module in unet.modules() if isinstance(module, nn.Dropout)):
+        raise InputError("the UNet has dropout, which tells policy and reference apart: set it to 0 in its config.json")
     if config.channels_last:
         unet.to(memory_format=torch.channels_last)
     reference = None

@@ -287,6 +287,8 @@ TRAIN_FLAGS = {
     "--checkpoints_total_limit=0": r"--checkpoints_total_limit must be at least 1, got 0",
     "--report_to=paper": r"--report_to.*: invalid choice: 'paper' \(choose from 'tensorboard'",
     "--report_to=wandb": r"--report_to wandb: .*pip install wandb",
+    "--output_dir={pairs}": r"--output_dir .* holds --train_data_dir, which training would write over: name another",
+    "--output_dir={sd15}": r"--output_dir .* holds --pretrained_model_name_or_path, which training would write over",
     "--output_dir=": r"--output_dir is empty: name a folder",
     "--output_dir={f}/few.json": r"few.json cannot be used \(File exists\): correct the path",
     "--output_dir=/proc/nowhere": r"/proc/nowhere cannot be used \(No such file or directory\): correct the path",
@@ -476,6 +478,11 @@ DATA = {  # pairs: (what writes them, flags of train.py, message)
     "labels without labels": (parquet(label_0=None), LABELS, r"cannot read labels from .* \(.*\); make it with"),
     "labels out of range": (parquet(label_0=[1.0, 0.0, 7.0, 0.0]), LABELS, r"train.parquet row 2: label_0 is 7.0, but"),
     "labels of bytes": (parquet(caption=[b"a"] * 4), LABELS, r"data \(train\) row 0: caption is b'a', but must be"),
+    "labels sorted otherwise": (
+        both(parquet(), parquet("l.pq", row=[1, 0, 2, 3])),
+        "--labels_file={f}/data/l.pq",
+        r"l.pq does not have its rows in the order of the data: sort them by row",
+    ),
     "labels in text": (both(parquet(), text("l.txt", "1 0 1")), "--labels_file={f}/data/l.txt", r"cannot read labels"),
     "prompts in Latin-1": (text("p.txt", b"caf\xe9"), VALIDATION, r"p.txt is not UTF-8 text .*; save it as UTF-8"),
     "prompts of no kind": (text("p", "x"), VALIDATION.replace("p.txt", "p"), r"p: prompts are read from .json, .jsonl"),
@@ -526,6 +533,7 @@ MODELS = {  # base model: (what writes it, message)
     "prediction of samples": (base(edit(SCHEDULER, prediction_type="sample")), r"'sample' is not"),
 }  # fmt: skip
 
+EIGHT_BITS = r"unet.pth: .* is torch.float8_e4m3fn, torch.strided, but must be plain numbers of fp16"
 UNETS = {  # weights of the UNet: (what writes them, file, message)
     "text": (text("unet.pth", "weights"), "unet.pth", UNREADABLE),
     "nothing": (text("unet.pth", ""), "unet.pth", UNREADABLE),
@@ -533,6 +541,9 @@ UNETS = {  # weights of the UNet: (what writes them, file, message)
     "a list": (lambda f: torch.save([1, 2], f / "unet.pth"), "unet.pth", r"unet.pth is not a state dict: expected"),
     "an empty dict": (lambda f: torch.save({}, f / "unet.pth"), "unet.pth", r"unet.pth is not a state dict: expected"),
     "nested": (state(lambda s: {"state_dict": s}), "unet.pth", r"unet.pth is not a state dict: expected"),
+    "in 8 bits": (state(lambda s: {k: v.to(torch.float8_e4m3fn) for k, v in s.items()}), "unet.pth", EIGHT_BITS),
+    "whole numbers": (state(lambda s: {k: v.int() for k, v in s.items()}), "unet.pth", r"unet.pth: .* is torch.int32"),
+    "sparse": (state(lambda s: {k: v.to_sparse() for k, v in s.items()}), "unet.pth", r"unet.pth: .* torch.sparse_coo"),
     "numbered": (state(lambda s: dict(enumerate(s.values()))), "unet.pth", r"unet.pth is not a state dict: expected"),
     "code": (malicious("unet.pth"), "unet.pth", UNREADABLE),
     "lacks a tensor": (state(less), "unet.pth", r"unet.pth belongs to another architecture: 1 tensors missing"),
@@ -546,6 +557,14 @@ UNETS = {  # weights of the UNet: (what writes them, file, message)
     "config alone": (text("u/config.json", {}), "u", r"cannot load .*u' \(.*\); give a local"),
 }  # fmt: skip
 
+
+def optimizer_of_other_shapes(folder):
+    """Its kernel would read past the end of what is there."""
+    state = torch.load(folder / "optimizer.bin", weights_only=True)
+    state["state"][0]["exp_avg"] = state["state"][0]["exp_avg"].flatten()[:1]
+    torch.save(state, folder / "optimizer.bin")
+
+
 CHECKPOINTS = {  # damage to a checkpoint: (what does it, message)
     "state of text": (text("state.json", "x"), r"state.json: not valid JSON \(.*\); remove the checkpoint"),
     "state too deep": (text("state.json", DEEP), r"state.json: not valid JSON \(.*\); remove the checkpoint"),
@@ -557,10 +576,12 @@ CHECKPOINTS = {  # damage to a checkpoint: (what does it, message)
     "step not finite": (edit("state.json", step=float("nan")), r"state.json does not hold step and seed"),
     "settings a list": (edit("state.json", config=[]), r"state.json does not hold step and seed, .* config"),
     "plan a list": (edit("state.json", plan=[]), r"state.json does not hold step and seed, .* plan"),
-    "meter of texts": (edit("state.json", meter={"sums": {"x": ["y"]}}), r"checkpoint-1 cannot be resumed from \(.*\); remove it"),
+    "meter of texts": (edit("state.json", meter={"sums": {"x": ["y"]}, "made": 1, "skipped": 0}), r"checkpoint-1 cannot be resumed from \(.*\); remove it"),
     "plan of texts": (edit("state.json", plan={"pairs": "x"}), r"state.json does not hold the plan as numbers; remove"),
     "weights cut off": (cut("unet.pth"), r"unet.pth cannot be read as weights"),
     "weights with code": (malicious("unet.pth"), r"unet.pth cannot be read as weights"),
+    "meter of no numbers": (edit("state.json", meter={"sums": {}, "made": None, "skipped": 0}), r"numbers of updates made"),
+    "optimizer of other shapes": (optimizer_of_other_shapes, r"resumed from \(exp_avg of the optimizer does not have"),
     "optimizer gone": (drop("optimizer.bin"), r"checkpoint-1 cannot be resumed from \(.*\); remove it"),
     "optimizer cut off": (cut("optimizer.bin"), r"checkpoint-1 cannot be resumed from \(.*\); remove it"),
     "optimizer with code": (malicious("optimizer.bin"), r"checkpoint-1 cannot be resumed from \(.*\); remove it"),

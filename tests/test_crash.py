@@ -16,6 +16,7 @@ import accelerate.checkpointing
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import train
@@ -218,6 +219,49 @@ def test_only_damaged_checkpoints_are_no_reason_to_start_again(arguments, tmp_pa
     ):
         train.main(flags)
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_a_run_that_goes_on_from_earlier_leaves_the_other_branch(arguments, tmp_path, caplog):
+    flags = arguments("--checkpointing_steps=1")
+    train.main(flags)
+    train.main([*flags, f"--resume_from_checkpoint={tmp_path / 'run' / 'checkpoint-1'}", "--max_train_steps=2"])
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-1", "checkpoint-2"]
+    assert sorted(path.name for path in (tmp_path / "run").glob("*.abandoned")) == [
+        "checkpoint-2.abandoned",
+        "checkpoint-3.abandoned",
+    ]
+    assert damage(tmp_path / "run" / "checkpoint-3.abandoned") is None  # nothing is lost
+
+
+def test_another_base_is_another_run(arguments, bases, tmp_path):
+    base = shutil.copytree(bases["sd15", "epsilon"], tmp_path / "base")
+    flags = [*arguments("--checkpointing_steps=1"), f"--pretrained_model_name_or_path={base}"]
+    train.main([*flags, "--max_train_steps=1"])
+    tensors = load_file(base / "unet" / "diffusion_pytorch_model.safetensors")
+    save_file(
+        {name: 1.1 * value for name, value in tensors.items()}, base / "unet" / "diffusion_pytorch_model.safetensors"
+    )
+    with pytest.raises(InputError, match=r"would be another run: the base's UNet is another\. Take them back"):
+        train.main(flags)
+    train.main([*flags, "--resume_with_changes"])
+
+
+def test_two_runs_do_not_share_a_folder(arguments, tmp_path):
+    flags, holder = (
+        arguments(),
+        "import sys; from sdpo.checkpoint import alone_in\nwith alone_in(sys.argv[1]): print(1, flush=True); input()",
+    )
+    command = [sys.executable, "-c", holder, str(tmp_path / "run")]
+    with subprocess.Popen(
+        command, cwd=Path(__file__).parents[1], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        other.stdout.readline()
+        with pytest.raises(InputError, match=r"another run is in .*run: wait until it ends"):
+            train.main(flags)
+        other.kill()
+    (tmp_path / "run" / "unet.pth.0a1b2c3d.partial").touch()  # of a run that was killed
+    train.main(flags)
+    assert not list((tmp_path / "run").glob("*.partial"))
 
 
 def test_a_run_that_starts_anew_does_not_mix_its_checkpoints_with_others(arguments, tmp_path):

@@ -835,8 +835,20 @@ def test_a_parquet_file_that_was_cut_off_is_named(tmp_path):
     folder = as_parquet(tmp_path / "pairs", split="train-0")
     path = as_parquet(folder, split="train-1") / "train-1.parquet"
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(InputError, match=f"{path} is damaged: replace it"):
+    with pytest.raises(InputError, match=f"{path} is damaged or has no rows: replace or remove it"):
         load(folder)
+    pq.write_table(pq.read_table(folder / "train-0.parquet").slice(0, 0), path)
+    with pytest.raises(InputError, match=f"{path} is damaged or has no rows: replace or remove it"):
+        load(folder)
+
+
+def test_a_saved_table_with_a_format_is_read_like_one_without(tmp_path):
+    folder = as_parquet(tmp_path / "pairs")
+    table = load(folder)[0].table
+    table.with_format("pandas", columns=["caption"]).save_to_disk(tmp_path / "saved")
+    pairs, plain = (load(place)[0] for place in (tmp_path / "saved", folder))
+    assert pairs.captions() == plain.captions() and (pairs.first_won == plain.first_won).all()
+    assert pairs.load(0, 2)[0][0].size == plain.load(0, 2)[0][0].size
 
 
 def test_an_unreadable_image_file_is_named(tmp_path):

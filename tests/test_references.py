@@ -12,6 +12,7 @@ from test_training import same, weights
 
 import train
 from sdpo.config import InputError, TrainConfig, parse_flags
+from sdpo.shards import Shards
 
 DPO, DMPO = "--train_method=diffusion-dpo", "--train_method=dmpo"
 
@@ -130,10 +131,27 @@ def test_errors_of_other_samples_are_refused(flags, changes, said):
     assert said in str(error.value) and "Name another --reference_cache" in str(error.value)
 
 
+def test_two_runs_that_begin_together_do_not_mix(flags, tmp_path):
+    """The first one claims the folder, whichever writes first; a file of another would be refused."""
+    key, other = {"seed": 1}, {"seed": 2}
+    one, two = Shards(tmp_path / "together", key), Shards(tmp_path / "together", other)
+    one.create()
+    with pytest.raises(InputError, match="seed was 1, is 2"):
+        two.create()
+    errors = {"errors": torch.zeros(1, 4, 2)}
+    two.write([0], errors, {})
+    one.write([0], errors, {})
+    assert len(list((tmp_path / "together").glob("*.safetensors"))) == 2
+    with pytest.raises(
+        InputError, match=r"\.safetensors was made from something else than the files beside it: delete"
+    ):
+        one.scan()
+
+
 def test_errors_of_another_reference_are_refused(flags, tmp_path):
     train.main(flags(out="first"))
     for init in (tmp_path / "first" / "unet.pth", tmp_path / "first", tmp_path / "first" / "unet"):
-        with pytest.raises(InputError, match=r"something else: .*: reference was \w{12}, is \w{12}\."):
+        with pytest.raises(InputError, match=r"something else: .*: UNet was \w{12}, is \w{12}\."):
             train.main(flags(f"--unet_init={init}", out="other"))
 
 

@@ -203,6 +203,19 @@ def test_validation_prompts_are_sampled(arguments, tmp_path):
     assert list((tmp_path / "run" / "logs").rglob("events.out.tfevents.*"))
 
 
+def test_dropout_is_refused(arguments, bases, tmp_path):
+    base = shutil.copytree(bases["sd15", "epsilon"], tmp_path / "base")
+    path = base / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dropout": 0.1}))
+    with pytest.raises(InputError, match="the UNet has dropout, which tells policy and reference apart: set it to 0"):
+        train.main([*arguments(), f"--pretrained_model_name_or_path={base}"])
+
+
+def test_a_start_that_predicts_something_else_is_refused(arguments, bases):
+    with pytest.raises(InputError, match=r"makes v_prediction predictions, .* epsilon ones"):
+        train.main(arguments(f"--unet_init={bases['sd15', 'v_prediction']}"))
+
+
 def test_an_optimizer_whose_package_is_missing_is_named(arguments, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # importing it fails
     with pytest.raises(InputError, match="--optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes"):
