@@ -511,7 +511,8 @@ def broken_states(state):
         "1 unknown": dict(state) | {"extra": torch.zeros(1)},
         "1 of another shape (e.g. positional_embedding)": wide,
         "cannot be read as weights": ["not a dict"],
-        f"{first} does not hold real numbers": dict(state) | {first: torch.zeros(state[first].shape, dtype=torch.long)},
+        f"{first} is torch.int64, torch.strided, but must be": dict(state)
+        | {first: torch.zeros(state[first].shape, dtype=torch.long)},
         "tensors missing": {},
     }
 
