@@ -743,6 +743,12 @@ def check(said, message):
     assert re.search(message, said), said
 
 
+def test_an_interrupt_is_no_traceback(capsys):
+    with pytest.raises(SystemExit) as end:
+        run_command(lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert end.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+
+
 @pytest.mark.parametrize("flags", TRAIN_FLAGS)
 def test_flags_of_train(refused, tmp_path, flags):
     check(refused("train", flags), TRAIN_FLAGS[flags])
