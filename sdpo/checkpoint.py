@@ -207,7 +207,12 @@ def remove_older(newest: Path, keep: int) -> None:
 def list_checkpoints(folder: str | Path) -> list[Path]:
     """Checkpoints in a folder, whole or not, oldest first."""
     found = [path for path in Path(folder).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    return sorted(found, key=number_of)
+
+
+def number_of(checkpoint: Path) -> int:
+    """Updates made when a checkpoint was written."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def find_checkpoint(accelerator: Accelerator, config: TrainConfig) -> Path | None:
@@ -278,7 +283,7 @@ def set_later_aside(run: Run) -> None:
     if not run.accelerator.is_main_process:
         return
     for path in list_checkpoints(run.config.output_dir):
-        if int(path.name.removeprefix("checkpoint-")) > run.step:
+        if number_of(path) > run.step:
             aside = path.with_name(path.name + ".abandoned")
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(path, aside)
@@ -379,9 +384,10 @@ def check_restored(run: Run) -> None:
     """Raises ValueError for state that accelerate puts back without a look, and that would end the process later."""
     if type(run.schedule.scheduler.last_epoch) is not int:
         raise ValueError("the schedule's epoch is no number")
+    moments = ("exp_avg", "exp_avg_sq") if optimizer_name(run.config, run.family) == "adamw" else ()
     for parameter, state in run.optimizer.state.items():
-        for name in ("exp_avg", "exp_avg_sq") if optimizer_name(run.config, run.family) == "adamw" else ():
-            if state and getattr(state.get(name), "shape", None) != parameter.shape:
+        for name in moments if state else ():
+            if getattr(state.get(name), "shape", None) != parameter.shape:
                 raise ValueError(f"{name} of the optimizer does not have the shape of its parameter")
 
 

@@ -7,6 +7,7 @@ matching) need nothing elsewhere.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -47,6 +48,17 @@ def read_pipeline_class(source: str, **options: str | None) -> str:
     return name
 
 
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file; read once in a process unless it changes, for caches and checkpoints each ask for it."""
+    about = path.stat()
+    return _hash_state_of(path, about.st_ino, about.st_size, about.st_mtime_ns)
+
+
+@functools.lru_cache
+def _hash_state_of(path: Path, *_state: int) -> str:
+    return sha256(path)
+
+
 def hash_part(cls, source: str, subfolder: str | None, **options) -> str:
     """SHA-256 over names and content of the files that `cls.from_pretrained` reads: the same for a copy elsewhere."""
     folder = Path(source, subfolder or "")
@@ -57,7 +69,7 @@ def hash_part(cls, source: str, subfolder: str | None, **options) -> str:
             load_part(cls, source, subfolder, **options)  # fetches the other files
     digest = hashlib.sha256()
     for path in [*sorted(path for path in folder.iterdir() if path.name in PART_FILES), *list_weights(folder)]:
-        digest.update(path.name.encode() + bytes.fromhex(sha256(path)))
+        digest.update(path.name.encode() + bytes.fromhex(hash_file(path)))
     return digest.hexdigest()
 
 
@@ -219,7 +231,7 @@ class StableDiffusion:
     def fingerprint_unet(self, init: str = "") -> str:
         """SHA-256 over the files of the UNet that load_unet gives; it need not be loaded."""
         if is_weight_file(init):
-            return sha256(init)
+            return hash_file(Path(init))
         source, subfolder, options = self._unet_place(init)
         return hash_part(UNet2DConditionModel, source, subfolder, **options)
 

@@ -71,13 +71,10 @@ def write_file(path: Path, write: Callable[[Path], object], replace: bool = True
             os.replace(partial, path)
         else:
             put_first(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        if error.errno and not error.filename:  # as on a full disk
-            error.filename = str(path)
-        raise
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)  # on a full disk it would take the room
+        if isinstance(error, OSError) and error.errno and not error.filename:
+            error.filename = str(path)  # which a full disk does not say
         raise
     sync(path.parent)
 

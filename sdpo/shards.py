@@ -41,7 +41,7 @@ class Shards:
     def create(self) -> None:
         """Write index.json, unless it is there; raises InputError if it says something else than the key."""
         write_json(self.folder / "index.json", {"key": self.key}, replace=False)
-        refuse_changes([self], f"the cache {self.folder.parent}")  # another command may have been first
+        refuse_changes([self], "cache")  # another command may have been first
 
     @property
     def mark(self) -> str:

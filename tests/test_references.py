@@ -1,6 +1,7 @@
 """Errors of the reference on file: runs that share them are bit for bit the runs that compute them."""
 
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from test_training import same, weights
 
 import train
+from sdpo import families
 from sdpo.config import InputError, TrainConfig, parse_flags
 from sdpo.shards import Shards
 
@@ -129,6 +131,15 @@ def test_errors_of_other_samples_are_refused(flags, changes, said):
     with pytest.raises(InputError, match="--reference_cache was made from something else") as error:
         train.main(flags(*changes, out="other"))
     assert said in str(error.value) and "Name another --reference_cache" in str(error.value)
+
+
+def test_files_of_the_base_are_read_once_for_caches_and_checkpoints(flags, tmp_path, monkeypatch):
+    read, original = Counter(), families.sha256
+    monkeypatch.setattr(families, "sha256", lambda path: read.update([path]) or original(path))
+    families._hash_state_of.cache_clear()
+    train.main(flags(f"--latent_cache={tmp_path / 'latents'}"))
+    assert {"unet", "vae", "text_encoder", "tokenizer"} <= {path.parent.name for path in read}
+    assert set(read.values()) == {1}
 
 
 def test_two_runs_that_begin_together_do_not_mix(flags, tmp_path):
