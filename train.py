@@ -26,7 +26,7 @@ from sdpo.batch import collate
 from sdpo.cache import CachedPairs, open_cache
 from sdpo.config import InputError, Plan, TrainConfig, parse_flags, run_command
 from sdpo.console import start_console
-from sdpo.data import PairDataset, Transform, train_loader
+from sdpo.data import PairDataset, Transform, train_batches
 from sdpo.families import FAMILIES, load_family
 from sdpo.files import write_json
 from sdpo.heldout import HeldOutPairs
@@ -227,7 +227,7 @@ def train(run: Run, dataset: PairDataset, held_out: HeldOutPairs | None) -> int:
     with StopRequest(run.accelerator) as request:
         if run.step == 0:
             metrics.write(0, validate(run, held_out))
-        micro_batches = iter(train_loader(config, dataset, plan, run.accelerator.process_index, run.step))
+        micro_batches = train_batches(config, dataset, plan, run.accelerator.process_index, run.step)
         hidden = not run.accelerator.is_local_main_process
         progress = tqdm(total=plan.steps, initial=run.step, desc=config.method, unit="update", disable=hidden)
         first, began, skipped = run.step, time.monotonic(), Skips(run, dataset)

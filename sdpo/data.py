@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
+import multiprocessing
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
-from sdpo.batch import collate
+from sdpo.batch import Batch, collate
 from sdpo.config import InputError, Plan, TrainConfig
 from sdpo.rng import draw, normal
 
@@ -176,16 +178,28 @@ class RankSampler(Sampler):
 
 
 def outlive_signals(worker: int) -> None:
-    """Have a loader worker work on: launchers signal the whole group, and the trainer needs pairs for a last update."""
+    """Ignore stop signals in a loader worker: launchers signal all, and the trainer needs pairs for a last update."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
-def train_loader(config: TrainConfig, dataset: PairDataset, plan: Plan, rank: int, first_step: int) -> DataLoader:
+def kill_workers() -> None:
+    """Kill the loader workers that are left when the process ends.
+
+    After an error there are some, and the interpreter would wait for ever for them to heed a SIGTERM.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report every one as a failure
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
+def train_batches(
+    config: TrainConfig, dataset: PairDataset, plan: Plan, rank: int, first_step: int
+) -> Iterator[Batch]:
     """Micro-batches of this rank from `first_step` to the end of the run."""
     workers = config.dataloader_num_workers
     sampler = RankSampler(first_step, plan, rank)
-    return DataLoader(
+    loader = DataLoader(
         dataset,
         batch_sampler=sampler,
         collate_fn=collate,
@@ -194,3 +208,7 @@ def train_loader(config: TrainConfig, dataset: PairDataset, plan: Plan, rank: in
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
     )
+    batches = iter(loader)
+    if workers:
+        atexit.register(kill_workers)  # functions registered later are called earlier, so before those that wait
+    return batches

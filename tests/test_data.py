@@ -17,7 +17,7 @@ from torchvision import transforms
 
 from sdpo.batch import collate
 from sdpo.config import InputError, Plan, TrainConfig
-from sdpo.data import PairDataset, RankSampler, Transform, train_loader
+from sdpo.data import PairDataset, RankSampler, Transform, train_batches
 from sdpo.images import decode
 from sdpo.pairs import Pairs, load_pairs, prepare_pairs, split_by_prompt
 
@@ -162,9 +162,8 @@ def loaded(dataset, processes=1, accumulation=4, batch=2, workers=0, first_step=
     found = {}
     for rank in range(processes):
         sampler = RankSampler(first_step, plan, rank)
-        loader = train_loader(config, dataset, plan, rank, first_step)
-        assert len(loader) == (steps - first_step) * accumulation
-        for places, got in zip(sampler, loader, strict=True):
+        batches = train_batches(config, dataset, plan, rank, first_step)
+        for places, got in zip(sampler, batches, strict=True):
             members = {name: getattr(got, name).unflatten(0, (2, batch)) for name in ("pixels", "posterior")}
             for i, place in enumerate(places):
                 assert place not in found, f"{place} was loaded twice"

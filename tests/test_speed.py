@@ -252,7 +252,7 @@ def test_compiled_blocks_keep_the_margin_exact_and_are_compiled_once(arguments, 
     config = parse_flags(TrainConfig, "", "", arguments(*flags))
     run, dataset, held_out = train.set_up(config)
     assert all(value == 0 for name, value in train.validate(run, held_out).items() if "change" in name)
-    batches = iter(train.train_loader(config, dataset, run.plan, 0, 0))
+    batches = train.train_batches(config, dataset, run.plan, 0, 0)
     step.update(run, batches)
     first = run.meter.reduce()
     assert first["rewards/margins"] == 0 and first["avg_lose_diff_loss"] == 0
