@@ -11,13 +11,12 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from sdpo.config import InputError, parse_flags, run_command
+from sdpo.command import InputError, parse_flags, run_command
 from sdpo.console import start_console
 from sdpo.generation import EvalConfig, generate
 from sdpo.hub import PATIENCE
 from sdpo.report import write_report
 from sdpo.scoring import (
-    METRICS,
     Scored,
     ScoringOptions,
     check_models,
@@ -30,10 +29,10 @@ from sdpo.summary import summarise, write_summary
 from sdpo.winrates import collect_run
 
 
-def score(config: EvalConfig, manifests: dict[str, Path], accelerator: Accelerator) -> dict[str, Scored]:
-    """Entries and scores by group in the chosen metrics, on the main process; every rank computes a share of them."""
-    metrics = config.score_metrics
-    options = ScoringOptions(config.sources, config.score_dtype, str(accelerator.device), config.score_batch_size)
+def score(
+    manifests: dict[str, Path], metrics: list[str], options: ScoringOptions, accelerator: Accelerator
+) -> dict[str, Scored]:
+    """Entries and scores by group in the metrics, on the main process; every rank computes a share of them."""
     if accelerator.num_processes > 1:
         for path in manifests.values():
             if accelerator.is_main_process:
@@ -46,9 +45,10 @@ def score(config: EvalConfig, manifests: dict[str, Path], accelerator: Accelerat
     return {group: score_manifest(path, metrics, options) for group, path in manifests.items()}
 
 
-def add_earlier(groups: dict[str, Scored], manifests: dict[str, Path], config: EvalConfig) -> None:
+def add_earlier(
+    groups: dict[str, Scored], manifests: dict[str, Path], metrics: list[str], options: ScoringOptions
+) -> None:
     """Add groups that earlier commands made and scored alike; those that were scored by other models are named."""
-    metrics, options = config.score_metrics, ScoringOptions(config.sources, config.score_dtype)
     for group, path in manifests.items():
         if group in groups or not (scored := read_complete(path, metrics, options)):
             continue
@@ -63,23 +63,21 @@ def add_earlier(groups: dict[str, Scored], manifests: dict[str, Path], config: E
 def main(arguments: list[str] | None = None) -> dict[str, Path]:
     """Generate and score as the command line says; returns the manifest's path by group."""
     config = parse_flags(EvalConfig, __doc__.splitlines()[0], "python eval_generate.py", arguments)
-    if config.weights:  # before hours of making images
-        from sdpo.scorers import check_parts  # slow to import, and not needed where all scores are there
-
-        check_parts(config.sources, [METRICS[metric] for metric in config.score_metrics])
-    accelerator = Accelerator(kwargs_handlers=[PATIENCE])
+    accelerator, metrics = Accelerator(kwargs_handlers=[PATIENCE]), config.score_metrics
+    options = ScoringOptions(config.sources, config.score_dtype, str(accelerator.device), config.score_batch_size)
+    options.check(metrics)
     start_console(accelerator.is_main_process)
     manifests, alike, side = generate(config, accelerator)
     for path in manifests.values():
         logging.info(f"manifest       {path}")
-    groups = score(config, manifests, accelerator)
+    groups = score(manifests, metrics, options, accelerator)
     if accelerator.is_main_process:
         folder = next(iter(manifests.values())).parent
-        check_models(groups, config.score_metrics)
-        add_earlier(groups, alike, config)
-        if config.score_metrics:
-            logging.info(write_summary(summarise(groups, config.score_metrics), folder, side))
-        runs = [collect_run(group, *scored, config.score_metrics) for group, scored in groups.items()]
+        check_models(groups, metrics)
+        add_earlier(groups, alike, metrics, options)
+        runs = [collect_run(group, *scored, metrics) for group, scored in groups.items()]
+        if metrics:
+            logging.info(write_summary(summarise(runs), folder, side))
         report = write_report(folder / "report.html", runs, title=config.unet_path)
         logging.info(f"report         {report}")
     accelerator.wait_for_everyone()

@@ -8,9 +8,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from sdpo.config import FlagErrors, run_command
+from sdpo.command import FlagErrors, parse_assignments, run_command
 from sdpo.report import write_report
-from sdpo.scoring import METRICS, ScoringOptions, check_models, score_manifest, split_pairs
+from sdpo.scoring import METRICS, ScoringOptions, check_models, score_manifest
 from sdpo.winrates import (
     OFFICIAL_METRICS,
     PAIRINGS,
@@ -51,14 +51,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Score what is missing, compare every pair of runs, write and print the results."""
     args = parse_arguments(arguments)
-    named = [(args.label_a, args.json_a), (args.label_b, args.json_b), *split_pairs(args.more, "--more")]
+    named = [(args.label_a, args.json_a), (args.label_b, args.json_b), *parse_assignments(args.more, "--more")]
     check_labels([label for label, _ in named])
-    sources = dict(split_pairs(args.weights, "--weights"))
-    if sources:
-        from sdpo.scorers import check_parts  # slow to import, and not needed where all scores are there
-
-        check_parts(sources, [METRICS[metric] for metric in args.metrics])
+    sources = dict(parse_assignments(args.weights, "--weights"))
     options = ScoringOptions(sources, args.score_dtype, args.device, args.batch_size)
+    options.check(args.metrics)
     scored = {label: score_manifest(manifest, args.metrics, options) for label, manifest in named}
     check_models(scored, args.metrics)
     runs = [collect_run(label, *pair, args.metrics) for label, pair in scored.items()]

@@ -24,7 +24,8 @@ from transformers.integrations import unset_hf_deepspeed_config
 from sdpo import checkpoint as checkpoints
 from sdpo.batch import collate
 from sdpo.cache import CachedPairs, open_cache
-from sdpo.config import InputError, Plan, TrainConfig, parse_flags, run_command
+from sdpo.command import InputError, parse_flags, run_command
+from sdpo.config import Plan, TrainConfig
 from sdpo.console import start_console
 from sdpo.data import PairDataset, Transform, train_batches
 from sdpo.families import FAMILIES, load_family
@@ -123,9 +124,8 @@ def announce(run: Run, notes: list[str]) -> None:
     parameters, memory = sum(p.numel() for p in run.unet.parameters()), planned_memory(run)
     for line in (*notes, *run.plan.lines(config)):
         log.info(line)
-    log.info(
-        f"method         {config.method}, beta {config.beta_dpo:g}, {config.mixed_precision} precision, seed {run.seed}"
-    )
+    precision = "fp32" if config.mixed_precision == "no" else config.mixed_precision
+    log.info(f"method         {config.method}, beta {config.beta_dpo:g}, {precision}, seed {run.seed}")
     log.info(f"parameters     {parameters:,}")
     parts = ", ".join(f"{name} {size / 2**30:.3g}" for name, size in memory.items())
     log.info(f"memory         {sum(memory.values()) / 2**30:.3g} GiB per device before activations: {parts}")
@@ -143,10 +143,6 @@ def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
     prompts = [prompt.text for prompt in read_prompts(config.validation_prompts)] if config.validation_prompts else []
     family = load_family(**config.base, encoders=not config.latent_cache or bool(prompts))
     with accelerator.main_process_first():
-        if config.choice_model:
-            from sdpo.relabel import RelabelConfig, relabel  # the scorers need open_clip, which training does not
-
-            log.info(relabel(RelabelConfig.of(config)))
         pairs, held_out_pairs, notes = prepare_pairs(config, seed)
     plan = Plan.of(config, accelerator.num_processes, len(pairs))
     references, data = open_references(config, accelerator, family, plan, seed, pairs), pairs.fingerprint()
@@ -230,15 +226,17 @@ def train(run: Run, dataset: PairDataset, held_out: HeldOutPairs | None) -> int:
         micro_batches = train_batches(config, dataset, plan, run.accelerator.process_index, run.step)
         hidden = not run.accelerator.is_local_main_process
         progress = tqdm(total=plan.steps, initial=run.step, desc=config.method, unit="update", disable=hidden)
-        first, began, skipped = run.step, time.monotonic(), Skips(run, dataset)
+        logged, seconds, skipped = run.step, 0.0, Skips(run, dataset)
         while run.step < plan.steps:
-            learning_rate = run.optimizer.param_groups[0]["lr"]
+            learning_rate, began = run.optimizer.param_groups[0]["lr"], time.monotonic()
             skipped.note(update(run, micro_batches))
+            seconds += time.monotonic() - began
             progress.update()
 
             last, stop = run.step == plan.steps, request.agreed()
             if run.step % config.logging_steps == 0 or last:
-                speed = (run.step - first) * plan.global_batch / (time.monotonic() - began)
+                speed = (run.step - logged) * plan.global_batch / seconds
+                logged, seconds = run.step, 0.0
                 figures = run.meter.reduce() | {"lr": learning_rate, "pairs_per_second": speed}
                 show_progress(progress, figures)
                 metrics.write(run.step, figures)

@@ -6,21 +6,16 @@ what is missing only, so a command that was cut off continues when it is run aga
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import logging
 import math
-import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -29,52 +24,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from sdpo.config import InputError, TrainConfig, flag, parse_flags, run_command
+from sdpo.command import InputError, flag, parse_flags, run_command
+from sdpo.config import TrainConfig
 from sdpo.console import start_console
 from sdpo.data import Transform
 from sdpo.families import Conditioning, StableDiffusion, load_family
 from sdpo.hub import DTYPES, PATIENCE, check_precision
 from sdpo.images import decode
 from sdpo.inputs import normalise
-from sdpo.pairs import Pairs, column, hash_captions, prepare_pairs
+from sdpo.pairs import Pairs, prepare_pairs
 from sdpo.shards import SHARD_BYTES, Shards, is_intact, read_key, refuse_changes
 
 log = logging.getLogger("cache")
 
 
 # What a cache is made from
-
-
-def describe_data(table: datasets.Dataset, caption_column: str, columns: Sequence[str]) -> dict:
-    """Rows of a table, and SHA-256 of its captions and of the sizes of its images.
-
-    Notices rows that were added, removed, moved or edited; not an image replaced by another one of the same size.
-    """
-    sizes = hashlib.sha256()
-    slim = table.select_columns(list(columns)).with_format("arrow")
-    for start in range(0, len(table), 10_000):
-        block = slim[start : start + 10_000]
-        for name in columns:
-            sizes.update(measure_images(block[name]).tobytes())
-    return {
-        "rows of the data": len(table),
-        "captions of the data": hash_captions(column(table, caption_column)),
-        "image columns": list(columns),
-        "image sizes of the data": sizes.hexdigest(),
-    }
-
-
-def measure_images(values: pa.ChunkedArray) -> np.ndarray:
-    """Sizes (n,) in bytes of encoded images or of image files; -1 where there is neither."""
-    if pa.types.is_struct(values.type):
-        sizes = measure_images(pc.struct_field(values, "bytes"))
-        absent = sizes < 0
-        return np.where(absent, measure_images(pc.struct_field(values, "path")), sizes) if absent.any() else sizes
-    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
-        return np.array([os.path.getsize(path) if path and os.path.isfile(path) else -1 for path in values.to_pylist()])
-    if pa.types.is_null(values.type):
-        return np.full(len(values), -1)
-    return pc.fill_null(pc.binary_length(values).cast(pa.int64()), -1).to_numpy()
 
 
 def make_keys(config: TrainConfig, family: StableDiffusion, tables: dict[str, Pairs]) -> dict[str, dict]:
@@ -98,7 +62,7 @@ def make_keys(config: TrainConfig, family: StableDiffusion, tables: dict[str, Pa
             "crop": "centre",
             "JPEGs decoded": "reduced" if pairs.least else "whole",
             "flips": flips or read_key(Path(config.latent_cache, name)).get("flips", False),  # unused flips do no harm
-            **describe_data(pairs.table, pairs.caption_column, pairs.columns),
+            **pairs.describe(),
         }
     return keys
 
@@ -354,10 +318,6 @@ def main(arguments: list[str] | None = None) -> None:
     accelerator = Accelerator(kwargs_handlers=[PATIENCE])
     start_console(accelerator.is_main_process)
     with accelerator.main_process_first():
-        if config.choice_model:
-            from sdpo.relabel import RelabelConfig, relabel  # the scorers need open_clip, which a cache does not
-
-            log.info(relabel(RelabelConfig.of(config)))
         pairs, held_out, notes = prepare_pairs(config, config.seed or 0)
     for line in notes:
         log.info(line)

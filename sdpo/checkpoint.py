@@ -23,7 +23,8 @@ from accelerate.utils import DistributedType, broadcast_object_list
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from sdpo.config import NO_ROOM, InputError, TrainConfig
+from sdpo.command import NO_ROOM, InputError
+from sdpo.config import TrainConfig
 from sdpo.families import load_fitting_state, load_weights
 from sdpo.files import brief, parse_json, read_text, sha256, sync, write_file, write_json
 from sdpo.step import Run, loss_name, optimizer_name
@@ -159,7 +160,7 @@ def damage(folder: Path) -> str | None:
         files = json.loads((folder / "files.json").read_text())
         known = {Path(folder, name): (entry["size"], entry["sha256"]) for name, entry in files.items()}
     except FileNotFoundError:
-        return "files.json is missing: it was not finished, or an older version wrote it"
+        return "files.json is missing: it was not finished"
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return "files.json cannot be read"
     for name in ("state.json", "unet.pth"):
@@ -305,7 +306,7 @@ def read_state(checkpoint: Path) -> dict:
     """state.json of a checkpoint: what Run.state gave; raises InputError for anything else."""
     path, fix = checkpoint / "state.json", "remove the checkpoint, or resume from another one"
     state = parse_json(read_text(path), path, fix)
-    kinds = {"step": int, "seed": int, "config": dict, "plan": dict, "meter": dict}
+    kinds = {"step": int, "seed": int, "config": dict, "plan": dict, "data": str, "base": dict, "meter": dict}
     known = isinstance(state, dict) and all(type(state.get(key)) is kind for key, kind in kinds.items())
     if not known or min(state["step"], state["seed"]) < 0:
         raise InputError(f"{path} does not hold step and seed, both 0 or more, config, plan and meter; {fix}")
@@ -345,13 +346,12 @@ def changed_settings(run: Run, checkpoint: Path) -> list[str]:
         changes.append(f"--seed was {then['seed']}, is {config.seed}")
     for name, what in {"global_batch": "the global batch", "pairs": "the number of pairs"}.items():
         old, new = then["plan"].get(name), getattr(plan, name)
-        if old not in (None, new):
-            changes.append(f"{what} was {old:,}, is {new:,}")
-    if then["plan"].get("pairs") == plan.pairs and then.get("data", run.data) != run.data:
+        if old != new:
+            changes.append(f"{what} was {old}, is {new}")
+    if then["plan"].get("pairs") == plan.pairs and then["data"] != run.data:
         changes.append("captions or labels of the pairs trained on are others")
-    begun = then.get("base") if isinstance(then.get("base"), dict) else {}
     return changes + [
-        f"the base's {name} is another" for name, value in run.base.items() if begun.get(name, value) != value
+        f"the base's {name} is another" for name, value in run.base.items() if then["base"].get(name) != value
     ]
 
 

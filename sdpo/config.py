@@ -3,77 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import math
 import os
-import signal
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Literal
 
+from sdpo.command import InputError, flag
+from sdpo.scoring import METRICS
 
-class InputError(ValueError):
-    """Something the user gave cannot be used; the message names it and the fix. Shown without a traceback."""
-
-    def __init__(self, message: str):
-        message = message.split("InputError: ")[-1].strip()  # workers of a data loader wrap it in a traceback
-        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))  # input may hold anything
-
-
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a full disk
-
-
-def run_command(main: Callable[[], Any]) -> Any:
-    """What a command's main function returns; what the user must correct is said in one sentence, with exit code 2."""
-    try:
-        return main()
-    except InputError as error:
-        message = str(error)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:  # nobody reads what is printed
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
-    except OSError as error:
-        path = error.filename2 or error.filename
-        if error.errno in NO_ROOM:
-            message = (
-                f"{path or 'a file'} cannot be written ({error.strerror}): make room and run the same command again"
-            )
-        elif path is not None:
-            message = f"{path} cannot be used ({error.strerror}): correct the path or its permissions"
-        else:
-            raise  # not about a file
-        message = str(InputError(message))
-    print(f"error: {message}", file=sys.stderr)  # on a line of its own: with the error, progress bars of main are gone
-    sys.exit(2)  # as argparse does; in a multi-rank run every rank for itself
-
-
-class FlagErrors:
-    """Mixed into an argument parser: raises InputError for flags that do not fit."""
-
-    def error(self, message: str) -> NoReturn:
-        """Instead of printing the usage and leaving."""
-        raise InputError(f"{message}; `{self.prog} --help` lists the flags")
-
-
-def flag(default: Any, text: str) -> Any:
-    """A field with its help text."""
-    return field(default=default, metadata={"help": text})
-
-
-CHOICE_MODELS = {  # value of --choice_model -> row of sdpo.scorers.SCORERS
-    "aes": "aesthetics",
-    "clip": "clip",
-    "hps": "hpsv2",
-    "hpsv21": "hpsv21",
-    "imagereward": "imagereward",
-    "pickscore": "pickscore",
-    "pixels": "pixels",
-}
+OFFICIAL_CHOICES = {"aesthetics": "aes", "hpsv2": "hps"}  # names of scorers in --choice_model
+CHOICE_MODELS = {OFFICIAL_CHOICES.get(row, row): row for row in METRICS.values()}  # row of sdpo.scorers.SCORERS
 POLYNOMIAL_END = 1e-7  # learning rate that diffusers' polynomial schedule ends with, whatever it began with
 LIMITS = {  # flags -> what their value must satisfy, and how that is said
     "train_batch_size num_train_epochs gradient_accumulation_steps global_batch_size validation_steps logging_steps "
@@ -461,20 +401,6 @@ class TrainConfig:
             f"--ema_decay {self.ema_decay} remembers {1 / (1 - self.ema_decay):.0f} updates, more than the run has: "
             "unet_ema.pth will hardly move",
         )
-
-
-def parse_flags(cls: type, description: str, command: str, arguments: list[str] | None = None) -> Any:
-    """An instance of the dataclass `cls` from arguments (sys.argv by default); InputError for what does not fit."""
-    from transformers import HfArgumentParser
-
-    class Parser(FlagErrors, HfArgumentParser):
-        pass
-
-    parser = Parser(cls, prog=command, description=description, allow_abbrev=False)
-    _, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        parser.error(f"unknown flag {unknown[0]}")
-    return parser.parse_args_into_dataclasses(arguments)[0]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
 from sdpo.batch import Batch, collate
-from sdpo.config import InputError, Plan, TrainConfig
+from sdpo.command import InputError
+from sdpo.config import Plan, TrainConfig
 from sdpo.rng import draw, normal
 
 if TYPE_CHECKING:  # reading pairs needs packages that batches do not
@@ -193,9 +194,7 @@ def kill_workers() -> None:
         worker.kill()
 
 
-def train_batches(
-    config: TrainConfig, dataset: PairDataset, plan: Plan, rank: int, first_step: int
-) -> Iterator[Batch]:
+def train_batches(config: TrainConfig, dataset: PairDataset, plan: Plan, rank: int, first_step: int) -> Iterator[Batch]:
     """Micro-batches of this rank from `first_step` to the end of the run."""
     workers = config.dataloader_num_workers
     sampler = RankSampler(first_step, plan, rank)

@@ -27,7 +27,7 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from sdpo.config import InputError
+from sdpo.command import InputError
 from sdpo.files import parse_json, read_text, sha256
 from sdpo.hub import WEIGHT_SUFFIXES, check_finite, check_fit, fetch, load_part, load_tensors
 

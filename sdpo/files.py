@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sdpo.config import InputError
+from sdpo.command import InputError
 
 
 def brief(error: Exception) -> str:

@@ -31,14 +31,14 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import CLIPTokenizer, PreTrainedModel
 
-from sdpo.config import InputError, flag
+from sdpo.command import InputError, flag, parse_assignments
 from sdpo.families import FAMILIES, StableDiffusion, load_family, read_pipeline_class
 from sdpo.files import brief, write_file, write_json
 from sdpo.hub import DTYPES, WEIGHT_SUFFIXES, fetch
 from sdpo.manifest import write_manifest
 from sdpo.prompts import GROUPS, OFFICIAL, Prompt, read_prompts
 from sdpo.sampling import draw_noise, sample
-from sdpo.scoring import METRICS, split_pairs
+from sdpo.scoring import METRICS
 from sdpo.winrates import OFFICIAL_METRICS
 
 HUB = "AIDC-AI/Diffusion-SDPO"
@@ -151,7 +151,7 @@ class EvalConfig:
     @property
     def sources(self) -> dict[str, str]:
         """Replaced parts of scorers, as load_scorers takes them; raises InputError for a text without '='."""
-        return dict(split_pairs(self.weights, "--weights"))
+        return dict(parse_assignments(self.weights, "--weights"))
 
     @property
     def score_metrics(self) -> list[str]:

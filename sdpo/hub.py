@@ -16,7 +16,7 @@ from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sdpo.config import InputError
+from sdpo.command import InputError
 from sdpo.files import brief
 
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # as flags say it

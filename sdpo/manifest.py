@@ -17,7 +17,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from sdpo.config import InputError
+from sdpo.command import InputError
 from sdpo.files import is_text, parse_json, read_text, sha256, write_json, write_text
 
 ABOUT_A_ROW = {"image", "prompt", "models", "sha256"}  # keys of a row of scores that are not metrics

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from sdpo.batch import Batch
-from sdpo.config import InputError
+from sdpo.command import InputError
 from sdpo.families import StableDiffusion
 from sdpo.hub import DTYPES
 from sdpo.inputs import Inputs, make_inputs

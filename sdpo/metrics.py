@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
-from sdpo.config import InputError
+from sdpo.command import InputError
 from sdpo.files import write_text
 from sdpo.losses import PairTerms
 

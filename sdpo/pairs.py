@@ -15,10 +15,12 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
-from sdpo.config import InputError, TrainConfig
+from sdpo.command import InputError
+from sdpo.config import TrainConfig
 from sdpo.files import brief, is_text, parse_json, read_text
 from sdpo.images import decode
 from sdpo.rng import draw
@@ -221,9 +223,40 @@ class Pairs:
         chosen = self.rows.astype("int64").tobytes() + self.first_won.tobytes()
         return hashlib.sha256(hash_captions(self.captions()).encode() + chosen).hexdigest()
 
+    def describe(self) -> dict:
+        """Rows of the table, and SHA-256 of its captions and of the sizes of its images.
+
+        Notices rows that were added, removed, moved or edited; not an image replaced by another one of the same size.
+        """
+        sizes = hashlib.sha256()
+        slim = self.table.select_columns(list(self.columns)).with_format("arrow")
+        for start in range(0, len(self.table), 10_000):
+            block = slim[start : start + 10_000]
+            for name in self.columns:
+                sizes.update(measure_images(block[name]).tobytes())
+        return {
+            "rows of the data": len(self.table),
+            "captions of the data": hash_captions(column(self.table, self.caption_column)),
+            "image columns": list(self.columns),
+            "image sizes of the data": sizes.hexdigest(),
+        }
+
     def select(self, keep: np.ndarray) -> Pairs:
         """The pairs at these indices or in this mask."""
         return dataclasses.replace(self, rows=self.rows[keep], first_won=self.first_won[keep])
+
+
+def measure_images(values: pa.ChunkedArray) -> np.ndarray:
+    """Sizes (n,) in bytes of encoded images or of image files; -1 where there is neither."""
+    if pa.types.is_struct(values.type):
+        sizes = measure_images(pc.struct_field(values, "bytes"))
+        absent = sizes < 0
+        return np.where(absent, measure_images(pc.struct_field(values, "path")), sizes) if absent.any() else sizes
+    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+        return np.array([os.path.getsize(path) if path and os.path.isfile(path) else -1 for path in values.to_pylist()])
+    if pa.types.is_null(values.type):
+        return np.full(len(values), -1)
+    return pc.fill_null(pc.binary_length(values).cast(pa.int64()), -1).to_numpy()
 
 
 def column(table: datasets.Dataset, name: str, rows: np.ndarray | None = None) -> list:
@@ -392,9 +425,17 @@ def split_by_prompt(pairs: Pairs, held_out: int, seed: int) -> tuple[Pairs, Pair
 
 
 def prepare_pairs(config: TrainConfig, seed: int) -> tuple[Pairs, Pairs | None, list[str]]:
-    """(training pairs, held-out pairs or None, sentences for the console) as the config asks."""
+    """(training pairs, held-out pairs or None, sentences for the console) as the config asks.
+
+    Labels of a choice model are made first. Raises InputError for data that cannot be used or does not suffice.
+    """
+    labelled = []
+    if config.choice_model:
+        from sdpo.relabel import RelabelConfig, relabel  # the scorers need open_clip, which training does not
+
+        labelled = [relabel(RelabelConfig.of(config))]
     pairs, notes = load_pairs(config, config.split)
-    held_out = None
+    notes, held_out = labelled + notes, None
     if config.validation_split or config.validation_data_dir:
         split = config.validation_split or "train"
         trained, other = (

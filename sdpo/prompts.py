@@ -14,7 +14,7 @@ from typing import Any
 
 import pooch
 
-from sdpo.config import InputError
+from sdpo.command import InputError
 from sdpo.files import brief, is_text, parse_json, read_text, sha256
 from sdpo.tiny import pictures
 

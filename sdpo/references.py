@@ -15,8 +15,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from sdpo.cache import describe_data
-from sdpo.config import InputError, Plan, TrainConfig
+from sdpo.command import InputError
+from sdpo.config import Plan, TrainConfig
 from sdpo.families import StableDiffusion
 from sdpo.losses import PairTerms
 from sdpo.pairs import Pairs
@@ -60,9 +60,8 @@ class ReferenceErrors:
         steps = sorted(self.new)
         own = torch.stack([torch.stack(self.new[step]) for step in steps])  # (steps, micro-steps, 2B)
         ranks = self.accelerator.gather(own[None]).cpu().unflatten(-1, (2, -1))  # (ranks, steps, micro-steps, 2, B)
-        errors = ranks.permute(1, 2, 0, 4, 3).reshape(
-            len(steps), self.plan.global_batch, 2
-        )  # as data.py deals them out
+        # as data.py deals them out
+        errors = ranks.permute(1, 2, 0, 4, 3).reshape(len(steps), self.plan.global_batch, 2)
         if self.accelerator.is_main_process:
             self.shards.write(steps, {"errors": errors.contiguous()}, {})
         self.new = {}
@@ -106,7 +105,7 @@ def make_key(
         **{f"--{name}": getattr(config, name) for name in FLAGS},
         "latents": f"cached in {config.latent_cache_dtype}" if config.latent_cache else "encoded",
         "captions, rows and labels": pairs.fingerprint(),
-        **describe_data(pairs.table, pairs.caption_column, pairs.columns),
+        **pairs.describe(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "torch": torch.__version__,
     }

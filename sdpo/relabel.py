@@ -21,13 +21,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
-from sdpo.config import CHOICE_MODELS, InputError, TrainConfig, flag, parse_flags, run_command
+from sdpo.command import InputError, flag, parse_assignments, parse_flags, run_command
+from sdpo.config import CHOICE_MODELS, TrainConfig
 from sdpo.files import parse_json, read_text, write_file, write_text
 from sdpo.images import encoded
 from sdpo.manifest import check_score
 from sdpo.pairs import IMAGES, LABELS_ABOUT, as_list, check_captions, check_images, column, hash_captions, read_table
 from sdpo.scorers import check_device, load_scorers, score_rows
-from sdpo.scoring import split_pairs
 
 SCORES = ("score_0", "score_1")  # columns of a label file
 log = logging.getLogger("relabel")
@@ -73,7 +73,7 @@ class RelabelConfig:
         names = ("dataset_name", "dataset_config_name", "train_data_dir", "split", "caption_column", "cache_dir")
         data = {name: getattr(config, name) for name in names}
         weights = [text for text in config.choice_weights.split(",") if text]
-        split_pairs(weights, "--choice_weights")
+        parse_assignments(weights, "--choice_weights")
         choice = {"metric": config.choice_model, "margin": config.choice_margin, "weights": weights}
         choice["max_unreadable_images"] = config.max_unreadable_images
         return cls(**data, **choice, out=str(config.labels_path))
@@ -81,7 +81,7 @@ class RelabelConfig:
     @property
     def sources(self) -> dict[str, str]:
         """Replaced parts of scorers, as load_scorers takes them; raises InputError for a text without '='."""
-        return dict(split_pairs(self.weights, "--weights"))
+        return dict(parse_assignments(self.weights, "--weights"))
 
 
 class NamedBytes(io.BytesIO):

@@ -12,16 +12,14 @@ import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 
-from sdpo.config import InputError
+from sdpo.command import InputError
 from sdpo.files import write_text
-
-if TYPE_CHECKING:  # their module needs scipy
-    from sdpo.winrates import Comparison, ScoredRun
+from sdpo.winrates import Comparison, ScoredRun, mean_and_error
 
 TEMPLATE = Path(__file__).with_name("report.html")
 BINS = 30  # of a histogram
@@ -45,7 +43,7 @@ def write_report(
     if comparisons:
         views = [_pair_view(comparison, runs, path.parent) for comparison in comparisons]
     else:
-        views = [_run_view(run, place, path.parent) for place, run in enumerate(runs)]
+        views = [_run_view(run, number, path.parent) for number, run in enumerate(runs)]
     parts = {
         # the name of a file need not be text
         "title": escape((title or " against ".join(labels)).encode("utf-8", "replace").decode()),
@@ -115,20 +113,14 @@ def _table(caption: str, head: Iterable[str], rows: Iterable[Sequence[str]]) -> 
 
 def _summary(runs: Sequence[ScoredRun]) -> str:
     rows = [
-        (run.label, metric, *_statistics(run.scores[metric]))
+        (run.label, metric, f"{mean:.4f}", "-" if error is None else f"{error:.4f}", str(len(run.entries)))
         for metric in _metrics(runs)
         for run in runs
         if metric in run.scores
+        for mean, error in [mean_and_error(run.scores[metric])]
     ]
     table = _table("Scores per run and metric", ["run", "metric", "mean", "standard error", "n"], rows)
     return f'<section id="scores"><h2>Scores</h2><div class="panel">{table}</div></section>'
-
-
-def _statistics(values: Sequence[float]) -> tuple[str, str, str]:
-    """Mean, its standard error (of the sample, ddof 1) and n, as text."""
-    n = len(values)
-    error = f"{np.std(values, ddof=1) / np.sqrt(n):.4f}" if n > 1 else "-"
-    return f"{np.mean(values):.4f}", error, str(n)
 
 
 def _metrics(runs: Sequence[ScoredRun]) -> list[str]:

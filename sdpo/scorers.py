@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision import transforms as T
 
-from sdpo.config import InputError
+from sdpo.command import InputError
 from sdpo.files import brief, sha256
 from sdpo.hub import check_fit, fetch, load_part, load_tensors
 from sdpo.images import to_rgb

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sdpo.config import InputError
+from sdpo.command import InputError
 from sdpo.files import sha256
 from sdpo.manifest import (
     Entry,
@@ -38,14 +38,6 @@ METRICS = {
 }
 
 
-def split_pairs(texts: Sequence[str], flag: str) -> list[tuple[str, str]]:
-    """(name, value) of NAME=VALUE texts; raises InputError for one without an equals sign."""
-    for text in texts:
-        if "=" not in text:
-            raise InputError(f"{flag} {text}: expected NAME=VALUE")
-    return [tuple(text.split("=", 1)) for text in texts]
-
-
 @dataclass(frozen=True)
 class ScoringOptions:
     """How scores are computed where they are missing."""
@@ -58,6 +50,13 @@ class ScoringOptions:
     def __post_init__(self):
         if self.batch_size < 1:
             raise InputError(f"--batch_size must be at least 1, got {self.batch_size}")
+
+    def check(self, metrics: Sequence[str]) -> None:
+        """Raises InputError for sources that are no parts of the metrics or do not exist: before hours are spent."""
+        if self.sources:
+            from sdpo.scorers import check_parts  # slow to import, and not needed where all scores are there
+
+            check_parts(self.sources, [METRICS[metric] for metric in metrics])
 
     def model(self, metric: str) -> str:
         """What rows of scores say about the model of a metric: "official", or what differs from it."""

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sdpo.config import InputError
+from sdpo.command import InputError
 from sdpo.files import brief, parse_json, read_text, write_file, write_json
 
 SHARD_BYTES = 2**29  # a file is no larger, unless one row is
@@ -57,7 +57,7 @@ class Shards:
             self.files = sorted(self.folder.glob("*.safetensors"))
             for number, path in enumerate(self.files):
                 about = read_about(path)
-                if about["key"] not in (None, self.mark):
+                if about["key"] != self.mark:
                     raise InputError(f"{path} was made from something else than the files beside it: delete it")
                 self.places |= {name: (number, row) for row, name in enumerate(about["names"])}
                 self.notes |= about["notes"]
@@ -108,7 +108,7 @@ def read_about(path: Path) -> dict:
             rows = {file.get_slice(name).get_shape()[0] for name in file.keys()}  # noqa: SIM118
         if rows != {len(set(about["names"]))} or not isinstance(about["notes"], dict):  # which are hashable
             raise ValueError("it does not describe its own rows")
-        return {name: about[name] for name in ("names", "notes", "sha256")} | {"key": about.get("key")}
+        return {name: about[name] for name in ("names", "notes", "sha256", "key")}
     except (SafetensorError, TypeError, LookupError, ValueError) as error:
         raise InputError(
             f"{path} is damaged ({brief(error)}): delete it and run the same command again, which makes it anew"

@@ -19,8 +19,9 @@ from torch.distributed.tensor import DTensor
 
 from sdpo.average import AveragedWeights
 from sdpo.batch import Batch
+from sdpo.command import InputError
 from sdpo.compiling import compile_blocks
-from sdpo.config import InputError, Plan, TrainConfig
+from sdpo.config import Plan, TrainConfig
 from sdpo.families import StableDiffusion, hold_matmul_weights
 from sdpo.hub import DTYPES
 from sdpo.inputs import make_inputs

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from sdpo.checkpoint import save_checkpoint
-from sdpo.config import InputError
+from sdpo.command import InputError
 from sdpo.data import STOP_SIGNALS, PairDataset, micro_batch_places
 from sdpo.step import Run, Skipped
 

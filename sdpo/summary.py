@@ -4,34 +4,30 @@ from __future__ import annotations
 
 import csv
 import io
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, stdev
 
 from sdpo.files import write_json, write_text
-from sdpo.manifest import Entry, Scores, find_score
+from sdpo.winrates import ScoredRun, mean_and_error
 
 OFFICIAL_NAMES = {"Aesthetics": "AesScore", "CLIP": "CLIPScore"}  # as the official console lines spell them
 ORDER = ("PickScore", "HPSv2", "Aesthetics", "CLIP", "ImageReward")  # of the official console lines
 
 
-def summarise(groups: Mapping[str, tuple[Sequence[Entry], Scores]], metrics: Sequence[str]) -> list[dict]:
+def summarise(groups: Sequence[ScoredRun]) -> list[dict]:
     """A row {group, metric, mean, standard_error, n} per group and metric, official metrics first, in their order."""
-    ordered = [*(name for name in ORDER if name in metrics), *(name for name in metrics if name not in ORDER)]
     rows = []
-    for group, (entries, scores) in groups.items():
-        for metric in ordered:
-            values = [score for entry in entries if (score := find_score(entry, scores, metric)) is not None]
-            error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-            mean = fmean(values) if values else None
-            rows.append({"group": group, "metric": metric, "mean": mean, "standard_error": error, "n": len(values)})
+    for group in groups:
+        metrics = [*(name for name in ORDER if name in group.scores), *(m for m in group.scores if m not in ORDER)]
+        for metric in metrics:
+            mean, error = mean_and_error(group.scores[metric])
+            n = len(group.entries)
+            rows.append({"group": group.label, "metric": metric, "mean": mean, "standard_error": error, "n": n})
     return rows
 
 
 def format_summary(rows: Sequence[dict]) -> str:
-    """The table, then the official `FinalResults` lines and their Markdown table; unscored metrics are left out."""
-    rows = [row for row in rows if row["n"]]
+    """The table, then the official `FinalResults` lines and their Markdown table."""
     lines = [f"{'group':<16}{'metric':<14}{'mean':>10}{'std. error':>12}{'n':>7}"]
     for row in rows:
         error = "" if row["standard_error"] is None else f"{row['standard_error']:.4f}"

@@ -6,6 +6,7 @@ is `win_rate_ci95`, `sign_test_p`, `sign_test_p_holm`, `mean_difference` and `me
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import shutil
@@ -15,13 +16,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from itertools import combinations
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
-from sdpo.config import InputError
+from sdpo.command import InputError
 from sdpo.files import write_json
 from sdpo.manifest import Entry, Scores, check_score, find_score
 
@@ -128,6 +129,11 @@ def pair_runs(a: ScoredRun, b: ScoredRun, pair_by: str = "prompt") -> list[tuple
 
 
 # Statistics of one metric
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean of values (n,) and its standard error (sample deviation over the root of n); None for a single value."""
+    return fmean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def wilson_interval(successes: float, trials: int, confidence: float = 0.95) -> Interval:

@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
 import train
-from sdpo.config import run_command
+from sdpo.command import run_command
 
 original = Accelerator.__init__
 CONFIG = Path(__file__).parents[1] / "configs" / "accelerate" / "fsdp2.yaml"

@@ -22,7 +22,7 @@ import eval_vs
 import train
 from sdpo import relabel
 from sdpo.checkpoint import seal
-from sdpo.config import run_command
+from sdpo.command import run_command
 from sdpo.families import load_family
 from sdpo.pairs import read_table
 from sdpo.tiny import compare, make_pairs, pictures
@@ -213,7 +213,7 @@ TRAIN_FLAGS = {
     "--dataloader_num_workers=-1": r"--dataloader_num_workers must not be negative, got -1",
     "--proportion_empty_prompts=2": r"--proportion_empty_prompts must lie in \[0, 1\], got 2",
     "--labels_file=/nowhere": r"cannot read labels from /nowhere \(.*\); make it with python -m sdpo.relabel",
-    "--choice_model=blip": r"--choice_model 'blip': choose from aes, .* or drop it",
+    "--choice_model=blip": r"--choice_model 'blip': choose from pickscore, .* or drop it",
     "--choice_model=aes --labels_file=x": r"--choice_model and --labels_file exclude each other",
     "--choice_margin=0.1": r"--choice_margin and --choice_weights go with --choice_model; drop them",
     "--choice_weights=x=y": r"--choice_margin and --choice_weights go with --choice_model; drop them",
@@ -309,8 +309,8 @@ TRAIN_FLAGS = {
 RELABEL_FLAGS = {
     "--train_data_dir=": r"no data: give --dataset_name .* or --train_data_dir",
     "--train_data_dir=/nowhere": r"data folder /nowhere does not exist",
-    "--metric=": r"--metric '': choose from aes, clip",
-    "--metric=blip": r"--metric 'blip': choose from aes, clip",
+    "--metric=": r"--metric '': choose from pickscore, hps",
+    "--metric=blip": r"--metric 'blip': choose from pickscore, hps",
     "--margin=-1": r"--margin must be finite and not negative, got -1",
     "--margin=nan": r"--margin must be finite and not negative, got nan",
     "--batch_size=0": r"--batch_size must be at least 1, got 0",
@@ -908,7 +908,7 @@ def launched(tmp_path_factory):
     """The processes of LAUNCHED by case; all start at once and run beside the other tests."""
     python = Path(sys.executable)
     folder = tmp_path_factory.mktemp("launched")
-    text("output/tiny/pairs/validation.parquet", "")(folder)  # so that the tiny launchers make none
+    text("output/tiny/pairs/train.parquet", "")(folder)  # so that the tiny launchers make none
     common = os.environ | {"PYTHON": str(python), "PYTHONPATH": str(ROOT), "GPUS": "1"}
     processes = {}
     for case, (words, changes, _) in LAUNCHED.items():

@@ -26,12 +26,13 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 import train
 from sdpo import cache
 from sdpo.batch import collate
-from sdpo.config import InputError, TrainConfig
+from sdpo.command import InputError
+from sdpo.config import TrainConfig
 from sdpo.data import PairDataset, Transform
 from sdpo.families import load_family
 from sdpo.inputs import make_inputs
 from sdpo.metrics import read_metrics
-from sdpo.pairs import prepare_pairs
+from sdpo.pairs import Pairs, prepare_pairs
 from sdpo.shards import Shards
 from sdpo.tiny import pictures
 from sdpo.tiny.make_pairs import encode
@@ -248,7 +249,7 @@ def test_more_rows_are_added_to_those_there(flags, tmp_path):
 
 SCRIPT = """
 import os, signal, sys
-from sdpo import cache, config, shards
+from sdpo import cache, command, shards
 
 cache.SHARD_BYTES = 20_000
 save, written = shards.save_file, []
@@ -261,7 +262,7 @@ def cut_off(tensors, path, about):
     save(tensors, path, about)
 
 shards.save_file = cut_off
-config.run_command(lambda: cache.main(sys.argv[2:]))
+command.run_command(lambda: cache.main(sys.argv[2:]))
 """
 
 
@@ -449,14 +450,17 @@ def test_data_is_described_by_rows_captions_and_sizes(form, tmp_path):
         }[form]
         return datasets.Dataset.from_dict({"caption": ["a", "b"], "image": values})
 
+    def describe(table):
+        return Pairs(table, np.arange(2), np.ones(2, bool), ("image",), "caption", "memory").describe()
+
     rng = np.random.default_rng(0)
     one, two, three = (pictures.render(spec, pictures.draw_centre(spec, rng)) for spec in pictures.TRAINED[:3])
-    first = cache.describe_data(table([one, two]), "caption", ["image"])
-    assert first == cache.describe_data(table([one, two]), "caption", ["image"])
-    other = cache.describe_data(table([one, three]), "caption", ["image"])
+    first = describe(table([one, two]))
+    assert first == describe(table([one, two]))
+    other = describe(table([one, three]))
     assert {name for name in first if first[name] != other[name]} == {"image sizes of the data"}
     swapped = table([one, two]).select([1, 0])
-    changed = cache.describe_data(swapped, "caption", ["image"])
+    changed = describe(swapped)
     assert {name for name in first if first[name] != changed[name]} == {
         "captions of the data",
         "image sizes of the data",

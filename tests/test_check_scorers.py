@@ -8,7 +8,7 @@ from PIL import Image
 
 from scripts.eval import check_scorers
 from scripts.eval.check_scorers import SMALL, STORED, deviation, main
-from sdpo.config import InputError
+from sdpo.command import InputError
 
 KINDS = {"HPSv2": [SMALL, STORED], "ImageReward": [STORED]}
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from sdpo.config import InputError, Plan, TrainConfig, parse_flags, run_command
+from sdpo.command import InputError, parse_flags, run_command
+from sdpo.config import Plan, TrainConfig
 from sdpo.families import FAMILIES
 from sdpo.step import loss_name
 

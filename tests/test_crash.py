@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import train
 from sdpo.checkpoint import damage, list_checkpoints, seal
-from sdpo.config import InputError, run_command
+from sdpo.command import InputError, run_command
 
 ROOT = Path(__file__).parents[1]
 STEPS = 6

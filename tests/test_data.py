@@ -16,7 +16,8 @@ from PIL import Image
 from torchvision import transforms
 
 from sdpo.batch import collate
-from sdpo.config import InputError, Plan, TrainConfig
+from sdpo.command import InputError
+from sdpo.config import Plan, TrainConfig
 from sdpo.data import PairDataset, RankSampler, Transform, train_batches
 from sdpo.images import decode
 from sdpo.pairs import Pairs, load_pairs, prepare_pairs, split_by_prompt

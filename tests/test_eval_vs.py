@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import eval_vs
-from sdpo.config import InputError
+from sdpo.command import InputError
 from sdpo.scoring import ScoringOptions
 from sdpo.tiny import pictures
 

@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from sdpo.config import InputError
+from sdpo.command import InputError
 from sdpo.families import hold_matmul_weights, load_family, load_state
 from sdpo.losses import pair_terms
 

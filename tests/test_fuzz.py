@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 
 import eval_vs
 from sdpo.checkpoint import read_state
-from sdpo.config import Plan, TrainConfig, parse_flags, run_command
+from sdpo.command import parse_flags, run_command
+from sdpo.config import Plan, TrainConfig
 from sdpo.families import load_weights, read_pipeline_class
 from sdpo.generation import EvalConfig
 from sdpo.manifest import read_manifest, read_scores

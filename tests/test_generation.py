@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 import eval_generate
 from sdpo import generation
-from sdpo.config import InputError
+from sdpo.command import InputError
 from sdpo.families import load_family
 from sdpo.generation import RELEASED, EvalConfig, find_damage, locate_unet
 from sdpo.manifest import read_manifest, require_images

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sdpo import prompts
-from sdpo.config import InputError
+from sdpo.command import InputError
 from sdpo.prompts import GROUPS, OFFICIAL, Prompt, read_prompts
 from sdpo.tiny import pictures
 

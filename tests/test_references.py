@@ -13,7 +13,8 @@ from test_training import same, weights
 
 import train
 from sdpo import families
-from sdpo.config import InputError, TrainConfig, parse_flags
+from sdpo.command import InputError, parse_flags
+from sdpo.config import TrainConfig
 from sdpo.shards import Shards
 
 DPO, DMPO = "--train_method=diffusion-dpo", "--train_method=dmpo"

@@ -11,7 +11,8 @@ from PIL import Image
 
 import train
 from sdpo import relabel as module
-from sdpo.config import InputError, TrainConfig
+from sdpo.command import InputError
+from sdpo.config import TrainConfig
 from sdpo.pairs import load_pairs
 from sdpo.relabel import RelabelConfig, main, make_labels, relabel
 from sdpo.tiny import pictures

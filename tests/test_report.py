@@ -10,7 +10,7 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 
-from sdpo.config import InputError
+from sdpo.command import InputError
 from sdpo.manifest import Entry
 from sdpo.report import write_report
 from sdpo.winrates import ScoredRun, compare, compare_all

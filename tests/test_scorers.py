@@ -27,7 +27,7 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from sdpo.config import InputError
+from sdpo.command import InputError
 from sdpo.scorers import (
     SCORERS,
     Aesthetics,

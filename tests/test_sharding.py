@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from test_training import same, weights
 
 import train
-from sdpo.config import InputError
+from sdpo.command import InputError
 from sdpo.metrics import read_metrics
 
 TESTS = Path(__file__).parent

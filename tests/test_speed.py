@@ -21,7 +21,8 @@ from benchmarks.contestants import Ours, Variant
 from benchmarks.counting import like_a_gpu
 from sdpo import step
 from sdpo.batch import collate
-from sdpo.config import TrainConfig, parse_flags
+from sdpo.command import parse_flags
+from sdpo.config import TrainConfig
 from sdpo.families import load_family
 from sdpo.inputs import Inputs, make_inputs
 from sdpo.memory import KeptBytes, checkpoint_units, choose_units, room_for_activations

@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 from test_training import same, weights
 
 import train
-from sdpo.config import InputError
+from sdpo.command import InputError
 from sdpo.data import PairDataset
 from sdpo.metrics import read_metrics
 

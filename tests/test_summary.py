@@ -8,28 +8,24 @@ import pytest
 
 from sdpo.manifest import Entry
 from sdpo.summary import format_summary, summarise, write_summary
+from sdpo.winrates import ScoredRun
 
 
-def run(group, **metrics):
-    """Entries of a group and their scores."""
-    count = len(next(iter(metrics.values())))
+def run(group, **scores):
+    """A group with scores."""
+    count = len(next(iter(scores.values())))
     entries = [Entry(f"prompt {i}", f"{group}/{i}.png", Path(f"{group}/{i}.png"), "") for i in range(count)]
-    rows = [{"image": e.image, "prompt": e.prompt} for e in entries]
-    for metric, values in metrics.items():
-        for row, value in zip(rows, values, strict=True):
-            row |= {} if value is None else {metric: value}
-    return entries, {entry.key: row for entry, row in zip(entries, rows, strict=True)}
+    return ScoredRun(group, entries, scores)
 
 
-GROUPS = {
-    "papv2": run("papv2", CLIP=[0.25, 0.35], PickScore=[0.2, 0.21414], Aesthetics=[5.0, 7.0]),
-    "hpsv2": run("hpsv2", PickScore=[0.5, None], CLIP=[0.1, 0.2], Aesthetics=[1.0, 2.0]),
-}
-METRICS = ("CLIP", "Aesthetics", "PickScore")
+GROUPS = [
+    run("papv2", CLIP=[0.25, 0.35], PickScore=[0.2, 0.21414], Aesthetics=[5.0, 7.0]),
+    run("hpsv2", CLIP=[0.15], PickScore=[0.5], Aesthetics=[1.0]),
+]
 
 
 def test_means_and_standard_errors():
-    rows = summarise(GROUPS, METRICS)
+    rows = summarise(GROUPS)
     assert [(row["group"], row["metric"]) for row in rows[:3]] == [
         ("papv2", m) for m in ("PickScore", "Aesthetics", "CLIP")
     ]
@@ -40,7 +36,7 @@ def test_means_and_standard_errors():
 
 
 def test_official_lines():
-    lines = format_summary(summarise(GROUPS, METRICS)).splitlines()
+    lines = format_summary(summarise(GROUPS)).splitlines()
     assert "FinalResults PickScore for papv2 : 0.2071" in lines
     assert "FinalResults AesScore for papv2 : 6.0000" in lines
     assert "FinalResults CLIPScore for hpsv2 : 0.1500" in lines
@@ -49,7 +45,7 @@ def test_official_lines():
 
 
 def test_files(tmp_path):
-    rows = summarise(GROUPS, METRICS)
+    rows = summarise(GROUPS)
     text = write_summary(rows, tmp_path, 512)
     assert json.loads((tmp_path / "summary.json").read_text()) == rows
     table = list(csv.DictReader((tmp_path / "summary.csv").open()))

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image, ImageFilter
 
 import train
-from sdpo.config import InputError
+from sdpo.command import InputError
 from sdpo.metrics import read_metrics
 from sdpo.tiny import compare, make_pairs, pictures
 from sdpo.tiny.train_base import build_tokenizer, measure

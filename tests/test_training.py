@@ -15,7 +15,8 @@ from diffusers import DiffusionPipeline
 
 import train
 from sdpo.batch import collate
-from sdpo.config import InputError, TrainConfig, parse_flags
+from sdpo.command import InputError, parse_flags
+from sdpo.config import TrainConfig
 from sdpo.families import load_family
 from sdpo.inputs import make_inputs
 from sdpo.metrics import read_metrics

@@ -14,7 +14,7 @@ import pytest
 from scipy import stats
 
 from sdpo import winrates
-from sdpo.config import InputError
+from sdpo.command import InputError
 from sdpo.files import sha256
 from sdpo.manifest import (
     Entry,

@@ -19,11 +19,11 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from PIL import Image, ImageOps
 
-from sdpo.config import InputError, run_command
+from sdpo.command import InputError, parse_assignments, run_command
 from sdpo.files import brief
 from sdpo.manifest import read_manifest, require_images
 from sdpo.scorers import SCORERS, load_scorers, locate, score_rows
-from sdpo.scoring import METRICS, split_pairs
+from sdpo.scoring import METRICS
 
 STORED, SMALL = "as stored", "224 x 224"
 TOLERANCES = {  # metric -> kind of images -> largest absolute deviation
@@ -99,7 +99,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> bool:
     """Compare every metric on a manifest's first images, print the verdict and return whether all agree."""
     args = parse_arguments(arguments)
-    sources = dict(split_pairs(args.weights, "--weights"))
+    sources = dict(parse_assignments(args.weights, "--weights"))
     if args.images < 1:
         raise InputError(f"--images must be at least 1, got {args.images}")
     entries = read_manifest(args.manifest)[: args.images]

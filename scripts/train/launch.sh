@@ -23,11 +23,13 @@ TINY=(--pretrained_model_name_or_path "$ROOT/sdpo/tiny/base" --dataset_name "${D
   --use_winner_preserving --seed 0)
 tiny_pairs() {
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-  [[ -n "${DATA:-}" || -f output/tiny/pairs/validation.parquet ]] || PYTHONPATH=$ROOT "$PYTHON" -m sdpo.tiny.make_pairs --out output/tiny/pairs
+  [[ -n "${DATA:-}" || -f output/tiny/pairs/train.parquet ]] || PYTHONPATH=$ROOT "$PYTHON" -m sdpo.tiny.make_pairs --out output/tiny/pairs
 }
 
 on_gpus() { # SCRIPT FLAGS...: on every GPU of this machine, or on the CPU where there is none
-  local gpus=${GPUS:-$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')}
+  local gpus
+  gpus=${GPUS:-$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null)} ||
+    { echo "error: $PYTHON cannot import torch: run bash scripts/setup.sh, or name another interpreter with PYTHON=..." >&2; exit 2; }
   if [ "$gpus" -gt 1 ]; then
     exec "$PYTHON" -m accelerate.commands.launch --multi_gpu --num_processes "$gpus" --num_machines 1 --mixed_precision no --dynamo_backend no "$@"
   fi

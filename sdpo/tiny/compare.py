@@ -16,13 +16,12 @@ import torch
 import transformers
 from matplotlib import pyplot as plt
 
-from sdpo.config import InputError, run_command
+from sdpo.command import InputError, parse_assignments, run_command
 from sdpo.families import StableDiffusion, load_family, load_weights
 from sdpo.files import write_json, write_text
 from sdpo.metrics import read_metrics
 from sdpo.rng import normal
 from sdpo.sampling import sample
-from sdpo.scoring import split_pairs
 from sdpo.tiny import pictures
 
 BASE = Path(__file__).parent / "base"
@@ -142,7 +141,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", metavar="NAME=RUN", help="label and output folder of a run of train.py")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    runs = {name: Path(folder) for name, folder in split_pairs(args.runs, "run")}
+    runs = {name: Path(folder) for name, folder in parse_assignments(args.runs, "run")}
     for run in runs.values():
         if not (run / "unet.pth").is_file() or not read_metrics(run, "heldout/margin_se"):
             raise InputError(f"{run} is no run that ended and had held-out pairs: train it with --validation_pairs")

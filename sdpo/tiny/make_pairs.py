@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from sdpo.command import run_command
 from sdpo.files import write_file
 from sdpo.tiny import pictures
 
@@ -46,16 +47,14 @@ def write_split(specs: list[pictures.Spec], count: int, seed: int, path: Path) -
 
 
 def main() -> None:
-    """Training pairs over the captions the base knows, validation pairs over the held-out ones."""
+    """Pairs over the captions that the base was trained on."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--train", type=int, default=4000)
-    parser.add_argument("--validation", type=int, default=600)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     write_split(pictures.TRAINED, args.train, 0, args.out / "train.parquet")
-    write_split(pictures.HELD_OUT, args.validation, 1, args.out / "validation.parquet")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

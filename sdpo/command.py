@@ -1,0 +1,83 @@
+"""What every command does: flags from a dataclass, and what the user must correct said in one sentence."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import field
+from typing import Any, NoReturn
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a full disk
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; the message names it and the fix. Shown without a traceback."""
+
+    def __init__(self, message: str):
+        message = message.split("InputError: ")[-1].strip()  # workers of a data loader wrap it in a traceback
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))  # input may hold anything
+
+
+def run_command(main: Callable[[], Any]) -> Any:
+    """Run a command's main function; what the user must correct is said in one sentence, with exit code 2."""
+    try:
+        return main()
+    except InputError as error:
+        message = str(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # nobody reads what is printed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        path = error.filename2 or error.filename
+        if error.errno in NO_ROOM:
+            message = (
+                f"{path or 'a file'} cannot be written ({error.strerror}): make room and run the same command again"
+            )
+        elif path is not None:
+            message = f"{path} cannot be used ({error.strerror}): correct the path or its permissions"
+        else:
+            raise  # not about a file
+        message = str(InputError(message))
+    print(f"error: {message}", file=sys.stderr)  # on a line of its own: with the error, progress bars of main are gone
+    sys.exit(2)  # as argparse does; in a multi-rank run every rank for itself
+
+
+class FlagErrors:
+    """Mixed into an argument parser: raises InputError for flags that do not fit."""
+
+    def error(self, message: str) -> NoReturn:
+        """Instead of printing the usage and leaving."""
+        raise InputError(f"{message}; `{self.prog} --help` lists the flags")
+
+
+def flag(default: Any, text: str) -> Any:
+    """A field with its help text."""
+    return field(default=default, metadata={"help": text})
+
+
+def parse_flags(cls: type, description: str, command: str, arguments: list[str] | None = None) -> Any:
+    """An instance of the dataclass `cls` from arguments (sys.argv by default); InputError for what does not fit."""
+    from transformers import HfArgumentParser
+
+    class Parser(FlagErrors, HfArgumentParser):
+        pass
+
+    parser = Parser(cls, prog=command, description=description, allow_abbrev=False)
+    _, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        parser.error(f"unknown flag {unknown[0]}")
+    return parser.parse_args_into_dataclasses(arguments)[0]
+
+
+def parse_assignments(texts: Sequence[str], flag: str) -> list[tuple[str, str]]:
+    """(name, value) of NAME=VALUE texts; raises InputError for one without an equals sign."""
+    for text in texts:
+        if "=" not in text:
+            raise InputError(f"{flag} {text}: expected NAME=VALUE")
+    return [tuple(text.split("=", 1)) for text in texts]
