@@ -48,11 +48,13 @@ def score(
 def add_earlier(
     groups: dict[str, Scored], manifests: dict[str, Path], metrics: list[str], options: ScoringOptions
 ) -> None:
-    """Add groups that earlier commands made and scored alike; those that were scored by other models are named."""
+    """Add groups that earlier commands made and scored alike; those that cannot be are named."""
     for group, path in manifests.items():
-        if group in groups or not (scored := read_complete(path, metrics, options)):
+        if group in groups:
             continue
         try:
+            if not (scored := read_complete(path, metrics, options)):
+                continue
             check_models({**groups, group: scored}, metrics)
         except InputError as error:
             logging.warning(f"CAUTION: {group} is left out of the summary: {error}")
@@ -67,7 +69,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Path]:
     options = ScoringOptions(config.sources, config.score_dtype, str(accelerator.device), config.score_batch_size)
     options.check(metrics)
     start_console(accelerator.is_main_process)
-    manifests, alike, side = generate(config, accelerator)
+    # scorers are tried out before hours of making images
+    manifests, alike, side = generate(config, accelerator, before=lambda: options.try_out(metrics))
     for path in manifests.values():
         logging.info(f"manifest       {path}")
     groups = score(manifests, metrics, options, accelerator)

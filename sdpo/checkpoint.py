@@ -25,13 +25,11 @@ from torch import Tensor, nn
 
 from sdpo.command import NO_ROOM, InputError
 from sdpo.config import TrainConfig
-from sdpo.families import load_fitting_state, load_weights
-from sdpo.files import brief, parse_json, read_text, sha256, sync, write_file, write_json
+from sdpo.files import FULL, brief, parse_json, read_text, sha256, sync, write_file, write_json
+from sdpo.hub import load_fitting_state, load_weights
 from sdpo.step import Run, loss_name, optimizer_name
 
 log = logging.getLogger(__name__)
-
-FULL = ("I/O error: No space left", "inline_container", "iostream error")  # safetensors, torch.save: no OSError
 
 
 # Files

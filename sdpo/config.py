@@ -45,7 +45,7 @@ class TrainConfig:
     unet_init: str = flag(
         "", "start policy and reference from this UNet: diffusers folder, hub id, .pth or .safetensors"
     )
-    cache_dir: str | None = flag(None, "where downloaded models and data sets are kept")
+    cache_dir: str | None = flag(None, "where downloaded data sets are kept; models are where HF_HOME says")
 
     # Data
     dataset_name: str | None = flag(None, "pairs in Pick-a-Pic columns: a hub id or a local folder")
@@ -225,11 +225,13 @@ class TrainConfig:
             "--dataset_name and --train_data_dir exclude each other: give one of them (the launchers take DATA=FOLDER)",
         )
         yield not self.output_dir, "--output_dir is empty: name a folder"
-        output, sources = os.path.abspath(self.output_dir), ("pretrained_model_name_or_path", "unet_init")
-        for name in (*sources, "pretrained_vae_model_name_or_path", "dataset_name", "train_data_dir"):
-            place = os.path.abspath(getattr(self, name) or "")
+        output = os.path.realpath(self.output_dir)
+        models = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "unet_init")
+        for name in (*models, "dataset_name", "train_data_dir"):
+            place = Path(os.path.realpath(getattr(self, name) or ""))
+            part = place.is_file() or (name in models and Path(place.parent, "model_index.json").is_file())
             yield (
-                getattr(self, name) and output == (os.path.dirname(place) if os.path.isfile(place) else place),
+                getattr(self, name) and output == str(place.parent if part else place),
                 f"--output_dir {self.output_dir} holds --{name}, which training would write over: name another folder",
             )
         yield (
@@ -314,7 +316,6 @@ class TrainConfig:
             "source": self.pretrained_model_name_or_path,
             "vae": self.pretrained_vae_model_name_or_path,
             "revision": self.revision,
-            "cache_dir": self.cache_dir,
         }
 
     @property

@@ -12,7 +12,7 @@ import transformers
 def start_console(main_process: bool) -> None:
     """Log sentences on the main process, errors only on the others, and no progress bars of the libraries."""
     logging.basicConfig(format="%(message)s", level=logging.INFO if main_process else logging.ERROR, force=True)
-    for name in ("httpx", "accelerate", "huggingface_hub"):
+    for name in ("httpx", "httpx2", "accelerate", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)  # what fails in the end is said once, by InputError
     for library in (datasets, diffusers, transformers):
         library.utils.logging.disable_progress_bar()

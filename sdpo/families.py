@@ -7,10 +7,8 @@ matching) need nothing elsewhere.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import ClassVar
@@ -29,16 +27,16 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from sdpo.command import InputError
 from sdpo.files import parse_json, read_text, sha256
-from sdpo.hub import WEIGHT_SUFFIXES, check_finite, check_fit, fetch, load_part, load_tensors
+from sdpo.hub import fetch, hash_part, is_weight_file, load_part, load_weights
 
 Conditioning = dict[str, Tensor]  # every tensor has one row per sample
-PART_FILES = {"config.json", "tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.json"}
-PART_FILES |= {"special_tokens_map.json", "added_tokens.json"}  # what a part consists of beside its weights
 
 
 def read_pipeline_class(source: str, **options: str | None) -> str:
     """The class of pipeline that a hub id or local folder says it holds; raises InputError if it does not say."""
     index, fix = Path(source, "model_index.json"), "download the model again"
+    if Path(source).is_dir() and not index.is_file():
+        raise InputError(f"{source} has no {index.name}, which says what kind of model it is; {fix}")
     if not index.is_file():
         index = fetch(source, index.name, **options)
     content = parse_json(read_text(index), index, fix)
@@ -46,68 +44,6 @@ def read_pipeline_class(source: str, **options: str | None) -> str:
     if not isinstance(name, str):
         raise InputError(f"{index} names no pipeline class; {fix}")
     return name
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file; read once in a process unless it changes, for caches and checkpoints each ask for it."""
-    about = path.stat()
-    return _hash_state_of(path, about.st_ino, about.st_size, about.st_mtime_ns)
-
-
-@functools.lru_cache
-def _hash_state_of(path: Path, *_state: int) -> str:
-    return sha256(path)
-
-
-def hash_part(cls, source: str, subfolder: str | None, **options) -> str:
-    """SHA-256 over names and content of the files that `cls.from_pretrained` reads: the same for a copy elsewhere."""
-    folder = Path(source, subfolder or "")
-    if not folder.is_dir():
-        name = "tokenizer_config.json" if cls is CLIPTokenizer else "config.json"
-        folder = fetch(source, f"{subfolder}/{name}" if subfolder else name, **options).parent
-        if not list_weights(folder):
-            load_part(cls, source, subfolder, **options)  # fetches the other files
-    digest = hashlib.sha256()
-    for path in [*sorted(path for path in folder.iterdir() if path.name in PART_FILES), *list_weights(folder)]:
-        digest.update(path.name.encode() + bytes.fromhex(hash_file(path)))
-    return digest.hexdigest()
-
-
-def list_weights(folder: Path) -> list[Path]:
-    """Weight files that from_pretrained chooses in a folder: no variants, safetensors before others."""
-    names = r"(diffusion_pytorch_model|pytorch_model|model)(-\d+-of-\d+)?\.(safetensors|bin)"
-    found = sorted(path for path in folder.iterdir() if re.fullmatch(names, path.name))
-    return [path for path in found if path.suffix == ".safetensors"] or found
-
-
-def is_weight_file(init: str) -> bool:
-    """Whether this names a file with a state dict, there or not, rather than a folder or a hub id."""
-    return Path(init).is_file() or init.endswith(WEIGHT_SUFFIXES)
-
-
-def load_state(path: str | Path) -> dict[str, Tensor]:
-    """State dict of a .pth/.pt/.bin (weights only) or .safetensors file; raises InputError for anything else."""
-    state = load_tensors(path)
-    named = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
-    if not named or not state:
-        raise InputError(
-            f"{path} is not a state dict: expected parameter names with their tensors, "
-            "as written by torch.save(unet.state_dict())"
-        )
-    return state
-
-
-def load_fitting_state(model: nn.Module, path: str | Path) -> dict[str, Tensor]:
-    """State dict of a file; raises InputError unless it fits the model and is finite."""
-    state = load_state(path)
-    check_fit(state, model.state_dict(), str(path), "give the base model it was trained from")
-    check_finite(state, str(path))
-    return state
-
-
-def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Put the state dict of a file into a model; raises InputError unless it fits and is finite."""
-    model.load_state_dict(load_fitting_state(model, path))
 
 
 def hold_matmul_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -159,6 +95,11 @@ class StableDiffusion:
         defaults = self.scheduler.config.get("_use_default_values", ())
         if "beta_schedule" in defaults and not self.scheduler.config.trained_betas:
             raise InputError(f"the scheduler of {source} has no betas: it is of another kind of diffusion model")
+        if len(self.scheduler.alphas_cumprod) != self.scheduler.config.num_train_timesteps:
+            raise InputError(
+                f"the scheduler of {source} has {len(self.scheduler.alphas_cumprod)} trained_betas for "
+                f"{self.scheduler.config.num_train_timesteps} timesteps: correct its scheduler_config.json"
+            )
         kind = self.scheduler.config.prediction_type
         if kind not in ("epsilon", "v_prediction"):
             raise InputError(f"{self.source}: prediction_type {kind!r} is not supported; epsilon and v_prediction are")
@@ -231,7 +172,7 @@ class StableDiffusion:
     def fingerprint_unet(self, init: str = "") -> str:
         """SHA-256 over the files of the UNet that load_unet gives; it need not be loaded."""
         if is_weight_file(init):
-            return hash_file(Path(init))
+            return sha256(init)
         source, subfolder, options = self._unet_place(init)
         return hash_part(UNet2DConditionModel, source, subfolder, **options)
 
@@ -331,8 +272,9 @@ class StableDiffusion:
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Pixels (N, 3, H, W) fp32 in [-1, 1]."""
-        return self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample.float()
+        """Pixels (N, 3, H, W) fp32 in [-1, 1] of latents (N, C, h, w); the VAE keeps its precision under autocast."""
+        with torch.autocast(latents.device.type, enabled=False):
+            return self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample.float()
 
     def tokenize(self, captions: list[str]) -> list[Tensor]:
         """Token ids (N, L) for each tokenizer."""
@@ -348,17 +290,17 @@ class StableDiffusion:
         ]
 
     def encode_captions(self, captions: list[str], resolution: int) -> Conditioning:
-        """Conditioning of N captions for images of `resolution` pixels."""
+        """Conditioning of N captions for images of `resolution` pixels, as `condition` returns it."""
         return self.condition(self.encode_texts(captions), resolution)
 
     @torch.no_grad()
     def encode_texts(self, captions: list[str]) -> Conditioning:
-        """The part of the conditioning that comes from the text encoders, in their precision."""
+        """{"encoder_hidden_states": (N, L, D)} of N captions, in the encoders' precision."""
         (tokens,) = self.tokenize(captions)
         return {"encoder_hidden_states": self.text_encoders[0](tokens)[0]}
 
     def condition(self, texts: Conditioning, resolution: int) -> Conditioning:
-        """Conditioning in fp32 from what encode_texts gave, in any precision."""
+        """What encode_texts gave, in any precision, in fp32."""
         return {name: value.float() for name, value in texts.items()}
 
     def timesteps(self, uniform: Tensor) -> Tensor:
@@ -413,7 +355,7 @@ class StableDiffusionXL(StableDiffusion):
 
     @torch.no_grad()
     def encode_texts(self, captions: list[str]) -> Conditioning:
-        """Adds the second encoder's pooled embedding."""
+        """Of both encoders side by side; "text_embeds" (N, D2) is the second one's pooled embedding."""
         outputs = [
             encoder(ids, output_hidden_states=True)
             for encoder, ids in zip(self.text_encoders, self.tokenize(captions), strict=True)
@@ -424,7 +366,7 @@ class StableDiffusionXL(StableDiffusion):
         }
 
     def condition(self, texts: Conditioning, resolution: int) -> Conditioning:
-        """Adds the time ids: original size, crop corner, target size."""
+        """Adds "time_ids" (N, 6): original size, crop corner, target size."""
         conditioning = super().condition(texts, resolution)
         pooled = conditioning["text_embeds"]
         time_ids = pooled.new_full((len(pooled), 6), resolution)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import functools
 import hashlib
 import json
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from sdpo.command import InputError
+
+# What safetensors and torch.save say of a full disk, which is no OSError there
+FULL = ("I/O error: No space left", "I/O error: File too large", "inline_container", "iostream error")
 
 
 def brief(error: Exception) -> str:
@@ -44,9 +51,24 @@ def is_text(value: Any) -> bool:
 
 
 def sha256(path: str | Path) -> str:
-    """Hex digest of a file's content."""
+    """Hex digest of a file's content, which is read once in a process unless the file changes."""
+    about = os.stat(path)
+    return _sha256_of_state(path, about.st_ino, about.st_size, about.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=2**16)
+def _sha256_of_state(path: str | Path, *_state: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep out other processes that lock the same path; not to be nested, nor a protection where there are no locks."""
+    with open(path.with_name(f".{path.name}.lock"), "w") as file:
+        with suppress(OSError):  # of a file system without locks
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
 
 
 def sync(path: Path) -> None:
@@ -73,6 +95,8 @@ def write_file(path: Path, write: Callable[[Path], object], replace: bool = True
             put_first(partial, path)
     except BaseException as error:
         partial.unlink(missing_ok=True)  # on a full disk it would take the room
+        if any(words in str(error) for words in FULL):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         if isinstance(error, OSError) and error.errno and not error.filename:
             error.filename = str(path)  # which a full disk does not say
         raise

@@ -14,7 +14,7 @@ import json
 import logging
 import math
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -487,11 +487,14 @@ def pack(files: Iterable[Path], path: Path) -> None:
             archive.write(file, file.name)
 
 
-def generate(config: EvalConfig, accelerator: Accelerator) -> tuple[dict[str, Path], dict[str, Path], int]:
+def generate(
+    config: EvalConfig, accelerator: Accelerator, before: Callable[[], None] = lambda: None
+) -> tuple[dict[str, Path], dict[str, Path], int]:
     """Make what is missing of every group's images and write the manifests; every rank calls this.
 
-    Returns the manifest's path by group, those of all groups that were made alike in the same folder, and the images'
-    side in pixels. Raises InputError for input that cannot be used; images made until then stay.
+    Where there are images to make, the main process calls `before` first. Returns the manifest's path by group, those
+    of all groups that were made alike in the same folder, and the images' side in pixels. Raises InputError for input
+    that cannot be used; images made until then stay.
     """
     with accelerator.main_process_first():
         groups = config.load_groups()
@@ -501,13 +504,17 @@ def generate(config: EvalConfig, accelerator: Accelerator) -> tuple[dict[str, Pa
             claim_folder(run, group, prompts)
             if any(prompt.negative for prompt in prompts):
                 log.warning(f"CAUTION: negative prompts of {group} are not used: the empty caption is")
+    missing = {group: find_missing(run, group, len(prompts)) for group, prompts in groups.items()}
+    with accelerator.main_process_first():
+        if any(missing.values()) and accelerator.is_main_process:
+            before()
     for group, prompts in groups.items():
-        missing = find_missing(run, group, len(prompts))
+        count = len(missing[group])
         log.info(
-            f"{group}: {len(prompts)} prompts, {len(prompts) - len(missing)} images there, {len(missing)} to make "
+            f"{group}: {len(prompts)} prompts, {len(prompts) - count} images there, {count} to make "
             f"(processes: {accelerator.num_processes}, batch size: {run.batch_size}) in {run.folder(group)}"
         )
-        make_images(run, group, prompts, missing)
+        make_images(run, group, prompts, missing[group])
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             write_results(run, group, prompts)

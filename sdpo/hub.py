@@ -5,6 +5,8 @@ Also what flags and files call precisions and weights, and how long ranks wait f
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -15,18 +17,22 @@ from accelerate.utils import InitProcessGroupKwargs
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import CLIPTokenizer
 
 from sdpo.command import InputError
-from sdpo.files import brief
+from sdpo.files import brief, sha256
 
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # as flags say it
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of weights
 WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")  # what files that load_tensors reads are called
+PART_FILES = {"config.json", "tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.json"}
+PART_FILES |= {"special_tokens_map.json", "added_tokens.json"}  # what a part consists of beside its weights
+WRAPPERS = ("module.", "_orig_mod.")  # prefixes of names, from the outside in
 PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # of ranks, while the first one fetches and prepares data
 
 
 def check_precision(name: str) -> None:
-    """Raises InputError for a --mixed_precision that this machine has not."""
+    """Raises InputError for a --mixed_precision that this machine does not support."""
     if name == "fp16" and not torch.cuda.is_available():
         raise InputError("--mixed_precision fp16 (the default) needs a GPU: use --mixed_precision no or bf16 here")
 
@@ -94,3 +100,61 @@ def load_tensors(path: str | Path) -> Any:
         raise InputError(
             f"{path} cannot be read as weights ({brief(error)}); download it again, or give a state dict by torch.save"
         ) from error
+
+
+def hash_part(cls, source: str, subfolder: str | None, **options) -> str:
+    """SHA-256 over names and content of the files that `cls.from_pretrained` reads: the same for a copy elsewhere."""
+    folder = Path(source, subfolder or "")
+    if not folder.is_dir():
+        name = "tokenizer_config.json" if cls is CLIPTokenizer else "config.json"
+        folder = fetch(source, f"{subfolder}/{name}" if subfolder else name, **options).parent
+        if not list_weights(folder):
+            load_part(cls, source, subfolder, **options)  # fetches the other files
+    digest = hashlib.sha256()
+    for path in [*sorted(path for path in folder.iterdir() if path.name in PART_FILES), *list_weights(folder)]:
+        digest.update(path.name.encode() + bytes.fromhex(sha256(path)))
+    return digest.hexdigest()
+
+
+def list_weights(folder: Path) -> list[Path]:
+    """Weight files that from_pretrained chooses in a folder: no variants, safetensors before others."""
+    names = r"(diffusion_pytorch_model|pytorch_model|model)(-\d+-of-\d+)?\.(safetensors|bin)"
+    found = sorted(path for path in folder.iterdir() if re.fullmatch(names, path.name))
+    return [path for path in found if path.suffix == ".safetensors"] or found
+
+
+def is_weight_file(init: str) -> bool:
+    """Whether this names a file with a state dict, there or not, rather than a folder or a hub id."""
+    return Path(init).is_file() or init.endswith(WEIGHT_SUFFIXES)
+
+
+def load_state(path: str | Path) -> dict[str, Tensor]:
+    """State dict of a .pth/.pt/.bin (weights only) or .safetensors file; raises InputError for anything else.
+
+    It may lie under "state_dict", and its names may begin as DistributedDataParallel or torch.compile have them.
+    """
+    state = load_tensors(path)
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    named = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
+    if not named or not state:
+        raise InputError(
+            f"{path} is not a state dict: expected parameter names with their tensors, "
+            "as written by torch.save(unet.state_dict())"
+        )
+    for prefix in WRAPPERS:
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
+
+
+def load_fitting_state(model: nn.Module, path: str | Path) -> dict[str, Tensor]:
+    """State dict of a file; raises InputError unless it fits the model and is finite."""
+    state = load_state(path)
+    check_fit(state, model.state_dict(), str(path), "give the base model it was trained from")
+    check_finite(state, str(path))
+    return state
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Put the state dict of a file into a model; raises InputError unless it fits and is finite."""
+    model.load_state_dict(load_fitting_state(model, path))

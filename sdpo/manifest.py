@@ -12,15 +12,16 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from sdpo.command import InputError
-from sdpo.files import is_text, parse_json, read_text, sha256, write_json, write_text
+from sdpo.files import is_text, locked, parse_json, read_text, sha256, write_json, write_text
 
 ABOUT_A_ROW = {"image", "prompt", "models", "sha256"}  # keys of a row of scores that are not metrics
+MADE_WITH = ("seed", "guidance")  # keys of an entry by which images of two runs should not differ
 MAX_SCORE = 1e100
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ class Entry:
     image: str  # as the manifest spells it; the first one where there are several
     path: Path  # absolute; need not exist
     where: str  # manifest and entry number, for messages
+    made_with: dict[str, Any] = field(default_factory=dict, compare=False)  # of MADE_WITH, what the manifest has
 
     @property
     def key(self) -> tuple[str, str]:
@@ -101,7 +103,8 @@ def _parse_entry(row: Any, manifest: Path, where: str) -> Entry:
     image = next((image for image in images if image), None)
     if not isinstance(image, str) or not _is_path(image):
         raise InputError(f'{where}: has no path under "gen_image_path"; add the image\'s path or remove the entry')
-    return Entry(prompt, image, _resolve(image, manifest.parent, where), where)
+    made_with = {name: row[name] for name in MADE_WITH if name in row}
+    return Entry(prompt, image, _resolve(image, manifest, where), where, made_with)
 
 
 def _is_path(text: str) -> bool:
@@ -111,16 +114,18 @@ def _is_path(text: str) -> bool:
         return False
 
 
-def _resolve(image: str, folder: Path, where: str) -> Path:
-    """Absolute path of the first that is a file: from the working directory, or from the manifest's folder.
+def _resolve(image: str, manifest: Path, where: str) -> Path:
+    """Absolute path of the first that is a file: beside the manifest in the folder of its name, where official images
+    are; from the working directory; from the manifest's folder.
 
     There leading folders of the path are left out as far as needed, but not the image's own: it was written from
-    another working directory, or the folder was moved.
+    another working directory, or the folder was moved and other images may now be where they were.
     """
-    parts = Path(image).parts
+    parts, folder = Path(image).parts, manifest.parent
     kept = range(1 if ".." in parts else max(1, len(parts) - 1))
     beside = [os.path.abspath(Path(folder, *parts[n:])) for n in kept]
-    path = Path(next(filter(os.path.isfile, [os.path.abspath(image), *beside]), beside[0]))
+    own = [os.path.abspath(Path(folder, *parts[-2:]))] if parts[-2:-1] == (manifest.stem,) else []
+    path = Path(next(filter(os.path.isfile, [*own, os.path.abspath(image), *beside]), beside[0]))
     roots = os.getcwd(), os.path.abspath(folder)
     if not os.path.isabs(image) and not any(path.is_relative_to(root) for root in roots):
         raise InputError(
@@ -182,14 +187,14 @@ def _parse_row(line: bytes, where: str) -> dict[str, Any]:
     if not isinstance(models, dict) or not all(isinstance(model, str) for model in models.values()):
         raise InputError(f'{where}: "models" is not an object of metric and model; {fix}')
     for metric in row.keys() - ABOUT_A_ROW:
-        check_score(row[metric], f"{where}: {metric} of {row['image']}")
+        check_score(row[metric], f"{where}: {metric} of {row['image']}", fix)
     return row
 
 
-def check_score(value: Any, what: str) -> None:
+def check_score(value: Any, what: str, fix: str = "look at the image and score it again") -> None:
     """Raises InputError unless a score is a finite number, and small enough for sums of squares."""
     if isinstance(value, bool) or not isinstance(value, Real) or not abs(value) <= MAX_SCORE:
-        raise InputError(f"{what} is {value!r:.40}, not a finite number; look at the image and score it again")
+        raise InputError(f"{what} is {value!r:.40}, not a finite number; {fix}")
 
 
 def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
@@ -209,7 +214,7 @@ def append_scores(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
     for line in lines:
         _parse_row(line.encode(), f"new row of {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
+    with locked(path), path.open("ab+") as file:
         file.seek(0)
         content = file.read()
         last = content[content.rfind(b"\n") + 1 :]
@@ -219,20 +224,34 @@ def append_scores(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
         file.write((glue + "".join(lines)).encode())
 
 
-def write_scores(path: str | Path, scores: Scores) -> None:
-    """Write the file anew with one row per image, whole or not at all."""
-    write_text(Path(path), "".join(json.dumps(row) + "\n" for row in scores.values()))
+def compact_scores(path: str | Path) -> None:
+    """Write a score file anew with one row per image, whole or not at all; no process may append meanwhile."""
+    path = Path(path)
+    with locked(path):
+        write_text(path, "".join(json.dumps(row) + "\n" for row in read_scores(path).values()))
 
 
-def drop_stale(entries: Iterable[Entry], scores: Scores) -> Scores:
-    """Scores without those of images that have changed since: the file exists and its sha256 is not the row's."""
-    stale = {
-        entry.key
-        for entry in entries
-        if (digest := scores.get(entry.key, {}).get("sha256")) and entry.path.is_file()
-        if digest != sha256(entry.path)
-    }
-    return {key: row for key, row in scores.items() if key not in stale}
+def match_scores(entries: Iterable[Entry], scores: Scores) -> Scores:
+    """Rows of the entries, as far as there are any.
+
+    Where the image exists and its row has a sha256, that must be the image's: it has not changed since. A row of the
+    same prompt and content counts whatever its spelling of the path.
+    """
+    contents = {(row["prompt"], row["sha256"]): row for row in scores.values() if "sha256" in row}
+    matched, changed = {}, 0
+    for entry in entries:
+        row = scores.get(entry.key)
+        if entry.path.is_file() and (row is None or "sha256" in row) and contents:
+            digest = sha256(entry.path)
+            if row is None or row["sha256"] != digest:
+                same = contents.get((entry.prompt, digest))
+                changed += row is not None and same is None
+                row = same
+        if row is not None:
+            matched[entry.key] = row
+    if changed:
+        log.warning(f"CAUTION: {changed} images have changed since they were scored: those scores do not count")
+    return matched
 
 
 def find_score(entry: Entry, scores: Scores, metric: str, model: str | None = None) -> float | None:

@@ -54,7 +54,7 @@ class ReferenceErrors:
         self.new.setdefault(step, []).append(errors)
 
     def write(self) -> None:
-        """Put what was taken in on file; every rank calls this."""
+        """Put what was taken in on file; every rank calls this. Training goes on without them if that fails."""
         if not self.new:
             return
         steps = sorted(self.new)
@@ -63,7 +63,13 @@ class ReferenceErrors:
         # as data.py deals them out
         errors = ranks.permute(1, 2, 0, 4, 3).reshape(len(steps), self.plan.global_batch, 2)
         if self.accelerator.is_main_process:
-            self.shards.write(steps, {"errors": errors.contiguous()}, {})
+            try:
+                self.shards.write(steps, {"errors": errors.contiguous()}, {})
+            except OSError as error:
+                log.warning(
+                    f"CAUTION: errors of {len(steps)} updates are not kept, for {self.shards.folder} takes no more "
+                    f"({error.strerror or error}); the run goes on"
+                )
         self.new = {}
 
 

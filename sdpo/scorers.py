@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -354,7 +355,7 @@ def check_parts(sources: Mapping[str, str], metrics: Iterable[str] = SCORERS) ->
     for name, source in sources.items():
         if ":" in official[name]:  # a file, not a folder
             check_file(source)
-        elif Path(source).is_absolute() and not Path(source).is_dir():
+        elif not Path(source).is_dir() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source):
             raise InputError(f"there is no folder {source}; give one, or owner/repository of the hub")
 
 

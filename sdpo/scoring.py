@@ -9,17 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sdpo.command import InputError
-from sdpo.files import sha256
+from sdpo.files import locked, sha256
 from sdpo.manifest import (
     Entry,
     Scores,
     append_scores,
-    drop_stale,
+    compact_scores,
     find_score,
+    match_scores,
     read_manifest,
     read_scores,
     require_images,
-    write_scores,
 )
 
 Scored = tuple[list[Entry], Scores]  # a manifest and its scores
@@ -58,6 +58,14 @@ class ScoringOptions:
 
             check_parts(self.sources, [METRICS[metric] for metric in metrics])
 
+    def try_out(self, metrics: Sequence[str]) -> None:
+        """Load the weights of each metric once; raises InputError where some are missing, damaged or out of reach."""
+        from sdpo.hub import DTYPES
+        from sdpo.scorers import load_scorers
+
+        for metric in metrics:
+            load_scorers([METRICS[metric]], self.sources, DTYPES[self.dtype])
+
     def model(self, metric: str) -> str:
         """What rows of scores say about the model of a metric: "official", or what differs from it."""
         prefix = METRICS[metric] + "."
@@ -87,9 +95,9 @@ def score_manifest(manifest: str | Path, metrics: Sequence[str], options: Scorin
     for lacking, missing in todo.items():
         require_images(missing)
         _compute(missing, lacking, path, options)
-    scores = read_scores(path)
     if todo:
-        write_scores(path, scores)  # one row per image again
+        compact_scores(path)
+    scores = match_scores(entries, read_scores(path))
     for metric in metrics:
         model = find_model(entries, scores, metric, str(path))
         if model not in (None, OFFICIAL_MODEL) and options.accepts(metric) is None:
@@ -100,7 +108,9 @@ def score_manifest(manifest: str | Path, metrics: Sequence[str], options: Scorin
 def read_complete(manifest: str | Path, metrics: Sequence[str], options: ScoringOptions) -> Scored | None:
     """Entries of a manifest and their scores, None unless every image, as it is now, has one in each of the metrics."""
     entries, path = read_manifest(manifest), Path(manifest).parent / "scores.jsonl"
-    return None if _missing(entries, path, metrics, options) else (entries, read_scores(path))
+    if _missing(entries, path, metrics, options):
+        return None
+    return entries, match_scores(entries, read_scores(path))
 
 
 def score_share(manifest: str | Path, metrics: Sequence[str], options: ScoringOptions, rank: int, ranks: int) -> None:
@@ -114,15 +124,16 @@ def score_share(manifest: str | Path, metrics: Sequence[str], options: ScoringOp
 def take_in_shares(path: Path) -> None:
     """Append what ranks left beside a score file to it, and remove their files; also after a run that was cut off."""
     for share in sorted(path.parent.glob("scores.rank*.jsonl")):
-        append_scores(path, read_scores(share).values())
-        share.unlink()
+        with locked(share):
+            append_scores(path, read_scores(share).values())
+            share.unlink()
 
 
 def _missing(
     entries: Sequence[Entry], path: Path, metrics: Sequence[str], options: ScoringOptions
 ) -> dict[tuple[str, ...], list[Entry]]:
     """Entries by the metrics that they lack."""
-    scores, todo = drop_stale(entries, read_scores(path)), {}
+    scores, todo = match_scores(entries, read_scores(path)), {}
     for entry in entries:
         lacking = tuple(m for m in metrics if find_score(entry, scores, m, options.accepts(m)) is None)
         if lacking:

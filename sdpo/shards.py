@@ -40,7 +40,8 @@ class Shards:
 
     def create(self) -> None:
         """Write index.json, unless it is there; raises InputError if it says something else than the key."""
-        write_json(self.folder / "index.json", {"key": self.key}, replace=False)
+        if not (self.folder / "index.json").is_file():  # the folder may be one that can only be read
+            write_json(self.folder / "index.json", {"key": self.key}, replace=False)
         refuse_changes([self], "cache")  # another command may have been first
 
     @property

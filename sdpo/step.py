@@ -16,11 +16,12 @@ from accelerate.utils import AutocastKwargs, DistributedType
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
+from sdpo.arithmetic import compile_blocks, track_attention
 from sdpo.average import AveragedWeights
 from sdpo.batch import Batch
 from sdpo.command import InputError
-from sdpo.compiling import compile_blocks
 from sdpo.config import Plan, TrainConfig
 from sdpo.families import StableDiffusion, hold_matmul_weights
 from sdpo.hub import DTYPES
@@ -109,7 +110,7 @@ def build_run(
 def build_models(
     config: TrainConfig, family: StableDiffusion, accelerator: Accelerator, with_reference: bool
 ) -> tuple[nn.Module, nn.Module | None]:
-    """(policy in fp32, frozen reference or None), on the device."""
+    """(policy in fp32, frozen reference or None), on the device; raises InputError for a UNet with dropout."""
     dtype = DTYPES[accelerator.mixed_precision]
     family.to(accelerator.device, dtype)
     unet = family.load_unet(config.unet_init).to(accelerator.device).train()
@@ -122,10 +123,9 @@ def build_models(
         reference = hold_matmul_weights(copy.deepcopy(unet).requires_grad_(False), dtype)
     if (config.gradient_checkpointing or family.gradient_checkpointing) == "full":
         unet.enable_gradient_checkpointing()
-    if config.compile:
-        for model in (unet, reference):
-            if model is not None:
-                compile_blocks(model)
+    for model in (unet, reference):
+        if model is not None:
+            (compile_blocks if config.compile else track_attention)(model)
     return unet, reference
 
 
@@ -213,7 +213,7 @@ def update(run: Run, micro_batches: Iterator[Batch]) -> Skipped | None:
                 norm = run.accelerator.clip_grad_norm_(run.unet.parameters(), limit)
                 norm = norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm)
                 made = make_step(run, norm)
-            run.optimizer.zero_grad()
+            run.optimizer.zero_grad(set_to_none=not isinstance(run.unet, DistributedDataParallel))  # keeps its buckets
     run.step += 1
     if not made:
         run.meter.skipped += 1

@@ -24,7 +24,7 @@ from scipy import stats
 
 from sdpo.command import InputError
 from sdpo.files import write_json
-from sdpo.manifest import Entry, Scores, check_score, find_score
+from sdpo.manifest import MADE_WITH, Entry, Scores, check_score, find_score
 
 OFFICIAL_METRICS = ("PickScore", "HPSv2", "CLIP", "Aesthetics", "ImageReward")  # as in summary.json; others come after
 TIE_FOR_A = {"half": 0.5, "loss_for_a": 0.0}  # what a tie counts by ties policy
@@ -202,7 +202,7 @@ def compare(a: ScoredRun, b: ScoredRun, *, ties: str = "half", pair_by: str = "p
         "pair": {"model_a": a.label, "model_b": b.label, "ties_policy": ties},
         "metrics": rows,
         "averages": averages,
-        "pairing": {"by": pair_by, **_dropped(a, b, pairs)},
+        "pairing": {"by": pair_by, **_dropped(a, b, pairs), "differing": _differing(a, b, pairs)},
         "bootstrap": {"resamples": RESAMPLES, "seed": seed},
     }
     return Comparison(summary, details)
@@ -263,6 +263,13 @@ def _dropped(a: ScoredRun, b: ScoredRun, pairs: list[tuple[int, int]]) -> dict[s
         used = set(places)
         dropped[name] = [entry.prompt for place, entry in enumerate(run.entries) if place not in used]
     return dropped
+
+
+def _differing(a: ScoredRun, b: ScoredRun, pairs: list[tuple[int, int]]) -> dict[str, int]:
+    """How many pairs' manifests say that their images were made with another seed or guidance; without zeros."""
+    both = [(a.entries[i].made_with, b.entries[j].made_with) for i, j in pairs]
+    counts = {name: sum(name in x and name in y and x[name] != y[name] for x, y in both) for name in MADE_WITH}
+    return {name: count for name, count in counts.items() if count}
 
 
 # Several runs
@@ -345,6 +352,8 @@ def format_comparison(comparison: Comparison) -> str:
     results = next(iter(comparison.details.values()))["results"]
     if (prompts := len({result["prompt"] for result in results})) < len(results):
         lines.append(f"CAUTION: only {prompts} prompts are distinct, but intervals and p count pairs as independent")
+    for name, count in pairing["differing"].items():
+        lines.append(f"CAUTION: the images of {count} pairs were made with another {name} for A than for B")
     for label, dropped in ((pair["model_a"], pairing["dropped_a"]), (pair["model_b"], pairing["dropped_b"])):
         if dropped:
             lines.append(f"{label}: {len(dropped)} without a partner dropped (all listed in summary.json):")

@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 
 import train
 from sdpo import step
-from sdpo.families import load_weights
+from sdpo.hub import load_weights
 
 DEFAULTS = {
     "resolution": 16, "mixed_precision": "no", "seed": 7, "report_to": "none", "lr_warmup_steps": 2, "learning_rate": 1e-3,

@@ -657,7 +657,7 @@ SCORES = {  # scores.jsonl of run B: (its second line, message)
 
 LAUNCHED = {  # what is run in a process of its own: (words, environment, message)
     "train": ("scripts/train/sd15_dmpo.sh --beta_dpo=-1", {}, r"--beta_dpo must be positive, got -1"),
-    "relabel": ("python -m sdpo.relabel --metric=blip --train_data_dir=x", {}, r"--metric 'blip': choose from aes"),
+    "relabel": ("python -m sdpo.relabel --metric=blip --train_data_dir=x", {}, r"--metric 'blip': choose from pickscore"),
     "generate": ("scripts/eval/test_tiny.sh none/unet.pth --steps=0", {}, r"--steps must be at least 1, got 0"),
     "versus, no flags": ("scripts/eval/test_vs.sh", {}, r"required: --json_a, --json_b, --label_a, --label_b"),
     "versus, no file": (

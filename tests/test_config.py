@@ -195,7 +195,7 @@ def test_choice_model_answers():
     assert parse().choice_model == ""
     for name in ("aes", "clip", "hps", "pickscore", "imagereward", "pixels"):
         assert parse(f"--choice_model={name}").labels_path.name == f"labels_{name}.parquet"
-    with pytest.raises(InputError, match=r"--choice_model 'blip': choose from aes"):
+    with pytest.raises(InputError, match=r"--choice_model 'blip': choose from pickscore"):
         parse("--choice_model=blip")
     with pytest.raises(InputError, match="exclude each other"):
         parse("--choice_model=aes", "--labels_file=labels.parquet")

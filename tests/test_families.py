@@ -6,11 +6,18 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import DiffusionPipeline
+from test_training import same
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from sdpo.command import InputError
-from sdpo.families import hold_matmul_weights, load_family, load_state
+import train
+from sdpo.batch import collate
+from sdpo.command import InputError, parse_flags
+from sdpo.config import TrainConfig
+from sdpo.families import hold_matmul_weights, load_family
+from sdpo.hub import load_state
+from sdpo.inputs import make_inputs
 from sdpo.losses import pair_terms
 
 KEYS = [("sd15", "epsilon"), ("sd15", "v_prediction"), ("sdxl", "epsilon")]
@@ -108,6 +115,45 @@ def test_unet_init_replaces_the_weights(bases, tmp_path, suffix):
     assert all(torch.equal(value, changed[name]) for name, value in again.state_dict().items())
 
 
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_policy_and_reference_ask_for_the_same_attention(arguments, monkeypatch, family):
+    """Kernels are chosen by whether gradients are wanted; the reference wants none, and keeps nothing for them."""
+    run, dataset, held_out = train.set_up(parse_flags(TrainConfig, "", "", arguments(family=family)))
+    inputs = make_inputs(run.family, collate([dataset[0, 0]]))
+    given = (inputs.noisy, inputs.timesteps, inputs.conditioning)
+    asked, attend = [], F.scaled_dot_product_attention
+
+    def noting(query, *rest, **options):
+        asked.append(torch.is_grad_enabled() and query.requires_grad)
+        return attend(query, *rest, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noting)
+    policy = run.family.predict(run.unet, *given)
+    calls = len(asked)
+    with torch.no_grad():
+        reference, again = run.family.predict(run.reference, *given), run.family.predict(run.unet, *given)
+    assert calls and len(asked) == 3 * calls and all(asked)
+    assert policy.requires_grad and not reference.requires_grad and not again.requires_grad
+    assert torch.equal(policy, reference) and torch.equal(policy, again)
+
+
+def test_a_vae_kept_in_fp32_decodes_in_fp32_under_autocast(bases):
+    family = load_family("sd15", str(bases["sd15", "epsilon"]))
+    latents = torch.randn(2, *family.latent_shape(32))
+    with torch.autocast("cpu", torch.bfloat16):
+        pixels = family.decode_latents(latents)
+    assert torch.equal(pixels, family.decode_latents(latents))
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("nested", [False, True])
+def test_weights_as_wrappers_name_them_are_read(tmp_path, prefix, nested):
+    state = {"a": torch.ones(2), "module.b": torch.zeros(1)}
+    named = {prefix + name: value for name, value in state.items()}
+    torch.save({"state_dict": named} if nested else named, tmp_path / "unet.pth")
+    assert same(load_state(tmp_path / "unet.pth"), state)
+
+
 def test_unusable_models_are_refused(bases, tmp_path):
     with pytest.raises(InputError, match="need --sdxl"):
         load_family("sd15", str(bases["sdxl", "epsilon"]))
@@ -128,7 +174,7 @@ def test_unusable_models_are_refused(bases, tmp_path):
         load_family("sd15", str(broader)).load_unet()
     with pytest.raises(InputError, match="belongs to another architecture: cross_attention_dim is 32, 16 in"):
         family.load_unet(str(bases["sdxl", "epsilon"]))
-    for name, content in {"list": [1, 2], "empty": {}, "nested": {"state_dict": {"a": torch.ones(1)}}}.items():
+    for name, content in {"list": [1, 2], "empty": {}, "nested": {"unet": {"a": torch.ones(1)}}}.items():
         torch.save(content, tmp_path / f"{name}.pth")
         with pytest.raises(InputError, match=rf"{name}\.pth is not a state dict"):
             load_state(tmp_path / f"{name}.pth")

@@ -23,8 +23,9 @@ import eval_vs
 from sdpo.checkpoint import read_state
 from sdpo.command import parse_flags, run_command
 from sdpo.config import Plan, TrainConfig
-from sdpo.families import load_weights, read_pipeline_class
+from sdpo.families import read_pipeline_class
 from sdpo.generation import EvalConfig
+from sdpo.hub import load_weights
 from sdpo.manifest import read_manifest, read_scores
 from sdpo.pairs import load_pairs, read_label_file
 from sdpo.prompts import READERS, read_prompts

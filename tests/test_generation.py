@@ -488,7 +488,7 @@ def test_unusable_input_is_named(arguments, bases, tmp_path):
         (f"--unet_path={tmp_path / 'nan.pth'}",): r"nan\.pth holds numbers that are not finite \(in ",
         (f"--unet_path={tmp_path / 'empty'}",): "cannot load unet of .*empty",
         (f"--unet_path={tmp_path / 'begun'}",): "training in .*begun has not ended: name one of its checkpoint-N",
-        (f"--pretrain_path={tmp_path / 'empty'}",): "cannot fetch model_index.json of .*empty",
+        (f"--pretrain_path={tmp_path / 'empty'}",): "empty has no model_index.json, which says what kind of model it is",
         ("--resolution=36",): "--resolution must be a multiple of 8, got 36",
         ("--height=32", "--width=40"): "images are square: give --resolution alone",
         ("--metrics", "none", "Pixels"): "--metrics none goes with no other",
@@ -519,7 +519,14 @@ def test_launchers_say_what_is_missing(tmp_path):
 def test_generated_images_are_scored_and_summed_up(tmp_path, capsys):
     """The tiny base end to end: images, scores on file, summary; a second run computes nothing anew."""
     flags = ["--unet_path=base", f"--pretrain_path={compare.BASE}", "--groups", "tiny", "--steps=4", "--dtype=fp32"]
-    flags += ["--guidance=standard", "--cfg=1", "--metrics", "Pixels", f"--output_path={tmp_path}"]
+    flags += [
+        "--guidance=standard",
+        "--cfg=1",
+        "--metrics",
+        "Pixels",
+        f"--output_path={tmp_path}",
+        "--noise=per-prompt",
+    ]
     manifest = eval_generate.main(flags)["tiny"]
     entries = json.loads(manifest.read_text())
     scores = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]

@@ -1,7 +1,9 @@
 """Errors of the reference on file: runs that share them are bit for bit the runs that compute them."""
 
+import hashlib
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from safetensors.torch import load_file
 from test_training import same, weights
 
 import train
-from sdpo import families
+from sdpo import files
 from sdpo.command import InputError, parse_flags
 from sdpo.config import TrainConfig
 from sdpo.shards import Shards
@@ -135,12 +137,15 @@ def test_errors_of_other_samples_are_refused(flags, changes, said):
 
 
 def test_files_of_the_base_are_read_once_for_caches_and_checkpoints(flags, tmp_path, monkeypatch):
-    read, original = Counter(), families.sha256
-    monkeypatch.setattr(families, "sha256", lambda path: read.update([path]) or original(path))
-    families._hash_state_of.cache_clear()
+    read, original = Counter(), hashlib.file_digest
+    monkeypatch.setattr(
+        hashlib, "file_digest", lambda file, name: read.update([Path(file.name)]) or original(file, name)
+    )
+    files._sha256_of_state.cache_clear()
     train.main(flags(f"--latent_cache={tmp_path / 'latents'}"))
-    assert {"unet", "vae", "text_encoder", "tokenizer"} <= {path.parent.name for path in read}
-    assert set(read.values()) == {1}
+    parts = {"unet", "vae", "text_encoder", "tokenizer"}
+    counts = {path: count for path, count in read.items() if path.parent.name in parts}
+    assert {path.parent.name for path in counts} == parts and set(counts.values()) == {1}
 
 
 def test_two_runs_that_begin_together_do_not_mix(flags, tmp_path):

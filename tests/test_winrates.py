@@ -19,13 +19,13 @@ from sdpo.files import sha256
 from sdpo.manifest import (
     Entry,
     append_scores,
-    drop_stale,
+    compact_scores,
     find_score,
+    match_scores,
     read_manifest,
     read_scores,
     require_images,
     write_manifest,
-    write_scores,
 )
 from sdpo.winrates import (
     OFFICIAL_METRICS,
@@ -47,6 +47,7 @@ from sdpo.winrates import (
 )
 
 OFFICIAL = Path(__file__).parent / "data" / "winrate_simple"
+ROOT = Path(__file__).parents[1]
 NOON = datetime(2026, 3, 9, 12, 0, 5)
 
 
@@ -260,7 +261,7 @@ def test_index_pairing_must_be_asked_for():
     comparison = compare(a, b, pair_by="index")
     results = comparison.details["CLIP"]["results"]
     assert [(r["prompt"], r["prompt_b"], r["winner"]) for r in results] == [("x", "u", "a"), ("y", "y2", "b")]
-    assert comparison.summary["pairing"] == {"by": "index", "dropped_a": ["z"], "dropped_b": []}
+    assert comparison.summary["pairing"] == {"by": "index", "dropped_a": ["z"], "dropped_b": [], "differing": {}}
 
 
 def test_averages_and_correction_over_metrics():
@@ -515,7 +516,7 @@ def test_lines_of_an_image_complete_each_other(tmp_path):
     append_scores(path, [{**about, "CLIP": 0.3}, {**about, "prompt": "q", "CLIP": 0.4}])
     expected = {**about, "CLIP": 0.3, "HPSv2": 0.2, "models": {"HPSv2": "v2.0"}}
     assert list(read_scores(path).values()) == [expected, {**about, "prompt": "q", "CLIP": 0.4}]
-    write_scores(path, read_scores(path))
+    compact_scores(path)
     assert [json.loads(line) for line in path.read_text().splitlines()] == list(read_scores(path).values())
     append_scores(path, [{**about, "sha256": "an image", "PickScore": 0.5}])  # of which the other lines may be, too
     assert read_scores(path)["0.png", "p"] == {**expected, "sha256": "an image", "PickScore": 0.5}
@@ -549,7 +550,7 @@ def test_repeated_prompts_are_pointed_out():
     assert "CAUTION" not in format_comparison(comparison)
 
 
-def test_scores_serve_only_the_image_and_model_they_were_made_for(tmp_path):
+def test_scores_serve_only_the_image_and_model_they_were_made_for(tmp_path, caplog):
     (entry,) = read_manifest(image_manifest(tmp_path, ["0.png"]))
     entry.path.write_bytes(b"first picture")
     row = {"image": "0.png", "prompt": "p0", "HPSv2": 0.2, "CLIP": 0.1, "models": {"HPSv2": "v2.0"}}
@@ -557,11 +558,60 @@ def test_scores_serve_only_the_image_and_model_they_were_made_for(tmp_path):
     assert [find_score(entry, scores, "HPSv2", model) for model in (None, "v2.0", "v2.1")] == [0.2, 0.2, None]
     assert find_score(entry, scores, "CLIP", "any") == 0.1
     assert find_score(entry, scores, "PickScore") is None
-    assert drop_stale([entry], scores) == scores
+    assert match_scores([entry], scores) == scores
     entry.path.write_bytes(b"second picture")
-    assert drop_stale([entry], scores) == {}
+    assert match_scores([entry], scores) == {}
+    assert "1 images have changed since they were scored" in caplog.text
     entry.path.unlink()  # a published score file without its images
-    assert drop_stale([entry], scores) == scores
+    assert match_scores([entry], scores) == scores
+
+
+def test_scores_are_found_whatever_the_spelling_of_the_path(tmp_path):
+    (entry,) = read_manifest(image_manifest(tmp_path, ["0.png"]))
+    entry.path.write_bytes(b"a picture")
+    elsewhere = Entry(entry.prompt, f"../{tmp_path.name}/0.png", entry.path, "")
+    row = {"image": "0.png", "prompt": entry.prompt, "CLIP": 0.1, "sha256": sha256(entry.path)}
+    scores = {entry.key: row}
+    assert find_score(elsewhere, match_scores([elsewhere], scores), "CLIP") == 0.1
+    other = Entry("another prompt", elsewhere.image, entry.path, "")
+    assert match_scores([other], scores) == {}
+
+
+def test_images_beside_a_moved_manifest_come_before_those_where_they_were(tmp_path, monkeypatch):
+    """A run that was renamed, and another one made in its old place."""
+    monkeypatch.chdir(tmp_path)
+    for run in ("old", "run"):
+        Path(run, "p").mkdir(parents=True)
+        Path(run, "p", "0.png").write_bytes(run.encode())
+        Path(run, "p.json").write_text(json.dumps([{"prompt": "a cat", "gen_image_path": "run/p/0.png"}]))
+    assert [read_manifest(f"{run}/p.json")[0].path.read_bytes() for run in ("old", "run")] == [b"old", b"run"]
+
+
+APPEND = """
+import sys
+from sdpo.manifest import append_scores, compact_scores
+
+for number in range(60):
+    append_scores(sys.argv[1], [{"image": f"{number}.png", "prompt": sys.argv[2], "CLIP": 0.5}])
+    compact_scores(sys.argv[1])
+"""
+
+
+def test_several_processes_may_score_into_one_file(tmp_path):
+    path = tmp_path / "scores.jsonl"
+    processes = [subprocess.Popen([sys.executable, "-c", APPEND, path, prompt], cwd=ROOT) for prompt in "abc"]
+    assert [process.wait(timeout=60) for process in processes] == [0, 0, 0]
+    assert len(read_scores(path)) == 180
+
+
+def test_images_that_were_made_otherwise_are_pointed_out():
+    runs = [make_run(label, "xy", [1.0, 2.0]) for label in "ab"]
+    for run, seed in zip(runs, (0, 1), strict=True):
+        for entry in run.entries:
+            entry.made_with.update(seed=seed, guidance="official")
+    comparison = compare(*runs)
+    assert comparison.summary["pairing"]["differing"] == {"seed": 2}
+    assert "CAUTION: the images of 2 pairs were made with another seed" in format_comparison(comparison)
 
 
 @pytest.mark.parametrize(

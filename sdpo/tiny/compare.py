@@ -17,8 +17,9 @@ import transformers
 from matplotlib import pyplot as plt
 
 from sdpo.command import InputError, parse_assignments, run_command
-from sdpo.families import StableDiffusion, load_family, load_weights
+from sdpo.families import StableDiffusion, load_family
 from sdpo.files import write_json, write_text
+from sdpo.hub import load_weights
 from sdpo.metrics import read_metrics
 from sdpo.rng import normal
 from sdpo.sampling import sample

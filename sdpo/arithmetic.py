@@ -1,7 +1,7 @@
-"""Compiled blocks whose arithmetic does not depend on whether gradients are wanted.
+"""Forward passes whose arithmetic does not depend on whether gradients are wanted.
 
-The compiler rounds a block's forward pass differently when it also plans a backward pass. A reference that runs without
-gradients would then differ from an equal policy, and beta makes margins of that difference.
+Attention kernels may be others, and the compiler rounds a block otherwise, where a backward pass is planned too. A
+reference that runs without gradients would then differ from an equal policy, and beta makes margins of that difference.
 """
 
 from __future__ import annotations
@@ -9,9 +9,17 @@ from __future__ import annotations
 import functools
 
 import torch
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 BLOCKS = {"BasicTransformerBlock": 1, "ResnetBlock2D": 2}  # how many of their first inputs carry the policy's gradient
+
+
+def track_attention(model: nn.Module) -> None:
+    """Have attention without gradients run as it does with them, in place."""
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.forward = functools.partial(_run, module.forward, 1)
 
 
 def compile_blocks(model: nn.Module) -> None:
@@ -27,9 +35,10 @@ def compile_blocks(model: nn.Module) -> None:
             block.forward = functools.partial(_run, compiled, carrying)
 
 
-def _run(compiled, carrying: int, *inputs: Tensor | None, **options) -> Tensor:
+def _run(forward, carrying: int, *inputs: Tensor | None, **options) -> Tensor:
+    """The output for inputs of which the first `carrying` need gradients in training."""
     if torch.is_grad_enabled():
-        return compiled(*inputs, **options)
+        return forward(*inputs, **options)
     with torch.enable_grad():
         tracked = (value.detach().requires_grad_() for value in inputs[:carrying])
-        return compiled(*tracked, *inputs[carrying:], **options).detach()
+        return forward(*tracked, *inputs[carrying:], **options).detach()
