@@ -22,10 +22,12 @@ from sdpo.config import Plan, TrainConfig
 from sdpo.families import StableDiffusion
 from sdpo.inputs import make_inputs, normalise
 from sdpo.losses import sample_mean
-from sdpo.memory import choose_checkpointing
+from sdpo.memory import checkpoint_units, choose_checkpointing
 from sdpo.rng import draw, normal
 from sdpo.step import AUTOCAST, Run, build_run, update
 from sdpo.tiny import pictures
+
+CHOSEN: dict[tuple[TrainConfig, bool], dict[str, bool]] = {}  # units computed again, by run
 
 
 def give_back_memory() -> None:
@@ -58,8 +60,14 @@ def know_reference(run: Run, batch: Batch) -> Batch:
 
 
 def choose_activations(run: Run, batch: Batch) -> Batch:
-    """Compute as few activations again as fit into the memory, as train.py does."""
-    choose_checkpointing(run, batch)
+    """Compute as few activations again as fit into the memory, as train.py does; chosen in the first turn only."""
+    chosen = CHOSEN.setdefault((run.config, run.reference is None), {})
+    if not chosen:
+        choose_checkpointing(run, batch)
+        chosen |= {name: unit.gradient_checkpointing for name, unit in checkpoint_units(run.unet).items()}
+    run.unet.enable_gradient_checkpointing()
+    for name, unit in checkpoint_units(run.unet).items():
+        unit.gradient_checkpointing = chosen[name]
     return batch
 
 
@@ -168,12 +176,15 @@ class Ours:
         self.run.prepare()
         self.unet, self.reference, self.optimizer = self.run.unet, self.run.reference, self.run.optimizer
         self.batches = itertools.repeat(batch)
+        self.first_margin: float | None = None  # of the first update, whose policy and reference are equal
 
     def update(self) -> None:
         """One optimizer step, and its figures fetched once."""
         if update(self.run, self.batches) is not None:
             raise RuntimeError("an update was skipped: random weights gave a loss or gradient that is not finite")
-        self.run.meter.reduce()
+        figures = self.run.meter.reduce()
+        if self.first_margin is None:
+            self.first_margin = figures["rewards/margins"]
 
 
 def precision(device: torch.device) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+RACES = ("against_baseline", "against_default", "compiled")
 PARTS = ("encode", "policy forward", "reference", "backward", "other")  # of a micro-step
 
 
@@ -65,7 +66,8 @@ def show_safeguard(cost: dict[str, Any]) -> str:
 
 def show_data(base: dict[str, Any]) -> str:
     """What loading one pair costs, and what share of a core keeps up."""
-    data, default = base["data_ms_per_pair"], base["against_baseline"]["default"].get("pairs_per_second")
+    data, race = base["data_ms_per_pair"], base.get("against_baseline", {})
+    default = race.get("default", {}).get("pairs_per_second")
     if data is None:
         return "not measured, torchvision is missing"
     cores = f"; {data['stored'] / 1000 * default['median']:.2g} cores keep up with the default" if default else ""
@@ -73,6 +75,14 @@ def show_data(base: dict[str, Any]) -> str:
         f"{data['stored']:.2f} ms per pair on one core to decode, crop and draw noise{cores}; from images of twice the "
         f"side {data['large']:.2f} ms, {data['draft']:.2f} with --draft_decoding"
     )
+
+
+def show_margins(base: dict[str, Any]) -> str:
+    """The mean margin of every contestant's first update, which should be exactly 0."""
+    rounds = [(name, r) for race in RACES for name, result in base.get(race, {}).items() for r in result["rounds"]]
+    margins = {name: r["equal_models_margin"] for name, r in rounds if "equal_models_margin" in r}
+    wrong = [f"{margin:.3g} ({name})" for name, margin in margins.items() if margin]
+    return ", ".join(wrong) or f"0 in all {len(margins)} contestants"
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -87,11 +97,12 @@ def markdown(results: dict[str, Any]) -> str:
             f"- baseline's FLOPs: {show_check(base['baseline_flops'])}",
             f"- safeguard: {show_safeguard(base['safeguard'])}",
             f"- data: {show_data(base)}",
+            f"- margins of policies that equal their reference: {show_margins(base)}",
         ]
-        compiled = base["against_baseline"].get("fast, compiled", {})
+        compiled = base.get("compiled", {}).get("fast, compiled", {})
         if "ratio_to_fast" in compiled:
             first, ratio = compiled["rounds"][0]["first_update_s"], show_ratio(compiled["ratio_to_fast"])
             lines.append(f"- compiled blocks: {ratio} times as fast as without; the first update took {first:.0f} s")
         texts += [f"### {name}, {base['resolution']} px, {batch}", "\n".join(lines)]
-        texts += [show_race(base[race]) for race in ("against_baseline", "against_default") if race in base]
+        texts += [show_race(base[race]) for race in RACES if race in base]
     return "\n\n".join(texts) + "\n"

@@ -45,7 +45,9 @@ from sdpo.images import decode  # noqa: E402
 from sdpo.losses import pair_terms  # noqa: E402
 from sdpo.rng import draw, normal  # noqa: E402
 
-AGAINST_BASELINE = ("baseline", "default", "fast", "fast, lean", "fast, compiled", "fast, known reference")
+AGAINST_BASELINE = ("baseline", "default", "fast", "fast, lean", "fast, known reference")
+COMPILED = ("baseline", "fast", "fast, compiled")
+COMPILED_SHARE = 0.25  # of the time; what compiles longer than that ends later, or is cut off by the caller
 
 ONLY_ON_GPU = {
     "fast, lean",
@@ -106,6 +108,8 @@ def measure_round(contestant: Ours | OfficialLoop, device: torch.device, least: 
     config = contestant.config
     pairs = config.train_batch_size * config.gradient_accumulation_steps
     figures = {"pairs_per_second": pairs / statistics.median(times), "updates": len(times), "first_update_s": first}
+    if isinstance(contestant, Ours):
+        figures["equal_models_margin"] = contestant.first_margin
     if device.type == "cuda":
         figures["peak_bytes"] = torch.cuda.max_memory_allocated(device)
     return figures
@@ -249,12 +253,18 @@ def attempt(task: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
 
 
-def race(base: Base, names: list[str], device: torch.device, args: argparse.Namespace, until: float) -> dict[str, Any]:
-    """Rounds and parts by contestant, in turns, until all rounds are done or the next would end after `until`.
+def race(
+    base: Base,
+    results: dict[str, dict],
+    device: torch.device,
+    args: argparse.Namespace,
+    until: float,
+    after_turn: Callable[[], None] = lambda: None,
+) -> None:
+    """Add rounds and parts to the results by contestant, in turns, until all are done or the next would end too late.
 
     A contestant that fails (out of memory, no compiler) is named with its error and not tried again.
     """
-    results: dict[str, Any] = {name: {"rounds": []} for name in names}
     took: dict[str, float] = {}
 
     def turn(name: str) -> dict[str, Any]:
@@ -262,8 +272,8 @@ def race(base: Base, names: list[str], device: torch.device, args: argparse.Name
         figures = measure_round(contestant, device, args.seconds)
         return {"figures": figures | {"parts_ms": time_parts(contestant, device)}}
 
-    for number, name in itertools.product(range(args.rounds), names):
-        began, result = time.monotonic(), results[name]
+    for number, (name, result) in itertools.product(range(args.rounds), results.items()):
+        began = time.monotonic()
         if "error" in result or began + took.get(name, 0) > until:
             continue
         result |= attempt(lambda name=name: turn(name))
@@ -271,9 +281,8 @@ def race(base: Base, names: list[str], device: torch.device, args: argparse.Name
             result["rounds"].append(result.pop("figures"))
             speed = result["rounds"][-1]["pairs_per_second"]
             print(f"  round {number + 1}  {name:20} {speed:8.3f} pairs/s", flush=True)
-            elapsed = time.monotonic() - began
-            took[name] = elapsed if number else elapsed - result["rounds"][0]["first_update_s"]  # compiled but once
-    return results
+            took[name] = time.monotonic() - began
+        after_turn()
 
 
 def compare(results: dict[str, Any], flops: dict[str, float], peak: float) -> None:
@@ -301,37 +310,47 @@ def describe(base: Base, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def measure_base(
-    base: Base, args: argparse.Namespace, device: torch.device, limit: float, result: dict[str, Any], save: Callable
+    base: Base, args: argparse.Namespace, device: torch.device, until: float, result: dict[str, Any], save: Callable
 ) -> None:
-    """Fill `result` with everything about one base model in about `limit` seconds, and save it after each race."""
-    began = time.monotonic()
+    """Fill `result` with everything about one base model but compiled blocks, and save it after every turn."""
     result |= describe(base, DTYPES[precision(device)])
     parts = result["per_pair"]
-    peaks = result["ceilings"] = ceilings(device)
+    result["ceilings"] = ceilings(device)
     result["data_ms_per_pair"] = data_milliseconds(base)
     result["baseline_flops"] = attempt(lambda: check_baseline(base, parts, device))
     result["safeguard"] = attempt(lambda: safeguard_cost(base, device, 4 * args.seconds))
     print(f"  baseline's FLOPs: {show_check(result['baseline_flops'])}", flush=True)
     print(f"  safeguard: {show_safeguard(result['safeguard'])}", flush=True)
     now = time.monotonic()
-    races = {
-        "against_baseline": (AGAINST_BASELINE, now + 0.65 * (began + limit - now)),
-        "against_default": (("default", *base.changes), began + limit),
+    run_race("against_baseline", AGAINST_BASELINE, base, args, device, now + 0.65 * (until - now), result, save)
+    run_race("against_default", ("default", *base.changes), base, args, device, until, result, save)
+
+
+def run_race(
+    title: str,
+    names: tuple[str, ...],
+    base: Base,
+    args: argparse.Namespace,
+    device: torch.device,
+    until: float,
+    result: dict[str, Any],
+    save: Callable[[], None],
+) -> None:
+    """Put a race of those contestants that this machine can run into `result`, compared and saved after every turn."""
+    unwanted = set() if device.type == "cuda" else ONLY_ON_GPU
+    unwanted |= set() if find_spec("bitsandbytes") else {"AdamW in 8 bits"}
+    results = result[title] = {name: {"rounds": []} for name in names if name not in unwanted}
+    changes = {name: VARIANTS[name].changes for name in results}
+    flops = {
+        name: expected_flops(result["per_pair"], cached=cache_latents in done, known=know_reference in done)
+        for name, done in changes.items()
     }
-    for title, (names, until) in races.items():
-        unwanted = set() if args.compile else {"fast, compiled"}
-        unwanted |= set() if device.type == "cuda" else ONLY_ON_GPU
-        unwanted |= set() if find_spec("bitsandbytes") else {"AdamW in 8 bits"}
-        chosen = [name for name in names if name not in unwanted]
-        result[title] = race(base, chosen, device, args, until)
-        changes = {name: VARIANTS[name].changes for name in chosen}
-        flops = {
-            name: expected_flops(parts, cached=cache_latents in done, known=know_reference in done)
-            for name, done in changes.items()
-        }
-        compare(result[title], flops, peaks["matmul_flops_per_second"])
-        result["took_s"] = time.monotonic() - began
+
+    def after_turn() -> None:
+        compare(results, flops, result["ceilings"]["matmul_flops_per_second"])
         save()
+
+    race(base, results, device, args, until, after_turn)
 
 
 # Everything
@@ -376,11 +395,15 @@ def main() -> None:
         write_json(path, results)
         write_text(path.with_suffix(".md"), markdown(results))
 
-    for left, name in zip(range(len(args.bases), 0, -1), args.bases, strict=True):
+    bases = {name: dataclasses.replace(BASES[name], flags=BASES[name].flags | size) for name in args.bases}
+    soon = until - 60 * args.minutes * COMPILED_SHARE * args.compile
+    for left, (name, base) in zip(range(len(bases), 0, -1), bases.items(), strict=True):
         print(name, flush=True)
-        base = dataclasses.replace(BASES[name], flags=BASES[name].flags | size)
-        limit, results["bases"][name] = (until - time.monotonic()) / left, {}
-        measure_base(base, args, device, limit, results["bases"][name], save)
+        now, results["bases"][name] = time.monotonic(), {}
+        measure_base(base, args, device, now + (soon - now) / left, results["bases"][name], save)
+    for name, base in bases.items() if args.compile else ():  # last: how long it takes is not known
+        print(f"{name}, compiled", flush=True)
+        run_race("compiled", COMPILED, base, args, device, until, results["bases"][name], save)
     print(f"\n{markdown(results)}\nwritten to {path}")
     sys.exit('"error": ' in json.dumps(results))
 

@@ -18,7 +18,7 @@ from benchmarks.architectures import BASES, SDXL, Base, batch_of
 from benchmarks.baseline import OfficialLoop
 from benchmarks.contestants import VARIANTS, Ours, Variant, build, cache_latents, make_batch
 from benchmarks.counting import count, counted
-from benchmarks.tables import show_race
+from benchmarks.tables import show_margins, show_race
 from benchmarks.train import check_baseline, compare, race, safeguard_cost
 from sdpo.inputs import make_inputs
 from sdpo.losses import diffusion_dpo, pair_terms
@@ -254,9 +254,11 @@ def test_a_failing_contestant_is_named_and_the_others_go_on(monkeypatch):
 
     monkeypatch.setitem(VARIANTS, "greedy", Variant(changes=(broken,)))
     settings = argparse.Namespace(rounds=2, seconds=0)
-    results = race(MICRO, ["default", "greedy"], CPU, settings, until=float("inf"))
+    results = {name: {"rounds": []} for name in ("default", "greedy")}
+    race(MICRO, results, CPU, settings, until=float("inf"))
     compare(results, {"default": 1.0, "greedy": 1.0}, peak=1.0)
     assert len(results["default"]["rounds"]) == 2
+    assert show_margins({"against_default": results}) == "0 in all 1 contestants"
     assert "| greedy | OutOfMemoryError: no memory for this one |" in show_race(results)
 
 
@@ -273,7 +275,8 @@ def test_compiled_blocks_are_compared_with_the_same_without():
 
 
 def test_rounds_end_with_the_time():
-    results = race(MICRO, ["default"], CPU, argparse.Namespace(rounds=2, seconds=0), until=0.0)
+    results = {"default": {"rounds": []}}
+    race(MICRO, results, CPU, argparse.Namespace(rounds=2, seconds=0), until=0.0)
     compare(results, {"default": 1.0}, peak=1.0)
     assert "| default | no time left |" in show_race(results)
 

@@ -118,7 +118,7 @@ def test_unet_init_replaces_the_weights(bases, tmp_path, suffix):
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_policy_and_reference_ask_for_the_same_attention(arguments, monkeypatch, family):
     """Kernels are chosen by whether gradients are wanted; the reference wants none, and keeps nothing for them."""
-    run, dataset, held_out = train.set_up(parse_flags(TrainConfig, "", "", arguments(family=family)))
+    run, dataset, _ = train.set_up(parse_flags(TrainConfig, "", "", arguments(family=family)))
     inputs = make_inputs(run.family, collate([dataset[0, 0]]))
     given = (inputs.noisy, inputs.timesteps, inputs.conditioning)
     asked, attend = [], F.scaled_dot_product_attention
