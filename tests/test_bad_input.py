@@ -289,6 +289,7 @@ TRAIN_FLAGS = {
     "--report_to=wandb": r"--report_to wandb: .*pip install wandb",
     "--output_dir={pairs}": r"--output_dir .* holds --train_data_dir, which training would write over: name another",
     "--output_dir={sd15}": r"--output_dir .* holds --pretrained_model_name_or_path, which training would write over",
+    "--output_dir={sd15} --unet_init={sd15}/unet": r"--output_dir .* holds --.*, which training would write over",
     "--output_dir=": r"--output_dir is empty: name a folder",
     "--output_dir={f}/few.json": r"few.json cannot be used \(File exists\): correct the path",
     "--output_dir=/proc/nowhere": r"/proc/nowhere cannot be used \(No such file or directory\): correct the path",

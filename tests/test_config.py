@@ -191,6 +191,17 @@ def test_gradient_checkpointing_without_a_value_is_the_official_flag():
             parse(*flags.split())
 
 
+def test_an_output_folder_is_known_by_any_name(tmp_path):
+    base = tmp_path / "base"
+    (base / "unet").mkdir(parents=True)
+    (base / "model_index.json").touch()
+    (tmp_path / "link").symlink_to(base)
+    for output, init in (("link", ""), ("base", base / "unet"), ("link", base / "unet")):
+        with pytest.raises(InputError, match="which training would write over"):
+            parse(f"--pretrained_model_name_or_path={base}", f"--unet_init={init}", f"--output_dir={tmp_path / output}")
+    parse(f"--pretrained_model_name_or_path={base}", f"--output_dir={base}/run", f"--unet_init={base}/unet")
+
+
 def test_choice_model_answers():
     assert parse().choice_model == ""
     for name in ("aes", "clip", "hps", "pickscore", "imagereward", "pixels"):

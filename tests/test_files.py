@@ -1,10 +1,15 @@
 """Files of ours: whole or absent, also where several processes write the same one or a write fails."""
 
+import errno
+import hashlib
 import os
+import resource
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from sdpo.files import write_file, write_json, write_text
+from sdpo.files import sha256, write_file, write_json, write_text
 
 
 def test_writers_of_the_same_file_do_not_meet(tmp_path):
@@ -51,3 +56,25 @@ def test_a_full_disk_names_the_file(tmp_path):
             tmp_path / "a.txt", lambda partial: (partial.touch(), os.write(os.open("/dev/full", os.O_WRONLY), b"x"))
         )
     assert caught.value.filename == str(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("save", [save_file, torch.save])
+def test_a_full_disk_is_one_whoever_writes(tmp_path, save):
+    """safetensors and torch have errors of their own for it."""
+    path, limits = tmp_path / "weights", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="No space") as caught:
+            write_file(path, lambda partial: save({"a": torch.zeros(100_000)}, partial))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(path))
+
+
+def test_a_file_is_hashed_anew_when_it_changes(tmp_path):
+    path, seen = tmp_path / "a", []
+    for content in (b"one", b"two", b"two"):
+        path.write_bytes(content)
+        seen.append(sha256(path))
+    assert seen == [hashlib.sha256(content).hexdigest() for content in (b"one", b"two", b"two")]

@@ -10,11 +10,12 @@ import torch
 from accelerate.state import AcceleratorState
 from recording import arguments as command
 from recording import record_on_ranks
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from test_training import same, weights
 
 import train
-from sdpo import files
+from sdpo import files, shards
 from sdpo.command import InputError, parse_flags
 from sdpo.config import TrainConfig
 from sdpo.shards import Shards
@@ -146,6 +147,23 @@ def test_files_of_the_base_are_read_once_for_caches_and_checkpoints(flags, tmp_p
     parts = {"unet", "vae", "text_encoder", "tokenizer"}
     counts = {path: count for path, count in read.items() if path.parent.name in parts}
     assert {path.parent.name for path in counts} == parts and set(counts.values()) == {1}
+
+
+def test_a_run_goes_on_where_its_errors_find_no_room(flags, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(shards, "save_file", full)
+    train.main(flags())
+    assert (tmp_path / "run" / "unet.pth").is_file()
+    assert f"errors of 3 updates are not kept, for {tmp_path / 'references'} takes no more" in capsys.readouterr().err
+
+
+def test_a_complete_cache_may_be_one_that_can_only_be_read(flags, tmp_path, monkeypatch):
+    train.main(flags())
+    monkeypatch.setattr(shards, "write_json", lambda *_, **__: pytest.fail("written to"))
+    monkeypatch.setattr(shards, "write_file", lambda *_, **__: pytest.fail("written to"))
+    train.main(flags(DMPO, out="other"))
 
 
 def test_two_runs_that_begin_together_do_not_mix(flags, tmp_path):

@@ -204,6 +204,13 @@ def test_validation_prompts_are_sampled(arguments, tmp_path):
     assert list((tmp_path / "run" / "logs").rglob("events.out.tfevents.*"))
 
 
+def test_a_launchers_compiler_is_not_used(arguments, tmp_path, monkeypatch):
+    """It would compile the policy alone, and put its own names into the weights."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    train.main(arguments("--max_train_steps=1"))
+    assert not [name for name in weights(tmp_path / "run") if name.startswith("_orig_mod")]
+
+
 def test_dropout_is_refused(arguments, bases, tmp_path):
     base = shutil.copytree(bases["sd15", "epsilon"], tmp_path / "base")
     path = base / "unet" / "config.json"
