@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import glob
 import hashlib
 import io
 import json
+import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,11 +19,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from huggingface_hub import HfFileSystem, snapshot_download
 from PIL import Image
 
 from sdpo.command import InputError
 from sdpo.config import TrainConfig
-from sdpo.files import brief, is_text, parse_json, read_text
+from sdpo.files import brief, is_text, parse_json, read_text, write_json
 from sdpo.images import decode
 from sdpo.rng import draw
 
@@ -30,6 +33,7 @@ IMAGE_TYPES = (
     *(pa.types.is_binary, pa.types.is_large_binary, pa.types.is_string, pa.types.is_large_string),
     *(pa.types.is_struct, pa.types.is_null),
 )
+log = logging.getLogger("data")
 LABELS_ABOUT = b"sdpo"  # key of the JSON object in a label file that says what it was made from
 
 
@@ -75,14 +79,40 @@ def is_damaged(file: Path) -> bool:
 
 
 def read_split(source: str, name: str | None, split: str, cache_dir: str | None) -> datasets.Dataset:
-    """A split of a hub data set or of a folder of parquet, arrow or similar files; fetches only its own files."""
-    builder = datasets.load_dataset_builder(source, name, cache_dir=cache_dir)
-    files = builder.config.data_files
-    if not files:  # a data set with a loading scheme of its own
+    """A split of a hub data set or of a folder of parquet, arrow or similar files; fetches only its own files.
+
+    Where the hub cannot be reached, the files that an earlier call fetched are read.
+    """
+    call = hashlib.sha256(json.dumps([source, name, split]).encode()).hexdigest()[:16]
+    fetched = Path(cache_dir or datasets.config.HF_DATASETS_CACHE, "sdpo", f"{call}.json")
+    try:
+        builder = datasets.load_dataset_builder(source, name, cache_dir=cache_dir)
+    except Exception as error:  # the hub's, the network's, the files' own
+        if not fetched.is_file():
+            raise
+        log.warning(f"CAUTION: {source} cannot be looked up ({brief(error)}): what was fetched earlier is read")
+        kind, files = json.loads(fetched.read_text(encoding="utf-8"))
+        return datasets.load_dataset(kind, data_files={split: files}, split=split, cache_dir=cache_dir)
+    splits = builder.config.data_files
+    if not splits:  # a data set with a loading scheme of its own
         return datasets.load_dataset(source, name, split=split, cache_dir=cache_dir)
-    if split not in files:
-        raise no_such_split(source, split, files)
-    return datasets.load_dataset(builder.name, data_files={split: list(files[split])}, split=split, cache_dir=cache_dir)
+    if split not in splits:
+        raise no_such_split(source, split, splits)
+    files = fetch_files(list(splits[split]))
+    if files != list(splits[split]):
+        write_json(fetched, [builder.name, files])
+    return datasets.load_dataset(builder.name, data_files={split: files}, split=split, cache_dir=cache_dir)
+
+
+def fetch_files(files: list[str]) -> list[str]:
+    """Local paths of data files; those on the hub are downloaded, unless they are in its cache."""
+    if not all(file.startswith("hf://") for file in files):
+        return files
+    places = [HfFileSystem().resolve_path(file) for file in files]
+    first, names = places[0], [place.path_in_repo for place in places]
+    where = {"repo_type": first.repo_type, "revision": first.revision}
+    folder = snapshot_download(first.repo_id, allow_patterns=[glob.escape(name) for name in names], **where)
+    return [str(Path(folder, name)) for name in names]
 
 
 def no_such_split(source: str | Path, split: str, splits: Iterable[str]) -> InputError:

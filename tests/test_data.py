@@ -3,7 +3,12 @@
 import csv
 import io
 import json
+import os
+import subprocess
+import sys
+import threading
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -12,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hub import serve
 from PIL import Image
 from torchvision import transforms
 
@@ -21,6 +27,8 @@ from sdpo.config import Plan, TrainConfig
 from sdpo.data import PairDataset, RankSampler, Transform, train_batches
 from sdpo.images import decode
 from sdpo.pairs import Pairs, load_pairs, prepare_pairs, split_by_prompt
+
+ROOT = Path(__file__).parents[1]
 
 LABELS = (1.0, 0.0, 0.5, 0.0, 1.0, 1.0)  # one tie
 DECIDED = (0, 1, 3, 4, 5)
@@ -878,3 +886,33 @@ def test_only_unreadable_images_in_a_worker():
     with pytest.raises(InputError, match="memory row") as error:
         loaded(dataset, workers=1)
     assert "Traceback" not in str(error.value)
+
+
+READ_FROM_HUB = """
+from sdpo.config import TrainConfig
+from sdpo.pairs import prepare_pairs
+
+config = TrainConfig(pretrained_model_name_or_path="unused", dataset_name="me/pairs")
+print(len(prepare_pairs(config, 0)[0]), prepare_pairs(config, 0)[0].fingerprint())
+"""
+
+
+def test_a_data_set_of_the_hub_is_read_again_where_the_hub_is_out_of_reach(tmp_path, pairs_folder):
+    """Of the hub, the split's own files are fetched alone."""
+    server = serve(pairs_folder, "me/pairs")
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    common = os.environ | {"HF_HOME": str(tmp_path), "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
+    read = []
+    for offline in ("0", "1"):
+        environment = common | {"HF_HUB_OFFLINE": offline}
+        run = [sys.executable, "-c", READ_FROM_HUB]
+        result = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+        assert result.returncode == 0, result.stderr[-2000:]
+        read.append(result.stdout)
+        server.shutdown()
+    server.server_close()
+    thread.join()
+    assert read[0] == read[1] and read[0].startswith("116 ")
+    assert [file for file in server.fetched if file.endswith(".parquet")] == ["train.parquet"]
+    assert len(list(tmp_path.rglob("*.arrow"))) == 1
