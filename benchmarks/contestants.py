@@ -27,7 +27,7 @@ from sdpo.rng import draw, normal
 from sdpo.step import AUTOCAST, Run, build_run, update
 from sdpo.tiny import pictures
 
-CHOSEN: dict[tuple[TrainConfig, bool], dict[str, bool]] = {}  # units computed again, by run
+CHOSEN: dict[tuple[TrainConfig, bool], dict[str, bool]] = {}  # units recomputed, by run
 
 
 def give_back_memory() -> None:

@@ -28,11 +28,11 @@ ROWS = (
     ("sdxl", "adamw8bit", 4),
     ("sdxl", "adamw", 4),
 )
-COLUMNS = ("base", "optimizer", "pairs per GPU", "before activations", "activations", "all computed again", "total")
+COLUMNS = ("base", "optimizer", "pairs per GPU", "before activations", "activations", "all recomputed", "total")
 
 
 def gibibytes(name: str, optimizer: str, pairs: int) -> tuple[float, float, float]:
-    """(weights, gradients and optimizer state; activations if none is computed again; if all are), GiB."""
+    """(weights, gradients and optimizer state; activations if none is recomputed; if all are), GiB."""
     config = BASES[name].config(mixed_precision="bf16", optimizer=optimizer, train_batch_size=pairs)
     family = BASES[name].build("meta")
     unet, shape = family.load_unet(), family.latent_shape(config.resolution)

@@ -1,4 +1,4 @@
-"""The latent cache: what VAE and text encoders say of the training data, on file; `python -m sdpo.cache ...`.
+"""The latent cache: outputs of VAE and text encoders for the training data, on disk; `python -m sdpo.cache ...`.
 
 The command takes the flags of train.py and fills `--latent_cache`; train.py itself does so on first use. Either makes
 what is missing only, so a command that was cut off continues when it is run again. docs/design.md says what is kept.

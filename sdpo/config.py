@@ -84,10 +84,10 @@ class TrainConfig:
     latent_cache_dtype: Literal["bf16", "fp32"] = flag("bf16", "precision of the numbers in the latent cache")
 
     # Method
-    train_method: Literal["diffusion-dpo", "dspo", "dmpo", "sft"] = flag("diffusion-dpo", "loss")
+    train_method: Literal["diffusion-dpo", "dspo", "dmpo", "sft"] = flag("diffusion-dpo", "training method")
     sft: bool = flag(False, "same as --train_method sft")
     beta_dpo: float = flag(5000.0, "beta of the loss; contains the paper's T * omega(t)")
-    dmpo_alpha: float = flag(0.0, "alpha of dmpo")
+    dmpo_alpha: float = flag(0.0, "1 - alpha is the probability that dmpo pulls sigmoid(margin) to; 0.01 is official")
     dspo_form: Literal["auto", "score", "switched"] = flag(
         "auto", "form of dspo; auto is the official one for the base model"
     )
@@ -147,7 +147,7 @@ class TrainConfig:
     gradient_checkpointing: Literal["none", "full", "auto"] | None = field(
         default=None,
         metadata={
-            "help": "compute activations again in the backward pass to save memory: all, none, or as few as fit into "
+            "help": "recompute activations in the backward pass to save memory: all, none, or as few as fit into "
             "--activation_memory; the base model's own by default, full if no value is given",
             "nargs": "?",
             "const": "full",

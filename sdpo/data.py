@@ -179,7 +179,7 @@ class RankSampler(Sampler):
 
 
 def outlive_signals(worker: int) -> None:
-    """Ignore stop signals in a loader worker: launchers signal all, and the trainer needs pairs for a last update."""
+    """Ignore stop signals in a loader worker: launchers signal every process, and a last update needs its pairs."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

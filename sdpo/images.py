@@ -1,4 +1,4 @@
-"""Pictures of others: from whatever holds one to 8 bits of RGB, or an error that says why not."""
+"""Images from bytes, paths, records of data sets or PIL, decoded to 8 bits of RGB, or an error that says why not."""
 
 from __future__ import annotations
 

@@ -113,7 +113,10 @@ def diffusion_dpo(terms: PairTerms, beta: float, alpha: float) -> Tensor:
 
 
 def dspo_score(terms: PairTerms, beta: float, alpha: float) -> Tensor:
-    """DSPO by score matching, (B,): |e_w - beta (1 - sigmoid(u)) drift_w|^2, nothing detached but the reference."""
+    """DSPO by score matching (Zhu et al., ICLR 2025), (B,): |e_w - beta (1 - sigmoid(u)) drift_w|^2.
+
+    Nothing is detached but the reference, as in the official code.
+    """
     weight = (beta * (1 - torch.sigmoid(terms.margin))).view(-1, 1, 1, 1)
     return sample_mean((terms.residual_w - weight * terms.drift_w).square())
 
@@ -126,7 +129,7 @@ def dspo_switched(terms: PairTerms, beta: float, alpha: float) -> Tensor:
 
 
 def dmpo(terms: PairTerms, beta: float, alpha: float) -> Tensor:
-    """DMPO, (B,): KL(Bernoulli(sigmoid(u)) || Bernoulli(1 - alpha)), 1 - alpha kept off 0 and 1 by 1e-6."""
+    """DMPO (arXiv 2507.07510), (B,): KL(Bernoulli(sigmoid(u)) || Bernoulli(q)), q = 1 - alpha off 0 and 1 by 1e-6."""
     u = terms.margin
     p, log_p, log_not_p = torch.sigmoid(u), -F.softplus(-u), -F.softplus(u)
     q = u.new_tensor(1 - alpha).clamp(1e-6, 1 - 1e-6)

@@ -1,4 +1,4 @@
-"""What training keeps in memory, and which activations are computed again to keep it within a budget.
+"""What training keeps in memory, and which activations are recomputed to keep it within a budget.
 
 Diffusers models checkpoint activations in units: modules with a `gradient_checkpointing` switch. What they keep is
 counted on tensors without data, so the choice takes seconds and no memory.
@@ -47,14 +47,14 @@ def choose_checkpointing(run: Run, batch: Batch) -> str:
         torch.cuda.empty_cache()  # blocks that nobody uses any more would count as taken
         room = room_for_activations(run, torch.cuda.mem_get_info(device)[0])
         rooms = run.accelerator.gather(torch.tensor([room / 2**30], device=device))
-        budget = rooms.min().item()  # ranks that compute other units again would wait for each other
+        budget = rooms.min().item()  # ranks that recompute other units would wait for each other
     inputs = make_inputs(run.family, batch.to(device))
     unet, dtype = run.accelerator.unwrap_model(run.unet), DTYPES[config.mixed_precision]
     units, kept = choose_units(run.family, unet, inputs, dtype, budget * 2**30)
     unet.enable_gradient_checkpointing()
     for name, unit in checkpoint_units(unet).items():
         unit.gradient_checkpointing = name in units
-    return f"activations    {kept / 2**30:.3g} GiB of {budget:.3g} GiB, {len(units)} units are computed again"
+    return f"activations    {kept / 2**30:.3g} GiB of {budget:.3g} GiB, {len(units)} units are recomputed"
 
 
 def room_for_activations(run: Run, free: int) -> float:
@@ -65,7 +65,7 @@ def room_for_activations(run: Run, free: int) -> float:
 
 
 def checkpoint_units(unet: nn.Module) -> dict[str, nn.Module]:
-    """Modules whose activations can be computed again, by name."""
+    """Modules whose activations can be recomputed, by name."""
     return {name: module for name, module in unet.named_modules() if hasattr(module, "gradient_checkpointing")}
 
 
@@ -112,7 +112,7 @@ class KeptBytes:
             unit.register_forward_hook(self._leave)
 
     def total(self, checkpointed: set[str]) -> int:
-        """Bytes kept if the named units compute their activations again."""
+        """Bytes kept if the named units recompute their activations."""
         return sum(self._count(checkpointed).values())
 
     def by_unit(self) -> Counter:

@@ -319,15 +319,7 @@ def load_pairs(config: TrainConfig, split: str, folder: str | None = None) -> tu
     needed = [config.caption_column, *columns]
     needed += [] if single or labels_path else ["label_0"]
     needed += ["model_0", "model_1"] if config.dreamlike_pairs_only else []
-    missing = [name for name in needed if name not in table.column_names]
-    if missing:
-        raise InputError(
-            f"{source}: column {', '.join(missing)} missing (it has {', '.join(table.column_names)}); "
-            "rename columns to Pick-a-Pic's caption, jpg_0, jpg_1, label_0, or give --caption_column"
-        )
-    check_captions(column(table, config.caption_column), config.caption_column, source)
-    for name in columns:
-        check_images(table, name, source)
+    check_columns(table, needed, config.caption_column, columns, source)
     notes = [f"{source}: {len(table):,} rows" + (f", labels of {labels_path}" if labels_path else "")]
     if labels_path:
         labels = read_label_file(labels_path, column(table, config.caption_column), source)
@@ -345,6 +337,21 @@ def load_pairs(config: TrainConfig, split: str, folder: str | None = None) -> tu
     least = config.resolution if config.draft_decoding else 0
     rows, first_won = np.flatnonzero(keep), labels[keep] == 1
     return Pairs(table, rows, first_won, columns, config.caption_column, source, least), notes
+
+
+def check_columns(
+    table: datasets.Dataset, needed: list[str], caption_column: str, image_columns: tuple[str, ...], source: str
+) -> None:
+    """Raises InputError for a column that is missing, and for captions and images that cannot be any."""
+    missing = [name for name in needed if name not in table.column_names]
+    if missing:
+        raise InputError(
+            f"{source}: column {', '.join(missing)} missing (it has {', '.join(table.column_names)}); "
+            "rename columns to Pick-a-Pic's caption, jpg_0, jpg_1, label_0, or give --caption_column"
+        )
+    check_captions(column(table, caption_column), caption_column, source)
+    for name in image_columns:
+        check_images(table, name, source)
 
 
 def name_dreamlike(table: datasets.Dataset, name: str, source: str) -> np.ndarray:

@@ -26,7 +26,7 @@ from sdpo.config import CHOICE_MODELS, TrainConfig
 from sdpo.files import parse_json, read_text, write_file, write_text
 from sdpo.images import encoded
 from sdpo.manifest import check_score
-from sdpo.pairs import IMAGES, LABELS_ABOUT, as_list, check_captions, check_images, column, hash_captions, read_table
+from sdpo.pairs import IMAGES, LABELS_ABOUT, as_list, check_columns, column, hash_captions, read_table
 from sdpo.scorers import check_device, load_scorers, score_rows
 
 SCORES = ("score_0", "score_1")  # columns of a label file
@@ -132,19 +132,12 @@ def relabel(config: RelabelConfig) -> str:
 def describe(config: RelabelConfig, table: datasets.Dataset) -> dict:
     """What scores of the data are made from; raises InputError if it has no pairs or captions."""
     source = f"{config.dataset_name or config.train_data_dir} ({config.split})"
-    missing = [name for name in (config.caption_column, *IMAGES) if name not in table.column_names]
-    if missing:
-        has = ", ".join(table.column_names)
-        raise InputError(f"{source}: column {', '.join(missing)} missing (it has {has}); labels are of pairs of images")
-    for name in IMAGES:
-        check_images(table, name, source)
-    captions = column(table, config.caption_column)
-    check_captions(captions, config.caption_column, source)
+    check_columns(table, [config.caption_column, *IMAGES], config.caption_column, IMAGES, source)
     return {
         "source": source,
         "config": config.dataset_config_name,
         "rows": len(table),
-        "captions": hash_captions(captions),
+        "captions": hash_captions(column(table, config.caption_column)),
         "metric": config.metric,
         "weights": config.sources,
     }

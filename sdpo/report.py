@@ -19,7 +19,7 @@ import numpy as np
 
 from sdpo.command import InputError
 from sdpo.files import write_text
-from sdpo.winrates import Comparison, ScoredRun, mean_and_error
+from sdpo.winrates import Comparison, ScoredRun, mean_and_error, show_row
 
 TEMPLATE = Path(__file__).with_name("report.html")
 BINS = 30  # of a histogram
@@ -131,9 +131,10 @@ def _win_rates(comparison: Comparison) -> str:
     summary = comparison.summary
     a, b = summary["pair"]["model_a"], summary["pair"]["model_b"]
     policy = {"half": "a tie counts half", "loss_for_a": f"a tie counts zero for {a}"}[summary["pair"]["ties_policy"]]
-    head = ["metric", f"{a} wins", "95 % interval", "wins / ties / losses", "p (sign test)", "p (Holm)",
-            "mean difference", "95 % interval"]  # fmt: skip
-    table = _table(f"{policy}; paired by {summary['pairing']['by']}", head, map(_win_row, summary["metrics"]))
+    head = ["metric", f"{a} wins", "95 % interval", "wins/ties/losses", "p (sign test)", "p (Holm)", f"mean of {a}",
+            f"mean of {b}", "mean difference", "95 % interval"]  # fmt: skip
+    rows = [list(show_row(row).values()) for row in summary["metrics"]]
+    table = _table(f"{policy}; paired by {summary['pairing']['by']}", head, rows)
     dropped = "".join(
         f'<p class="hint">{escape(label)}: {len(prompts)} images without a partner left out</p>'
         for label, prompts in ((a, summary["pairing"]["dropped_a"]), (b, summary["pairing"]["dropped_b"]))
@@ -141,21 +142,6 @@ def _win_rates(comparison: Comparison) -> str:
     )
     title = f"Win rates of {escape(a)} over {escape(b)}"
     return f'<section><h2>{title}</h2><div class="panel">{table}{dropped}{_win_bars(a, b, summary)}</div></section>'
-
-
-def _win_row(row: dict[str, Any]) -> list[str]:
-    low, high = row["win_rate_ci95"]
-    spread = row["mean_difference_ci95"]
-    return [
-        row["metric"],
-        f"{row['win_rate_a_over_b']:.1%}",
-        f"{low:.1%} to {high:.1%}",
-        f"{row['wins_a']} / {row['ties']} / {row['wins_b']}",
-        f"{row['sign_test_p']:.2g}",
-        f"{row['sign_test_p_holm']:.2g}",
-        f"{row['mean_difference']:+.4f}",
-        "{:+.4f} to {:+.4f}".format(*spread) if spread else "-",
-    ]
 
 
 # Charts

@@ -341,11 +341,12 @@ def format_comparison(comparison: Comparison) -> str:
     """Console text: a table in percent with a row per metric, and how many images were dropped, with some prompts."""
     summary = comparison.summary
     pair, pairing, averages = (summary[key] for key in ("pair", "pairing", "averages"))
-    head = ["metric", "A wins", "95 % interval", "wins/ties/losses", "p", "p (Holm)", "mean A", "mean B", "A - B"]
+    head = ["metric", "A wins", "95 % interval", "wins/ties/losses", "p", "p (Holm)", "mean A", "mean B", "A - B",
+            "95 % interval"]  # fmt: skip
     lines = [
         f"A = {pair['model_a']}, B = {pair['model_b']}: {summary['metrics'][0]['total_pairs']} pairs by "
         f"{pairing['by']}, ties policy {pair['ties_policy']}",
-        *_align([head, *(_cells(row) for row in summary["metrics"])]),
+        *_align([head, *(list(show_row(row).values()) for row in summary["metrics"])]),
         f"average over metrics: macro {averages['macro_win_rate_a_over_b']:.1%}, "
         f"micro {averages['micro_win_rate_a_over_b']:.1%}",
     ]
@@ -361,20 +362,22 @@ def format_comparison(comparison: Comparison) -> str:
     return "\n".join(lines)
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
+def show_row(row: dict[str, Any]) -> dict[str, str]:
+    """The figures of a metric's row of summary.json as text, by column."""
     low, high = row["win_rate_ci95"]
     spread = row["mean_difference_ci95"]
-    return [
-        row["metric"],
-        f"{row['win_rate_a_over_b']:.1%}",
-        f"{low:.1%} to {high:.1%}",
-        f"{row['wins_a']}/{row['ties']}/{row['wins_b']}",
-        f"{row['sign_test_p']:.2g}",
-        f"{row['sign_test_p_holm']:.2g}",
-        f"{row['mean_a']:.4f}",
-        f"{row['mean_b']:.4f}",
-        f"{row['mean_difference']:+.4f}" + (" ({:+.4f} to {:+.4f})".format(*spread) if spread else ""),
-    ]
+    return {
+        "metric": row["metric"],
+        "win rate": f"{row['win_rate_a_over_b']:.1%}",
+        "interval": f"{low:.1%} to {high:.1%}",
+        "counts": f"{row['wins_a']}/{row['ties']}/{row['wins_b']}",
+        "p": f"{row['sign_test_p']:.2g}",
+        "p (Holm)": f"{row['sign_test_p_holm']:.2g}",
+        "mean A": f"{row['mean_a']:.4f}",
+        "mean B": f"{row['mean_b']:.4f}",
+        "difference": f"{row['mean_difference']:+.4f}",
+        "spread": "{:+.4f} to {:+.4f}".format(*spread) if spread else "-",
+    }
 
 
 def _align(rows: Sequence[Sequence[str]]) -> list[str]:
