@@ -38,7 +38,8 @@ def planned_memory(run: Run) -> dict[str, int]:
 def choose_checkpointing(run: Run, batch: Batch) -> str:
     """Checkpoint as few of the policy's units as keep the activations of micro-batches like this one within budget.
 
-    Returns a sentence for the console. The budget is --activation_memory, or what is free on the fullest GPU.
+    Returns a sentence for the console. The budget is --activation_memory, or what is free on the fullest GPU; raises
+    InputError where there is neither.
     """
     config, device, budget = run.config, run.accelerator.device, run.config.activation_memory
     if budget is None:

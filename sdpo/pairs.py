@@ -43,7 +43,8 @@ LABELS_ABOUT = b"sdpo"  # key of the JSON object in a label file that says what 
 def read_table(config: TrainConfig, split: str, folder: str | None = None) -> datasets.Dataset:
     """One split of the configured data, or of another local folder, images undecoded; other splits are not read.
 
-    `config` is train.py's or that of relabel, whose flags of the data are the same.
+    `config` is train.py's or that of relabel, whose flags of the data are the same. Raises InputError for data that is
+    not there or cannot be read.
     """
     source = folder or config.dataset_name or config.train_data_dir
     path = Path(source)
@@ -130,7 +131,7 @@ def refuse_split(source: Path, split: str) -> None:
 
 
 def find_pair_file(path: Path) -> Path | None:
-    """The JSONL or CSV file of caption, winner, loser that `path` is or holds, if any."""
+    """The JSONL or CSV file of caption, winner, loser that `path` is or holds, if any; InputError for several."""
     if path.is_file() and path.suffix in (".jsonl", ".csv"):
         return path
     found = sorted([*path.glob("*.jsonl"), *path.glob("*.csv")]) if path.is_dir() else []

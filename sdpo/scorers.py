@@ -70,7 +70,10 @@ def load_state(module: nn.Module, source: str, rename: Callable[[str], str | Non
 
 
 def load_tokenizer(cls, source: str, size: int, extra: Iterable[str] = ()):
-    """A tokenizer of `size` entries, `extra` included: transformers makes an empty one where files are missing."""
+    """A tokenizer of `size` entries, `extra` included; raises InputError for any other size.
+
+    Where files are missing, transformers makes an empty one.
+    """
     tokenizer = load_part(cls, source)
     tokenizer.add_tokens(list(extra), special_tokens=True)
     if len(tokenizer) != size:

@@ -64,7 +64,12 @@ class ScoringOptions:
         from sdpo.scorers import load_scorers
 
         for metric in metrics:
-            load_scorers([METRICS[metric]], self.sources, DTYPES[self.dtype])
+            try:
+                load_scorers([METRICS[metric]], self.sources, DTYPES[self.dtype])
+            except InputError as error:
+                raise InputError(
+                    f"{metric}: {error}; or choose other --metrics (none: images alone); no image was made"
+                ) from error
 
     def model(self, metric: str) -> str:
         """What rows of scores say about the model of a metric: "official", or what differs from it."""
