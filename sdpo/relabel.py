@@ -184,7 +184,7 @@ def score_table(config: RelabelConfig, table: datasets.Dataset, about: dict, kep
 
 
 def read_kept(kept: Path, about: dict) -> list[list[float | None]]:
-    """Scores that an earlier run for the same labels left, up to a line that was cut off; InputError for other lines."""
+    """Scores that an earlier run for the same labels left, up to a line cut off; raises InputError for other lines."""
     lines = read_text(kept).split("\n")[:-1] if kept.is_file() else []
     rows = [parse_json(line, f"{kept}, line {number}", "remove the file") for number, line in enumerate(lines, 1)]
     if not rows or rows[0] != about:
