@@ -241,7 +241,7 @@ def match_scores(entries: Iterable[Entry], scores: Scores) -> Scores:
     matched, changed = {}, 0
     for entry in entries:
         row = scores.get(entry.key)
-        if entry.path.is_file() and (row is None or "sha256" in row) and contents:
+        if os.path.isfile(entry.path) and (row is None or "sha256" in row) and contents:
             digest = sha256(entry.path)
             if row is None or row["sha256"] != digest:
                 same = contents.get((entry.prompt, digest))

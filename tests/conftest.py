@@ -4,6 +4,8 @@ import os
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
+from functools import partial
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -113,20 +115,26 @@ def wide_pairs(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def arguments(bases, pairs_folder, tmp_path):
-    """Builds the flags of a short run of train.py: 3 updates of 4 pairs."""
+@pytest.fixture(scope="session")
+def arguments_in(bases, pairs_folder):
+    """Builds the flags of a short run of train.py in a folder: 3 updates of 4 pairs."""
 
-    def build(*flags, family="sd15", prediction="epsilon", out="run"):
+    def build(folder, *flags, family="sd15", prediction="epsilon", out="run"):
         common = {
             "pretrained_model_name_or_path": bases[family, prediction], "train_data_dir": pairs_folder, "resolution": 32,
             "train_batch_size": 2, "global_batch_size": 4, "max_train_steps": 3, "lr_warmup_steps": 1, "learning_rate": 1e-3,
-            "beta_dpo": 100, "mixed_precision": "no", "seed": 7, "report_to": "none", "output_dir": tmp_path / out,
+            "beta_dpo": 100, "mixed_precision": "no", "seed": 7, "report_to": "none", "output_dir": folder / out,
         }  # fmt: skip
         given = [f"--{name}={value}" for name, value in common.items()] + ["--sdxl"] * (family == "sdxl")
         return [*given, *map(str, flags)]
 
     return build
+
+
+@pytest.fixture
+def arguments(arguments_in, tmp_path):
+    """Builds the flags of a short run of train.py below the test's folder, `run` unless `out` says otherwise."""
+    return partial(arguments_in, tmp_path)
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Runs of train.py that note what every update saw: draws, losses, gradients. As a script: several runs on every rank."""
+"""Runs of train.py: what every update saw, what they leave behind, and several ranks. As a script: runs on every rank."""
 
 import json
 import os
@@ -15,6 +15,7 @@ import train
 from sdpo import step
 from sdpo.hub import load_weights
 
+ROOT = Path(__file__).parents[1]
 DEFAULTS = {
     "resolution": 16, "mixed_precision": "no", "seed": 7, "report_to": "none", "lr_warmup_steps": 2, "learning_rate": 1e-3,
     "beta_dpo": 10, "dmpo_alpha": 0.01, "checkpointing_steps": 0,
@@ -25,6 +26,34 @@ def arguments(base, data, output, **settings):
     """Command line of a run on a tiny pipeline."""
     places = {"pretrained_model_name_or_path": base, "train_data_dir": data, "output_dir": output}
     return [f"--{name}={value}" for name, value in (DEFAULTS | places | settings).items()]
+
+
+# What runs leave
+
+
+def weights(folder, file="unet.pth"):
+    """A state dict in a folder of a run."""
+    return torch.load(folder / file, weights_only=True)
+
+
+def optimizer_state(checkpoint):
+    """Every tensor of the optimizer's state."""
+    state = torch.load(checkpoint / "optimizer.bin", weights_only=True)["state"]
+    return {(index, name): value for index, values in state.items() for name, value in values.items()}
+
+
+def same(a, b):
+    """Whether two dicts of tensors are equal to the last bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def metrics(folder):
+    """Rows of metrics.jsonl without what the clock says."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "pairs_per_second"} for row in rows]
+
+
+# What updates saw
 
 
 def by_pair(batch, inputs):
@@ -85,14 +114,23 @@ def record(command, teacher=None):
     return recorder.updates
 
 
+# Several ranks
+
+
+def run_on_ranks(ranks, script, flags, succeeds=True):
+    """Run a script on several ranks on the CPU; what it said, after checking whether it succeeded."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *launch, script, *flags]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert (result.returncode == 0) == succeeds, result.stderr[-3000:]
+    return result.stderr
+
+
 def record_on_ranks(ranks, jobs, folder):
     """`record` of several (command, teacher) one after the other on several ranks: [job][rank] -> updates."""
     (folder / "jobs.json").write_text(json.dumps([(command, str(teacher or "")) for command, teacher in jobs]))
-    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", __file__, folder]
-    root = str(Path(__file__).parents[1])
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-    result = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_on_ranks(ranks, __file__, [folder])
     return [[torch.load(folder / f"job-{job}-rank-{rank}.pt") for rank in range(ranks)] for job in range(len(jobs))]
 
 

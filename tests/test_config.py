@@ -12,7 +12,7 @@ import pytest
 from sdpo.command import InputError, parse_flags, run_command
 from sdpo.config import Plan, TrainConfig
 from sdpo.families import FAMILIES
-from sdpo.step import loss_name
+from sdpo.step import loss_name, optimizer_name
 
 LAUNCHERS = Path(__file__).parents[1] / "scripts" / "train"
 NEEDED = ("--pretrained_model_name_or_path=model", "--dataset_name=pairs")
@@ -189,6 +189,25 @@ def test_gradient_checkpointing_without_a_value_is_the_official_flag():
     }.items():
         with pytest.raises(InputError, match=words):
             parse(*flags.split())
+
+
+@pytest.mark.parametrize(
+    "flags, names",
+    [((), ["adamw", "adafactor"]), (("--use_adafactor",), ["adafactor"] * 2), (("--optimizer=adamw",), ["adamw"] * 2)],
+)
+def test_the_optimizer_is_the_bases_unless_it_is_named(flags, names):
+    assert [optimizer_name(parse(*flags), FAMILIES[base]) for base in ("sd15", "sdxl")] == names
+
+
+def test_held_out_pairs_are_asked_for_by_any_of_three_flags():
+    assert not parse().holds_out
+    for flags in (
+        "--validation_pairs=3",
+        "--validation_split=test",
+        "--validation_data_dir=more",
+        "--validation_data_dir=more --validation_split=train",  # of another folder
+    ):
+        assert parse(*flags.split()).holds_out
 
 
 def test_an_output_folder_is_known_by_any_name(tmp_path):

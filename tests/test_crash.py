@@ -1,6 +1,5 @@
 """Checkpoints are whole or absent: killed trainers, damaged files, full and read-only disks, pickled code."""
 
-import json
 import multiprocessing.forkserver
 import os
 import pickle
@@ -16,6 +15,7 @@ import accelerate.checkpointing
 import numpy as np
 import pytest
 import torch
+from recording import metrics, run_on_ranks, weights
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -93,10 +93,9 @@ def what_is_left(run):
     assert [path.name for path in list_checkpoints(run)] == [f"checkpoint-{STEPS - 1}", f"checkpoint-{STEPS}"]
     assert damage(newest) is None
     files = ["unet.pth", "unet_ema.pth", *(f"{newest.name}/{name}" for name in ("unet.pth", "unet_ema.pth"))]
-    states = {name: torch.load(newest / name, weights_only=True) for name in ("optimizer.bin", "scheduler.bin")}
-    states |= {name: torch.load(run / name, weights_only=True) for name in files}
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return states, [{name: row[name] for name in row if name != "pairs_per_second"} for row in rows]
+    states = {name: weights(newest, name) for name in ("optimizer.bin", "scheduler.bin")}
+    states |= {name: weights(run, name) for name in files}
+    return states, metrics(run)
 
 
 def assert_same(a, b):
@@ -154,6 +153,21 @@ def test_killed_runs_end_with_the_bits_of_the_uninterrupted_one(trainer, argumen
 
 # Damaged
 
+WHOLE = ["--checkpointing_steps=1", "--use_ema"]
+
+
+@pytest.fixture(scope="module")
+def original(arguments_in, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("original")
+    train.main(arguments_in(folder, *WHOLE))
+    return folder / "run"
+
+
+@pytest.fixture
+def run(original, tmp_path):
+    """The folder of a whole run of three updates, each with a checkpoint, by the flags WHOLE."""
+    return shutil.copytree(original, tmp_path / "run")
+
 
 def rewrite(change):
     """Damage that replaces the bytes of a file."""
@@ -177,12 +191,9 @@ DAMAGE = {  # file, what happens to it, what is said
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_damaged_checkpoint_is_named_and_not_used(arguments, tmp_path, capsys, kind):
+def test_damaged_checkpoint_is_named_and_not_used(arguments, run, capsys, kind):
     name, harm, said = DAMAGE[kind]
-    run = tmp_path / "run"
-    flags = arguments("--checkpointing_steps=1")
-    train.main(flags)
-    expected = torch.load(run / "unet.pth", weights_only=True)
+    flags, expected = arguments(*WHOLE), weights(run)
     harm(run / "checkpoint-3" / name)
     with pytest.raises(InputError, match=f"checkpoint-3: not a checkpoint.*{said}"):
         train.main([*flags, f"--resume_from_checkpoint={run / 'checkpoint-3'}"])
@@ -191,46 +202,35 @@ def test_damaged_checkpoint_is_named_and_not_used(arguments, tmp_path, capsys, k
     lines = capsys.readouterr().err
     assert f"{run / 'checkpoint-3'} is damaged and not used" in lines and said in lines
     assert f"{run / 'checkpoint-2'}, after 2 updates" in lines
-    assert_same(torch.load(run / "unet.pth", weights_only=True), expected)
+    assert_same(weights(run), expected)
     assert damage(run / "checkpoint-3") is None
 
 
-def test_two_ranks_use_the_checkpoint_that_the_main_process_chose(arguments, tmp_path):
-    flags = arguments("--checkpointing_steps=1")
-    train.main(flags)
-    (tmp_path / "run" / "checkpoint-3" / "unet.pth").unlink()
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py"), *flags]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    result = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=120)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stderr.count("is damaged and not used") == 1 and "checkpoint-2, after 2 updates" in result.stderr
-    assert damage(tmp_path / "run" / "checkpoint-3") is None
-    assert (tmp_path / "run" / "checkpoint-3" / "random_states_1.pkl").is_file()
+def test_two_ranks_use_the_checkpoint_that_the_main_process_chose(arguments, run):
+    (run / "checkpoint-3" / "unet.pth").unlink()
+    said = run_on_ranks(2, ROOT / "train.py", arguments(*WHOLE))
+    assert said.count("is damaged and not used") == 1 and "checkpoint-2, after 2 updates" in said
+    assert damage(run / "checkpoint-3") is None
+    assert (run / "checkpoint-3" / "random_states_1.pkl").is_file()
 
 
-def test_only_damaged_checkpoints_are_no_reason_to_start_again(arguments, tmp_path):
-    flags = arguments("--checkpointing_steps=1")
-    train.main(flags)
-    for folder in list_checkpoints(tmp_path / "run"):
+def test_only_damaged_checkpoints_are_no_reason_to_start_again(arguments, run):
+    for folder in list_checkpoints(run):
         (folder / "unet.pth").unlink()
-    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    before = (run / "metrics.jsonl").read_text()
     with pytest.raises(
         InputError, match=r"none of the 3 checkpoints in .* is whole .checkpoint-3: unet.pth is missing"
     ):
-        train.main(flags)
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+        train.main(arguments(*WHOLE))
+    assert (run / "metrics.jsonl").read_text() == before
 
 
-def test_a_run_that_goes_on_from_earlier_leaves_the_other_branch(arguments, tmp_path, caplog):
-    flags = arguments("--checkpointing_steps=1")
-    train.main(flags)
-    train.main([*flags, f"--resume_from_checkpoint={tmp_path / 'run' / 'checkpoint-1'}", "--max_train_steps=2"])
-    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-1", "checkpoint-2"]
-    assert sorted(path.name for path in (tmp_path / "run").glob("*.abandoned")) == [
-        "checkpoint-2.abandoned",
-        "checkpoint-3.abandoned",
-    ]
-    assert damage(tmp_path / "run" / "checkpoint-3.abandoned") is None  # nothing is lost
+def test_a_run_that_goes_on_from_earlier_leaves_the_other_branch(arguments, run):
+    train.main(arguments(*WHOLE, f"--resume_from_checkpoint={run / 'checkpoint-1'}", "--max_train_steps=2"))
+    assert [path.name for path in list_checkpoints(run)] == ["checkpoint-1", "checkpoint-2"]
+    abandoned = sorted(path.name for path in run.glob("*.abandoned"))
+    assert abandoned == ["checkpoint-2.abandoned", "checkpoint-3.abandoned"]
+    assert damage(run / "checkpoint-3.abandoned") is None  # nothing is lost
 
 
 def test_another_base_is_another_run(arguments, bases, tmp_path):
@@ -252,9 +252,7 @@ def test_two_runs_do_not_share_a_folder(arguments, tmp_path):
         "import sys; from sdpo.checkpoint import alone_in\nwith alone_in(sys.argv[1]): print(1, flush=True); input()",
     )
     command = [sys.executable, "-c", holder, str(tmp_path / "run")]
-    with subprocess.Popen(
-        command, cwd=Path(__file__).parents[1], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as other:
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
         with pytest.raises(InputError, match=r"another run is in .*run: wait until it ends"):
             train.main(flags)
@@ -279,9 +277,8 @@ def test_a_run_that_starts_anew_does_not_mix_its_checkpoints_with_others(argumen
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_no_flipped_bit_passes(arguments, tmp_path, name):
-    train.main(arguments("--checkpointing_steps=1", "--max_train_steps=1", "--use_ema"))
-    path, random = tmp_path / "run" / "checkpoint-1" / name, np.random.default_rng(0)
+def test_no_flipped_bit_passes(run, name):
+    path, random = run / "checkpoint-1" / name, np.random.default_rng(0)
     data = path.read_bytes()
     assert damage(path.parent) is None
     for _ in range(50):
@@ -291,13 +288,12 @@ def test_no_flipped_bit_passes(arguments, tmp_path, name):
         assert damage(path.parent) is not None
 
 
-def test_limit_keeps_the_new_checkpoint_among_later_damaged_ones(arguments, tmp_path):
-    train.main(arguments("--checkpointing_steps=1"))
+def test_limit_keeps_the_new_checkpoint_among_later_damaged_ones(arguments, run):
     for step in (2, 3):
-        (tmp_path / "run" / f"checkpoint-{step}" / "unet.pth").unlink()
-    train.main([*arguments("--checkpointing_steps=1", "--checkpoints_total_limit=1"), "--max_train_steps=2"])
-    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-2", "checkpoint-3"]
-    assert damage(tmp_path / "run" / "checkpoint-2") is None
+        (run / f"checkpoint-{step}" / "unet.pth").unlink()
+    train.main(arguments(*WHOLE, "--checkpoints_total_limit=1", "--max_train_steps=2"))
+    assert [path.name for path in list_checkpoints(run)] == ["checkpoint-2", "checkpoint-3"]
+    assert damage(run / "checkpoint-2") is None
 
 
 # Full and read-only disks
@@ -408,11 +404,10 @@ class Payload:
 
 
 @pytest.mark.parametrize("name", [*FILES[:5], "custom_checkpoint_0.pkl"])
-def test_code_in_a_checkpoint_does_not_run(arguments, tmp_path, name):
+def test_code_in_a_checkpoint_does_not_run(arguments, original, tmp_path, name):
     """A checkpoint made by an attacker, with a manifest that fits."""
-    flags = arguments("--checkpointing_steps=1", "--use_ema")
-    train.main([*flags, "--max_train_steps=1"])
-    path, trace = tmp_path / "run" / "checkpoint-1" / name, tmp_path / "trace"
+    flags, trace = arguments(*WHOLE), tmp_path / "trace"
+    path = shutil.copytree(original / "checkpoint-1", tmp_path / "run" / "checkpoint-1") / name
     torch.save(Payload(trace), path)
     torch.load(path, weights_only=False)
     trace.rmdir()  # the payload works

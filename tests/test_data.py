@@ -1,4 +1,4 @@
-"""Pairs from every source, batches that depend on (seed, step, position) alone, and what bad input is told."""
+"""Pairs from every source, batches that depend on (seed, step, position) alone, and images that cannot be read."""
 
 import csv
 import io
@@ -21,11 +21,16 @@ from hub import serve
 from PIL import Image
 from torchvision import transforms
 
+import sdpo.data
+import sdpo.rng
+import train
 from sdpo.batch import collate
 from sdpo.command import InputError
 from sdpo.config import Plan, TrainConfig
 from sdpo.data import PairDataset, RankSampler, Transform, train_batches
+from sdpo.families import StableDiffusion
 from sdpo.images import decode
+from sdpo.inputs import make_inputs
 from sdpo.pairs import Pairs, load_pairs, prepare_pairs, split_by_prompt
 
 ROOT = Path(__file__).parents[1]
@@ -109,12 +114,11 @@ def write_images(folder):
 
 
 def as_jsonl(folder, change=None):
-    """A JSONL file; `change` edits the list of records, in which a string is a line as it stands."""
+    """A JSONL file; `change` edits the list of records."""
     records = write_images(folder)
     if change:
         change(records)
-    lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
-    (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return folder
 
 
@@ -122,10 +126,8 @@ def as_jsonl_file(folder):
     return as_jsonl(folder) / "pairs.jsonl"
 
 
-def as_csv(folder, change=None):
+def as_csv(folder):
     records = write_images(folder)
-    if change:
-        change(records)
     with (folder / "pairs.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, ("caption", "winner", "loser"))
         writer.writeheader()
@@ -350,6 +352,11 @@ def test_dreamlike_pairs(tmp_path):
     assert any("dropped 3 " in note and "dreamlike" in note for note in notes)
 
 
+def test_labels_as_text_mean_what_they_say(tmp_path):
+    pairs, _ = load(as_parquet(tmp_path / "pairs", make_rows((1.0, 0.0), label_0=lambda i: ("1", "0")[i])))
+    assert contents(pairs) == [(f"caption {i}", winner(i), loser(i)) for i in (0, 1)]
+
+
 def test_max_train_samples(tmp_path):
     folder = as_parquet(tmp_path / "pairs", make_rows([1.0] * 20))
 
@@ -433,8 +440,6 @@ def test_held_out_pairs_come_from_another_split_or_folder(tmp_path):
 @pytest.mark.parametrize("size", ((40, 24), (24, 41), (31, 17), (16, 16), (10, 13)))
 def test_pixels_are_those_of_torchvision(size):
     """What the VAE gets, in [-1, 1], against ToTensor and Normalize on the same uint8 values: only float rounding."""
-    from sdpo.inputs import make_inputs
-
     noise = np.random.default_rng(0).integers(0, 256, (2, size[1], size[0], 3), dtype=np.uint8)
     images = [Image.fromarray(array) for array in noise]
     rng = np.random.default_rng(0)
@@ -514,8 +519,6 @@ def test_samples_do_not_depend_on_workers_or_on_how_the_batch_is_split():
 
 
 def test_both_members_share_caption_noise_and_timestep():
-    from sdpo.inputs import make_inputs
-
     batch = collate([samples(input_perturbation=0.3)[0, position] for position in range(5)])
     inputs = make_inputs(StubFamily(), batch)
     for value in (inputs.noisy, inputs.timesteps, inputs.target, *inputs.conditioning.values()):
@@ -527,6 +530,13 @@ def test_both_members_share_caption_noise_and_timestep():
     assert batch.pixels[:5, 0].min() >= 100 and batch.pixels[5:, 1].min() >= 100  # winners first
 
 
+def test_each_member_gets_its_own_pairs_caption():
+    dataset = samples(in_memory(4, caption=lambda i: "x" * (i + 1)), stream="held-out")
+    batch = collate([dataset[0, position] for position in range(4)])
+    lengths = make_inputs(StubFamily(), batch).conditioning["lengths"]
+    assert lengths.flatten().tolist() == [1, 2, 3, 4, 1, 2, 3, 4]  # winners, then losers
+
+
 @pytest.mark.parametrize("name", ("noise", "posterior", "uniform"))
 def test_other_steps_positions_seeds_and_streams_draw_other_numbers(name):
     pairs = in_memory()
@@ -534,6 +544,16 @@ def test_other_steps_positions_seeds_and_streams_draw_other_numbers(name):
     datasets_ = [samples(pairs, seed=seed, stream=stream) for seed in (0, 1) for stream in ("train", "held-out")]
     values = [torch.as_tensor(dataset[place][name]) for dataset in datasets_ for place in places]
     assert len({tuple(value.flatten().tolist()) for value in values}) == len(values)
+
+
+def test_every_draw_of_a_sample_has_a_stream_of_its_own(monkeypatch):
+    used, original = [], sdpo.rng.draw
+    for module in (sdpo.data, sdpo.rng):
+        monkeypatch.setattr(module, "draw", lambda *key: used.append(key) or original(*key))
+    samples(transform=Transform(6, random_crop=True, flip=True), noise_offset=0.1, input_perturbation=0.1)[3, 4]
+    streams = [stream for _, stream, *position in used if position == [3, 4]]
+    draws = ("caption", "crop", "flip", "noise", "offset", "perturbation", "posterior", "timestep")
+    assert sorted(streams) == [f"train-{name}" for name in draws]
 
 
 def test_the_noise_of_the_two_posteriors_differs():
@@ -580,8 +600,6 @@ def test_distribution_of_the_draws():
 
 
 def test_the_largest_draw_gives_the_last_timestep():
-    from sdpo.families import StableDiffusion
-
     family = SimpleNamespace(scheduler=SimpleNamespace(config=SimpleNamespace(num_train_timesteps=1000)))
     batch = collate([samples()[0, 0] | {"uniform": value} for value in (0.0, 0.4999, float(np.nextafter(1, 0)))])
     assert StableDiffusion.timesteps(family, batch.uniform).tolist() == [0, 499, 999]
@@ -607,6 +625,33 @@ def test_noise_offset_and_input_perturbation():
     assert abs(extra.mean()) < 4 / extra.numel() ** 0.5
     assert abs(extra.var() - 1) < 4 * (2 / extra.numel()) ** 0.5
     assert abs((extra * noise).mean()) < 4 / extra.numel() ** 0.5
+
+
+def test_the_noise_offset_differs_between_channels():
+    plain, offset = (samples(in_memory(2), noise_offset=strength)[0, 0]["noise"] for strength in (0.0, 0.5))
+    assert len((offset - plain)[:, 0, 0].round(decimals=3).unique()) == len(plain)
+
+
+def test_flags_reach_the_samples():
+    family = SimpleNamespace(latent_shape=lambda resolution: (4, resolution // 8, resolution // 8))
+    plan = SimpleNamespace(global_batch=12)
+    common = {"resolution": 64, "family": family, "seed": 5, "plan": plan, "references": None}
+    changed = {
+        "random_crop": True, "no_hflip": False, "shared_flip": True, "proportion_empty_prompts": 0.3, "noise_offset": 0.1,
+        "input_perturbation": 0.2, "max_unreadable_images": 7,
+    }  # fmt: skip
+
+    def build(stream, **flags):
+        return train.build_dataset(SimpleNamespace(config=settings("pairs", **flags), **common), in_memory(), stream)
+
+    trained, plain, held_out = build("train", **changed), build("train", no_hflip=True), build("held-out", **changed)
+    assert trained.transform == Transform(64, random_crop=True, flip=True, shared_flip=True)
+    assert plain.transform == Transform(64) == held_out.transform
+    names = ("empty_captions", "noise_offset", "input_perturbation", "max_unreadable", "members")
+    assert [getattr(trained, name) for name in names] == [0.3, 0.1, 0.2, 7, 2]
+    assert [getattr(held_out, name) for name in names] == [0.0, 0.0, 0.0, 7, 2]
+    assert build("train", sft=True).members == 1
+    assert {(d.seed, d.global_batch, d.latent_shape) for d in (trained, held_out)} == {(5, 12, (4, 8, 8))}
 
 
 # Held-out pairs
@@ -665,164 +710,13 @@ def test_pairs_left_out_of_both_sides_are_counted(tmp_path):
     assert any("held out 3 pairs" in note and "(1 more" in note for note in notes)
 
 
-# Bad input
-
-
-def edited(row, **values):
-    """Six rows of which one has other values."""
-    rows = make_rows()
-    rows[row].update(values)
-    return rows
-
-
-def without(name):
-    return [{key: value for key, value in row.items() if key != name} for row in make_rows()]
-
-
-def latin1(folder):
-    """A file of which a row is not UTF-8."""
-    (path,) = folder.glob("pairs.*")
-    path.write_bytes(path.read_bytes().replace(b"caption 1", "café".encode("latin-1")))
-    return folder
-
-
-def put(index, value):
-    """A change of records: replaces one, or updates it with a dict."""
-
-    def change(records):
-        records[index] = value if isinstance(value, str) else records[index] | value
-
-    return change
-
-
-def two_files(folder):
-    as_jsonl(folder)
-    (folder / "more.csv").write_text("caption,winner,loser\n")
-    return folder
-
-
-def broken_parquet(folder):
-    folder.mkdir()
-    (folder / "train.parquet").write_bytes(b"PAR1 this is no parquet file")
-    return folder
-
-
-def no_rows(folder):
-    folder.mkdir()
-    pq.write_table(pa.Table.from_pylist(make_rows())[:0], folder / "train.parquet")
-    return folder
-
-
-def empty_folder(folder):
-    folder.mkdir()
-    return folder
-
-
-def empty_file(folder):
-    folder.mkdir()
-    (folder / "pairs.csv").touch()
-    return folder
-
-
-def rows_of(*arguments, **keywords):
-    return lambda folder: as_parquet(folder, make_rows(*arguments, **keywords))
-
-
-BAD = {
-    "missing image column": (lambda f: as_parquet(f, without("jpg_1")), {}, ["pairs", "jpg_1", "missing"]),
-    "missing label": (lambda f: as_parquet(f, without("label_0")), {}, ["pairs", "label_0", "missing"]),
-    "missing caption column": (as_parquet, {"caption_column": "prompt"}, ["pairs", "prompt", "--caption_column"]),
-    "missing model columns": (as_parquet, {"dreamlike_pairs_only": True}, ["pairs", "model_0", "model_1"]),
-    "label 0.7": (lambda f: as_parquet(f, edited(3, label_0=0.7)), {}, ["pairs", "row 3", "0.7", "label_0"]),
-    "label None": (lambda f: as_parquet(f, edited(3, label_0=None)), {}, ["pairs", "row 3", "None", "label_0"]),
-    "labels as text": (rows_of(label_0=lambda i: "left"), {}, ["pairs", "row 0", "label_0"]),
-    "caption None": (lambda f: as_parquet(f, edited(3, caption=None)), {}, ["pairs", "row 3", "caption"]),
-    "no caption in a list": (rows_of(caption=lambda i: ["a"] * (i != 3)), {}, ["pairs", "row 3", "caption"]),
-    "captions are numbers": (rows_of(caption=lambda i: i), {}, ["pairs", "row 0", "caption"]),
-    "only ties": (rows_of((0.5, 0.5)), {}, ["pairs", "no pair is left", "2 ties"]),
-    "no rows": (no_rows, {}, ["pairs"]),
-    "nothing dreamlike": (
-        rows_of(model_0=lambda i: "sdxl", model_1=lambda i: "sdxl"),
-        {"dreamlike_pairs_only": True},
-        ["pairs", "no pair is left", "dreamlike"],
-    ),
-    "model None": (
-        rows_of(model_0=lambda i: "dreamlike", model_1=lambda i: None if i == 3 else "dreamlike"),
-        {"dreamlike_pairs_only": True},
-        ["pairs", "row 3", "model_1"],
-    ),
-    "unknown split": (as_parquet, {"split": "test"}, ["pairs", "'test'", "train"]),
-    "unknown split of a dataset dict": (as_dataset_dict, {"split": "test"}, ["pairs", "'test'", "train, validation"]),
-    "unknown validation split": (as_parquet, {"validation_split": "test"}, ["pairs", "'test'", "train"]),
-    "split of a pair file": (as_jsonl, {"validation_split": "validation"}, ["--validation_split"]),
-    "split of a saved dataset": (as_dataset, {"validation_split": "validation"}, ["--validation_split"]),
-    "no folder": (lambda f: f, {}, ["pairs", "does not exist"]),
-    "no validation folder": (as_parquet, {"validation_data_dir": "/no/such/folder"}, ["/no/such/folder"]),
-    "empty folder": (empty_folder, {}, ["pairs"]),
-    "broken parquet": (broken_parquet, {}, ["pairs"]),
-    "several pair files": (two_files, {}, ["pairs.jsonl", "more.csv", "--train_data_dir"]),
-    "missing image file": (
-        lambda f: as_jsonl(f, put(1, {"loser": "images/none.png"})),
-        {},
-        ["pairs.jsonl", "row 2", "images/none.png", "does not exist"],
-    ),
-    "missing image file in CSV": (
-        lambda f: as_csv(f, put(1, {"loser": "images/none.png"})),
-        {},
-        ["pairs.csv", "row 2", "images/none.png", "does not exist"],
-    ),
-    "no winner": (lambda f: as_jsonl(f, put(1, {"winner": ""})), {}, ["pairs.jsonl", "row 2", "winner missing"]),
-    "winner is a number": (lambda f: as_jsonl(f, put(1, {"winner": 7})), {}, ["pairs.jsonl", "row 2", "winner"]),
-    "no caption": (lambda f: as_jsonl(f, put(1, '{"winner": "a", "loser": "b"}')), {}, ["row 2", "caption missing"]),
-    "caption null": (lambda f: as_jsonl(f, put(1, {"caption": None})), {}, ["pairs.jsonl", "row 2", "caption"]),
-    "caption is a number": (lambda f: as_jsonl(f, put(1, {"caption": 7})), {}, ["pairs.jsonl", "row 2", "caption"]),
-    "row is a list": (lambda f: as_jsonl(f, put(1, "[1, 2]")), {}, ["pairs.jsonl", "row 2"]),
-    "invalid JSON": (lambda f: as_jsonl(f, put(1, "{caption")), {}, ["pairs.jsonl", "not valid JSON", "2"]),
-    "JSONL in Latin-1": (lambda f: latin1(as_jsonl(f)), {}, ["pairs.jsonl", "UTF-8"]),
-    "CSV in Latin-1": (lambda f: latin1(as_csv(f)), {}, ["pairs.csv", "UTF-8"]),
-    "CSV with an endless field": (lambda f: as_csv(f, put(1, {"caption": "x" * 140_000})), {}, ["pairs.csv"]),
-    "CSV without rows": (lambda f: as_csv(f, list.clear), {}, ["pairs.csv", "no rows"]),
-    "empty CSV": (empty_file, {}, ["pairs.csv", "no rows"]),
-    "too many held out": (as_parquet, {"validation_pairs": 6}, ["pairs", "--validation_pairs 6", "5 pairs"]),
-    "all held out": (as_parquet, {"validation_pairs": 5}, ["pairs", "--validation_pairs 5", "5 pairs"]),
-    "held-out pairs without pairs": (
-        lambda f: as_parquet(f, [{"image": solid(winner(i)), "caption": f"caption {i}"} for i in range(5)]),
-        {"sft": True, "validation_pairs": 2},
-        ["--validation_pairs"],
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_named(case, tmp_path):
-    write, changes, words = BAD[case]
-    source = write(tmp_path / "pairs")
-    with pytest.raises(InputError) as error:
-        prepare_pairs(settings(source, **changes), 0)
-    message = str(error.value)
-    assert [word for word in words if word not in message] == [], message
-    assert "\n" not in message and len(message) < 600, message
-
-
-def test_the_line_of_invalid_json_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"(row|line) 3\b"):
-        load(as_jsonl(tmp_path / "pairs", put(2, "{caption")))
-
-
 def test_a_pair_file_is_held_out_whatever_the_split_to_train_on(tmp_path):
     folder, files = as_parquet(tmp_path / "pairs", split="test"), as_jsonl(tmp_path / "files")
     _, held_out, _ = prepare_pairs(settings(folder, split="test", validation_data_dir=str(files)), 0)
     assert held_out.captions() == [[f"caption {i}"] for i in DECIDED]
 
 
-def test_labels_as_text_do_not_turn_pairs_round(tmp_path):
-    """Either they are refused or they mean what they say."""
-    folder = as_parquet(tmp_path / "pairs", make_rows((1.0, 0.0), label_0=lambda i: ("1", "0")[i]))
-    try:
-        pairs, _ = load(folder)
-    except InputError:
-        return
-    assert contents(pairs) == [(f"caption {i}", winner(i), loser(i)) for i in (0, 1)]
+# What cannot be read (what is refused: test_bad_input.py)
 
 
 @pytest.mark.parametrize("value", (b"no image", b"", solid(winner(0), (64, 64))[:-60], None), ids=repr)

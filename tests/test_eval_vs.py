@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import eval_vs
+from sdpo import scorers
 from sdpo.command import InputError
-from sdpo.scoring import ScoringOptions
+from sdpo.scoring import ScoringOptions, score_manifest
 from sdpo.tiny import pictures
 
 ROOT = Path(__file__).parents[1]
@@ -233,16 +235,23 @@ def test_model_names_the_weights_of_a_metric(tmp_path, monkeypatch):
     assert (options.model("HPSv2.1"), ScoringOptions().model("HPSv2")) == ("bf16", "official")
 
 
-@pytest.mark.parametrize(
-    "more, message",
-    [
-        (["--label_b", "x/y"], "label 'x/y' cannot name"),
-        (["--json_b", "/nowhere.json"], "/nowhere.json"),
-        (["--more", "C"], "--more C: expected NAME=VALUE"),
-        (["--metrics", "Pixels"], "neither in the working directory nor in the manifest"),
-    ],
-)
-def test_bad_input_is_one_sentence(official, more, message):
-    with pytest.raises(InputError, match=message) as error:
-        eval_vs.main(flags(official, *more))
-    assert "\n" not in str(error.value)
+def test_the_name_of_a_metrics_weights_does_not_depend_on_the_order_of_flags():
+    sources = {"imagereward.tokenizer": "me/bert", "imagereward.checkpoint": "me/reward:x.pt"}
+    names = [ScoringOptions(dict(items)).model("ImageReward") for items in (sources.items(), reversed(sources.items()))]
+    assert names[0] == names[1] == "checkpoint=me/reward:x.pt, tokenizer=me/bert"
+
+
+def test_scores_are_computed_as_asked_and_kept_under_their_names(tmp_path, monkeypatch):
+    asked = {}
+
+    def score_rows(rows, loaded, *, device, batch_size):
+        asked.update(device=str(device), batch_size=batch_size)
+        return ({"hpsv2": 10.0 + i, "clip": 20.0 + i} for i, _ in enumerate(rows))
+
+    monkeypatch.setattr(scorers, "load_scorers", lambda names, sources, dtype: asked.update(names=names, dtype=dtype))
+    monkeypatch.setattr(scorers, "score_rows", score_rows)
+    options = ScoringOptions(dtype="bf16", device="cpu", batch_size=5)
+    entries, scores = score_manifest(picture_run(tmp_path / "run", 0), ["HPSv2", "CLIP"], options)
+    assert asked == {"names": ["hpsv2", "clip"], "dtype": torch.bfloat16, "device": "cpu", "batch_size": 5}
+    found = [[scores[entry.key][metric] for metric in ("HPSv2", "CLIP")] for entry in entries]
+    assert found == [[10.0 + i, 20.0 + i] for i in range(8)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
-from test_training import same
+from recording import same
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import train

@@ -1,9 +1,11 @@
 """The losses and the safeguard against the official code's figures, autograd and closed forms."""
 
 import json
+import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -142,6 +144,14 @@ def test_zero_winner_has_no_descent_to_keep():
     assert winner_preserving_scale(torch.zeros_like(loser), loser, 0.5) == 1  # the inner product is 0, not positive
 
 
+def test_the_official_epsilon_counts_the_elements_that_share_a_scale():
+    """<g_w, g_l> = 4 <e_w, e_l> / N^2 is 1e-9 here, as large as the epsilon, which halves lambda."""
+    n = 4 * 64 * 64
+    residual = torch.full((3, 4, 64, 64), (1e-9 * n / 4) ** 0.5)
+    scale = winner_preserving_scale(residual, residual, 0.0, per_pair=True)
+    torch.testing.assert_close(scale, torch.full((3,), 0.5), rtol=1e-4, atol=0)
+
+
 def test_mu_outside_the_unit_interval_is_refused():
     for mu in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match=r"mu must lie in \[0, 1\]"):
@@ -217,11 +227,45 @@ def test_switched_form_switches_at_a_mean_squared_drift_of_a_tenth():
         torch.testing.assert_close(PAIR_LOSSES["dspo-switched"](terms, 1.0, 0.0), expected)
 
 
+def test_the_switch_looks_at_the_whole_micro_batch():
+    """One pair far from the reference, one near: by their mean, both are treated alike."""
+    target = torch.zeros(4, 1, 2, 2)
+    for drifts, far in (((0.5, 0.0), True), ((0.4, 0.0), False)):  # mean squares 0.125 and 0.08
+        prediction = torch.cat([torch.full((1, 1, 2, 2), drift) for drift in (*drifts, 0.0, 0.0)])
+        terms = pair_terms(prediction, target, target, 1.0)
+        doubt = (1 - terms.margin.sigmoid()).square()
+        expected = doubt * torch.tensor(drifts).square() if far else doubt
+        torch.testing.assert_close(PAIR_LOSSES["dspo-switched"](terms, 1.0, 0.0), expected)
+
+
+def terms_with_margins(margins):
+    """Terms of pairs with these margins at beta 2: r_w - r_l, where the policy is exact."""
+    target = torch.zeros(2 * len(margins), 1, 1, 1)
+    known = torch.tensor([*margins, *[0.0] * len(margins)])
+    return pair_terms(target, target, target, 2.0, reference_error=known)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.01, 0.5, 1.0])
+def test_dmpo_is_the_divergence_at_margins_of_any_size(alpha):
+    """Against float64, where nothing underflows; 1 - alpha is kept off 0 and 1 by 1e-6."""
+    margins, q = [-300.0, -40.0, -1.0, 0.0, 1.0, 40.0, 300.0], min(max(1 - alpha, 1e-6), 1 - 1e-6)
+    expected = []
+    for u in margins:
+        log_p, log_not_p = -math.log1p(math.exp(-u)), -math.log1p(math.exp(u))
+        p = math.exp(log_p)
+        expected.append(p * (log_p - math.log(q)) + (1 - p) * (log_not_p - math.log1p(-q)))
+    got = PAIR_LOSSES["dmpo"](terms_with_margins(margins), 2.0, alpha)
+    torch.testing.assert_close(got.double(), torch.tensor(expected).double(), rtol=1e-2, atol=1e-4)
+
+
+def test_dpo_is_finite_at_margins_of_any_size():
+    got = PAIR_LOSSES["diffusion-dpo"](terms_with_margins([-300.0, 0.0, 300.0]), 2.0, 0.0)
+    torch.testing.assert_close(got, torch.tensor([300.0, math.log(2), 0.0]))
+
+
 def test_dmpo_turns_at_the_logit_of_its_target():
     """dL/du = p (1 - p) (u - logit q): negative below logit 0.99 = 4.595, positive above."""
     margins = torch.tensor([0.0, 4.5, 4.7, 9.0], requires_grad=True)
-    from dataclasses import replace
-
     terms = replace(pair_terms(*pairs(0), 1.0), margin=margins)
     PAIR_LOSSES["dmpo"](terms, 1.0, 0.01).sum().backward()
     p = margins.detach().sigmoid()
@@ -253,6 +297,12 @@ def test_equal_models_have_margin_zero_in_low_precision():
 def test_sft_is_the_mean_squared_error():
     prediction, _, target = pairs(6)
     torch.testing.assert_close(sft(prediction, target).mean(), torch.nn.functional.mse_loss(prediction, target))
+
+
+def test_sft_is_computed_in_fp32():
+    prediction, _, target = pairs(4, dtype=torch.bfloat16)
+    assert torch.equal(sft(prediction, target), sft(prediction.float(), target.float()))
+    assert sft(prediction, target).dtype == torch.float32
 
 
 def test_gradient_hook_is_identity_forward():

@@ -1,4 +1,4 @@
-"""Prompt groups: what files may hold, what is said of those that cannot be used, and fetching the official ones."""
+"""Prompt groups: what files may hold, and fetching the official ones (what is refused: test_bad_input.py)."""
 
 import functools
 import hashlib
@@ -33,37 +33,6 @@ def test_files_are_read_as_they_stand(tmp_path, name):
 def test_text_files_hold_a_prompt_per_line(tmp_path):
     (tmp_path / "a.txt").write_bytes("a cat\r\n\r\n  two\u2028halves \n".encode())
     assert [prompt.text for prompt in read_prompts(tmp_path / "a.txt")] == ["a cat", "two\u2028halves"]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.json", "{}", r"a\.json is not a JSON list"),
-        ("a.json", "[", r"a\.json: not valid JSON"),
-        ("a.json", "[]", r"a\.json holds no prompts"),
-        ("a.json", '["cat", {"caption": "dog"}]', r'a\.json, entry 1 \(counted from 0\): has no text under "prompt"'),
-        ("a.json", '[{"prompt": " "}]', "entry 0 .* has no text"),
-        ("a.json", '["cat", 3]', "entry 1 .* has no text"),
-        ("a.json", '[{"prompt": "cat", "metadata": "x"}]', 'entry 0 .* "metadata" must be an object'),
-        ("a.json", '[{"prompt": "cat", "neg_prompt": [1]}]', 'entry 0 .* "neg_prompt"'),
-        ("a.json", '["\\ud83c"]', "entry 0 .* surrogate"),
-        ("a.jsonl", '"cat"\n{"prompt"', r"a\.jsonl, line 2: not valid JSON"),
-        ("a.txt", "\n \n", r"a\.txt holds no prompts"),
-        ("a.csv", "cat", r"a\.csv: prompts are read from \.json, \.jsonl, \.txt files"),
-    ],
-)  # fmt: skip
-def test_unusable_files_are_named(tmp_path, name, content, message):
-    (tmp_path / name).write_text(content)
-    with pytest.raises(InputError, match=message):
-        read_prompts(tmp_path / name)
-
-
-def test_unreadable_files_are_named(tmp_path):
-    (tmp_path / "latin.txt").write_bytes("un pêcheur".encode("latin-1"))
-    with pytest.raises(InputError, match=r"latin\.txt is not UTF-8 text .* at byte 4"):
-        read_prompts(tmp_path / "latin.txt")
-    with pytest.raises(InputError, match=r"nowhere\.json cannot be read .* known by name: papv2, hpsv2"):
-        read_prompts(tmp_path / "nowhere.json")
 
 
 def test_own_groups():

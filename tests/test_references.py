@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -9,10 +10,9 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from recording import arguments as command
-from recording import record_on_ranks
+from recording import metrics, record_on_ranks, same, weights
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from test_training import same, weights
 
 import train
 from sdpo import files, shards
@@ -36,11 +36,6 @@ def flags(arguments, tmp_path):
 
 def set_up(given):
     return train.set_up(parse_flags(TrainConfig, "", "", given))
-
-
-def logged(folder):
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != "pairs_per_second"} for row in rows]
 
 
 def errors(folder):
@@ -70,7 +65,7 @@ def test_a_run_that_reads_the_errors_is_the_run_that_computes_them(flags, tmp_pa
     train.main(flags(*common, DMPO, "--use_ema", family=family, out="read"))
     assert same(weights(tmp_path / "read"), weights(tmp_path / "computed"))
     assert not same(weights(tmp_path / "read"), weights(tmp_path / "first"))
-    assert logged(tmp_path / "read") == logged(tmp_path / "computed")
+    assert metrics(tmp_path / "read") == metrics(tmp_path / "computed")
 
 
 def test_held_out_pairs_and_longer_runs_have_a_reference_again(flags, tmp_path):
@@ -82,7 +77,7 @@ def test_held_out_pairs_and_longer_runs_have_a_reference_again(flags, tmp_path):
     train.main(flags(*longer, out="longer"))
     train.main(flags(*longer, out="computed", cached=False))
     assert same(weights(tmp_path / "longer"), weights(tmp_path / "computed"))
-    assert logged(tmp_path / "longer") == logged(tmp_path / "computed")
+    assert metrics(tmp_path / "longer") == metrics(tmp_path / "computed")
     assert sorted(errors(tmp_path / "references")) == [0, 1, 2, 3, 4]
 
 
@@ -98,6 +93,14 @@ def test_a_run_that_was_cut_off_leaves_what_its_checkpoints_cover(flags, tmp_pat
     train.main(flags(out="computed", cached=False))
     assert same(weights(tmp_path / "cut"), weights(tmp_path / "computed"))
     assert set_up(flags(DMPO))[0].reference is None
+
+
+def test_a_run_that_is_stopped_leaves_the_errors_of_its_updates(flags, tmp_path, monkeypatch):
+    """It goes on after them, so no later run would write them."""
+    monkeypatch.setattr(train.StopRequest, "agreed", lambda request: signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        train.main(flags())
+    assert sorted(errors(tmp_path / "references")) == [0]
 
 
 def test_ranks_write_the_errors_of_one_rank(bases, wide_pairs, tmp_path):

@@ -1,12 +1,9 @@
 """A run that is stopped after any update and started again is the same run: weights, optimizer, metrics, data read."""
 
-import json
 import shutil
 
 import pytest
-from recording import arguments, record_on_ranks
-from test_stopping import optimizer_state
-from test_training import same, weights
+from recording import arguments, metrics, optimizer_state, record_on_ranks, same, weights
 
 import train
 from sdpo.metrics import read_metrics
@@ -18,12 +15,6 @@ RUN = {
     "lr_scheduler": "cosine", "use_ema": True, "ema_decay": 0.9, "validation_pairs": 4, "validation_steps": 2,
     "learning_rate": 1e-4, "use_winner_preserving": True, "winner_preserving_mu": 0.5, "winner_preserving_per": "pair",
 }  # fmt: skip
-
-
-def metrics(folder):
-    """Rows of metrics.jsonl without what the clock says."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != "pairs_per_second"} for row in rows]
 
 
 def assert_same_run(folder, whole):

@@ -13,12 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from test_training import same, weights
+from recording import optimizer_state, same, weights
 
 import train
 from sdpo.command import InputError
 from sdpo.data import PairDataset
 from sdpo.metrics import read_metrics
+from sdpo.step import compute_loss
 
 ROOT = Path(__file__).parents[1]
 
@@ -159,12 +160,6 @@ def poison(monkeypatch, bad):
     monkeypatch.setattr(PairDataset, "__getitem__", load)
 
 
-def optimizer_state(checkpoint):
-    """Every tensor of the optimizer's state."""
-    state = torch.load(checkpoint / "optimizer.bin", weights_only=True)["state"]
-    return {(index, name): value for index, values in state.items() for name, value in values.items()}
-
-
 def test_an_update_that_is_not_finite_is_skipped_and_named(arguments, tmp_path, monkeypatch, capsys):
     poison(monkeypatch, lambda place: place == (1, 1))  # of the second update's first micro-batch
     flags = ["--use_ema", "--checkpointing_steps=1", "--lr_scheduler=cosine"]
@@ -186,6 +181,20 @@ def test_an_update_that_is_not_finite_is_skipped_and_named(arguments, tmp_path, 
         f"update 2 skipped: gradient norm nan, losses of 1 micro-batches not finite, rows {rows} of {dataset.pairs.source}"
         in said
     )
+
+
+def test_a_loss_that_is_not_finite_is_skipped_though_its_gradient_is_finite(arguments, monkeypatch):
+    """As where the reference overflows on a loser: the margin is -inf, the loss inf, its slope -1."""
+    run, dataset, _ = train.set_up(train.parse_flags(train.TrainConfig, "", "", arguments()))
+
+    def overflow(*given):
+        loss, values = compute_loss(*given)
+        return loss + float("inf"), values
+
+    monkeypatch.setattr("sdpo.step.compute_loss", overflow)
+    before = {name: value.clone() for name, value in run.unet.state_dict().items()}
+    assert train.update(run, train.train_batches(run.config, dataset, run.plan, 0, 0)) is not None
+    assert same(run.unet.state_dict(), before)
 
 
 def test_too_many_skipped_updates_end_the_run_with_a_checkpoint(arguments, tmp_path, monkeypatch):

@@ -213,8 +213,9 @@ def test_bootstrap_interval_covers_the_mean():
     assert 0.9 < np.mean([low <= 1 <= high for low, high in intervals]) < 0.98
 
 
-def test_bootstrap_of_one_pair_and_of_equal_differences():
+def test_bootstrap_of_one_pair_of_two_and_of_equal_differences():
     assert bootstrap_interval([0.5]) is None
+    assert bootstrap_interval([0.0, 1.0]) == (0.0, 1.0)
     assert bootstrap_interval([0.5, 0.5, 0.5]) == (0.5, 0.5)
 
 
@@ -262,6 +263,25 @@ def test_index_pairing_must_be_asked_for():
     results = comparison.details["CLIP"]["results"]
     assert [(r["prompt"], r["prompt_b"], r["winner"]) for r in results] == [("x", "u", "a"), ("y", "y2", "b")]
     assert comparison.summary["pairing"] == {"by": "index", "dropped_a": ["z"], "dropped_b": [], "differing": {}}
+
+
+def test_a_row_of_the_summary_is_about_a_minus_b_and_leaves_ties_out_of_the_sign_test():
+    a = make_run("a", "uvwxyz", [3.0, 2.0, 2.0, 1.0, 1.0, 0.0])
+    b = make_run("b", "uvwxyz", [1.0, 1.0, 1.0, 1.0, 1.0, 0.5])
+    (row,) = compare(a, b).summary["metrics"]
+    assert (row["mean_a"], row["mean_b"]) == pytest.approx((1.5, 5.5 / 6))
+    assert row["mean_difference"] == pytest.approx(1.5 - 5.5 / 6)
+    low, high = row["mean_difference_ci95"]
+    assert low < row["mean_difference"] < high
+    assert row["sign_test_p"] == pytest.approx(stats.binomtest(3, 4).pvalue)  # of 6 pairs, 2 are ties
+
+
+def test_the_bootstrap_follows_the_seed_and_names_it():
+    a, b = (make_run(label, "uvwxyz", np.random.default_rng(i).normal(size=6)) for i, label in enumerate("ab"))
+    summaries = [compare(a, b, seed=seed).summary for seed in (3, 3, 4)]
+    assert [summary["bootstrap"]["seed"] for summary in summaries] == [3, 3, 4]
+    one, same, other = (summary["metrics"][0]["mean_difference_ci95"] for summary in summaries)
+    assert one == same != other
 
 
 def test_averages_and_correction_over_metrics():
@@ -322,6 +342,28 @@ def test_console_table_shows_percent():
     assert text.splitlines()[-1] == "average over metrics: macro 42.5%, micro 42.5%"
 
 
+def test_the_console_table_has_each_figure_in_its_column():
+    prompts = [f"p{i}" for i in range(12)]
+    comparison = compare(
+        make_run("a", prompts, [1.0] * 10 + [0.5, 0.0]), make_run("b", prompts, [0.0] * 10 + [0.5, 1.0])
+    )
+    low, high = comparison.summary["metrics"][0]["win_rate_ci95"]
+    cells = format_comparison(comparison).splitlines()[2].split()
+    assert cells[:6] == ["CLIP", "87.5%", f"{low:.1%}", "to", f"{high:.1%}", "10/1/1"]
+    assert cells[6:11] == ["0.012", "0.012", f"{10.5 / 12:.4f}", f"{1.5 / 12:.4f}", "+0.7500"]
+
+
+@pytest.mark.parametrize(
+    "wins, cells",
+    [(11, ["*91.7%", "*8.3%"]), (8, ["66.7%", "33.3%"]), (6, ["50.0%", "50.0%"])],  # p = 0.006, 0.39, 1
+)
+def test_the_console_matrix_marks_what_is_no_accident(wins, cells):
+    prompts = [f"p{i}" for i in range(12)]
+    a, b = make_run("a", prompts, [1.0] * wins + [0.0] * (12 - wins)), make_run("b", prompts, [0.5] * 12)
+    text = format_matrix(win_matrix([compare(a, b)]))
+    assert [cell for cell in text.split() if "%" in cell] == cells
+
+
 def test_comparison_folder_is_whole_and_never_overwritten(tmp_path):
     comparison = compare(official_run("a"), official_run("b"))
     folder = write_comparison(comparison, tmp_path, NOON)
@@ -351,7 +393,7 @@ def test_two_commands_of_one_second_do_not_mix(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == others and len(list(others[0].iterdir())) == 6
 
 
-# Manifests: paths and bad input
+# Manifests: paths, and runs that cannot be compared (files that are refused: test_bad_input.py)
 
 
 def image_manifest(folder, images):
@@ -410,39 +452,6 @@ def test_an_official_output_folder_outside_the_working_directory(tmp_path, monke
     require_images(read_manifest(os.path.relpath(manifest)))
 
 
-GOOD = {"prompt": "p", "gen_image_path": "0.png"}
-
-
-@pytest.mark.parametrize(
-    "content, sentence",
-    [
-        (None, r"m\.json is not a file; give the manifest"),
-        ("", r"m\.json: not valid JSON \(.*line 1.*\); generate again"),
-        ('[{"prompt": "p", "gen_', r"m\.json: not valid JSON"),
-        (b'["\xff"]', r"m\.json is not UTF-8 text .*; save it as UTF-8"),
-        ({"pair": {}}, r"m\.json is not a JSON list of entries; give a manifest"),
-        ([], r"m\.json is an empty list; generate its images first"),
-        ([GOOD, "p"], r"m\.json, entry 1 \(counted from 0\): not an object; write"),
-        ([GOOD, {"gen_image_path": "0.png"}], r'entry 1 .*: has no text under "prompt"; add the prompt'),
-        ([GOOD, {**GOOD, "prompt": ["p"]}], r'entry 1 .*: has no text under "prompt"'),
-        ([GOOD, {"prompt": "p"}], r'entry 1 .*: has no path under "gen_image_path"; add'),
-        ([GOOD, {**GOOD, "gen_image_path": ["", None]}], r'entry 1 .*: has no path under "gen_image_path"'),
-        ([GOOD, {**GOOD, "gen_image_path": 3}], r'entry 1 .*: has no path under "gen_image_path"'),
-        ([GOOD, {**GOOD, "gen_image_path": "../../x.png"}], r"entry 1 .*: image \.\./\.\./x\.png leads out of .* absolute"),
-    ],
-)  # fmt: skip
-def test_bad_manifests_are_refused_in_one_sentence(tmp_path, monkeypatch, content, sentence):
-    (tmp_path / "deep").mkdir()
-    monkeypatch.chdir(tmp_path / "deep")
-    path = tmp_path / "deep" / "m.json"
-    if content is not None:
-        text = content if isinstance(content, str | bytes) else json.dumps(content)
-        path.write_bytes(text.encode() if isinstance(text, str) else text)
-    with pytest.raises(InputError, match=sentence) as caught:
-        read_manifest(path)
-    assert "\n" not in str(caught.value)
-
-
 def test_missing_images_are_named_and_counted(tmp_path):
     manifest = image_manifest(tmp_path, ["0.png", "1.png", "2.png"])
     (tmp_path / "0.png").touch()
@@ -468,6 +477,12 @@ def test_bad_labels_are_refused(labels, sentence):
     with pytest.raises(InputError, match=sentence):
         check_labels(labels)
     check_labels(["sd1.5 dpo", "Émile_2"])
+
+
+def test_both_labels_of_a_comparison_are_checked():
+    for labels in (("x/y", "a"), ("a", "x/y")):
+        with pytest.raises(InputError, match="label 'x/y' cannot name"):
+            compare(*(make_run(label, "x", [0.0]) for label in labels))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), None, True, "0.2"])
@@ -612,24 +627,6 @@ def test_images_that_were_made_otherwise_are_pointed_out():
     comparison = compare(*runs)
     assert comparison.summary["pairing"]["differing"] == {"seed": 2}
     assert "CAUTION: the images of 2 pairs were made with another seed" in format_comparison(comparison)
-
-
-@pytest.mark.parametrize(
-    "line, sentence",
-    [
-        ('{"image": "0.png", "pro', r"line 2: not valid JSON \(.*\); delete the line"),
-        ("[1]", 'line 2: not an object with "image" and "prompt"'),
-        ('{"image": "0.png"}', 'line 2: not an object with "image" and "prompt"'),
-        ('{"image": "0.png", "prompt": "p", "models": "CLIP"}', 'line 2: "models" is not an object'),
-        ('{"image": "0.png", "prompt": "p", "CLIP": NaN}', r"line 2: CLIP of 0\.png is nan, not a finite number"),
-    ],
-)
-def test_bad_lines_of_a_score_file_are_refused(tmp_path, line, sentence):
-    path = tmp_path / "scores.jsonl"
-    first, last = (json.dumps(row) for row in rows(2))
-    path.write_text(f"{first}\n{line}\n{last}\n")
-    with pytest.raises(InputError, match=r"scores\.jsonl, " + sentence):
-        read_scores(path)
 
 
 def test_no_score_file_is_no_scores(tmp_path):
