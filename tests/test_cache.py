@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -16,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from accelerate import Accelerator
-from diffusers import AutoencoderKL
+from accelerate import Accelerator, PartialState
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from recording import run_on_ranks
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -27,14 +28,16 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 import train
 from sdpo import cache
 from sdpo.batch import collate
+from sdpo.cache import refuse_unreadable
 from sdpo.command import InputError
 from sdpo.config import TrainConfig
 from sdpo.data import PairDataset, Transform
 from sdpo.families import load_family
+from sdpo.hub import hash_part
 from sdpo.inputs import make_inputs
 from sdpo.metrics import read_metrics
 from sdpo.pairs import Pairs, prepare_pairs
-from sdpo.shards import Shards
+from sdpo.shards import Shards, is_intact, read_about, refuse_changes
 from sdpo.tiny import pictures
 from sdpo.tiny.make_pairs import encode
 
@@ -317,8 +320,8 @@ def test_two_ranks_share_the_files(monkeypatch, tmp_path):
     assert share(1) == [list(range(10, 20)), []]
 
 
-OTHER_ROWS = '{"names": [1, 2], "notes": {}, "sha256": ""}'  # of a file with one row
-ODD_ROWS = '{"names": [[1]], "notes": {}, "sha256": ""}'
+OTHER_ROWS = '{"names": [1, 2], "notes": {}, "sha256": "", "key": ""}'  # of a file with one row
+ODD_ROWS = '{"names": [[1]], "notes": {}, "sha256": "", "key": ""}'
 
 
 def test_damage_is_found(flags, tmp_path):
@@ -502,3 +505,82 @@ def test_sampled_images_need_the_encoders(flags, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red circle\n")
     train.main(flags(f"--validation_prompts={tmp_path / 'prompts.txt'}", "--max_train_steps=1"))
     assert (tmp_path / "run" / "validation" / "step-000001" / "000.png").is_file()
+
+
+def test_rows_and_notes_of_all_files_are_found_again(tmp_path):
+    PartialState(cpu=True)
+    written = Shards(tmp_path, {"VAE": "a"})
+    written.create()
+    written.write([3, 5], {"x": torch.tensor([[3.0], [5.0]])}, {"3 0": "broken"})
+    written.write([4], {"x": torch.tensor([[4.0]])}, {"4 1": "cut off"})
+    found = Shards(tmp_path, {"VAE": "a"})
+    found.scan()
+    assert found.notes == {"3 0": "broken", "4 1": "cut off"}
+    assert {name: found.read(place)["x"].item() for name, place in found.places.items()} == {3: 3.0, 4: 4.0, 5: 5.0}
+
+
+def test_files_of_other_keys_rows_or_notes_are_refused(tmp_path):
+    PartialState(cpu=True)
+    shards = Shards(tmp_path, {"VAE": "a", "crop": "centre"})
+    shards.create()
+    shards.write([1, 2], {"x": torch.tensor([1.0, 2.0])}, {"1 0": "broken"})
+    (path,) = tmp_path.glob("*.safetensors")
+    tensors, about = load_file(path), read_about(path)
+    assert is_intact(path)
+    for part, value in {"names": [1, 3], "notes": {}, "sha256": "0" * 64}.items():
+        save_file(tensors, path, {"about": json.dumps(about | {part: value})})
+        assert not is_intact(path), part
+    for names in ([1], [1, 1], [1, 2, 3]):
+        save_file(tensors, path, {"about": json.dumps(about | {"names": names})})
+        with pytest.raises(InputError, match=f"{path} is damaged .*its own rows"):
+            shards.scan()
+    save_file(tensors, path, {"about": json.dumps(about | {"key": "0" * 64})})
+    with pytest.raises(InputError, match=f"{path} was made from something else than the files beside it"):
+        shards.scan()
+    (tmp_path / "index.json").write_text(json.dumps({"key": {"VAE": "a"}}))  # which does not say how it was cropped
+    with pytest.raises(InputError, match="crop was None, is centre"):
+        refuse_changes([shards], "--latent_cache")
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+def test_all_files_that_from_pretrained_reads_have_a_part_in_the_fingerprint(tmp_path, ending):
+    (tmp_path / "unet").mkdir()
+
+    def digest(name="config.json", content="{}"):
+        (tmp_path / "unet" / name).write_text(content)
+        return hash_part(UNet2DConditionModel, str(tmp_path), "unet")
+
+    pieces = [f"diffusion_pytorch_model-0000{n}-of-00002.{ending}" for n in (1, 2)]
+    for name in ("config.json", *pieces):
+        digest(name, "{}")
+    before = digest()
+    others = [f"diffusion_pytorch_model.fp16.{ending}", f"diffusion_pytorch_model.non_ema.{ending}", "README.md"]
+    others += ["diffusion_pytorch_model.bin"] * (ending == "safetensors")
+    assert all(digest(name, "other") == before for name in others)
+    assert len({before, *(digest(name, "changed") for name in ("config.json", *pieces))}) == 4
+    (tmp_path / "unet" / pieces[0]).rename(tmp_path / "unet" / f"diffusion_pytorch_model.{ending}")
+    assert digest() != before
+
+
+def test_as_many_images_may_be_unreadable_as_are_allowed():
+    notes, pairs = {"3 0": "broken", "7 1": "cut off"}, SimpleNamespace(source="pairs")
+    refuse_unreadable(notes, 2, pairs)
+    with pytest.raises(InputError, match=r"2 unreadable images, .* 1; the last: pairs row 7: cut off"):
+        refuse_unreadable(notes, 1, pairs)
+
+
+def test_images_far_down_the_data_are_described_too():
+    def describe(longer=None):
+        images = [b"image" + b"!" * (row == longer) for row in range(20_001)]
+        table = datasets.Dataset.from_dict({"caption": ["c"] * len(images), "image": images})
+        pairs = Pairs(table, np.arange(1), np.ones(1, bool), ("image",), "caption", "pairs")
+        return pairs.describe()["image sizes of the data"]
+
+    assert len({describe(row) for row in (None, 0, 9_999, 10_000, 20_000)}) == 5
+
+
+def test_pairs_held_out_of_the_training_data_are_cached_with_them(flags):
+    given = [flag for flag in flags("--validation_pairs=5") if not flag.startswith("--validation_split")]
+    training, held_out = open_cache(given)
+    assert len(held_out) == 5 and not {*training.rows} & {*held_out.rows}
+    assert training.images is held_out.images and held_out.load(0, 2)

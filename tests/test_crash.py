@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import train
-from sdpo.checkpoint import damage, list_checkpoints, seal
+from sdpo.checkpoint import choose_checkpoint, damage, list_checkpoints, seal
 from sdpo.command import InputError, run_command
+from sdpo.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 STEPS = 6
@@ -429,3 +430,17 @@ def test_code_in_a_scalers_state_does_not_run(tmp_path):
     with pytest.raises(pickle.UnpicklingError):
         accelerate.checkpointing.load_accelerator_state(tmp_path, [], [], [], [], 0, scaler=torch.amp.GradScaler("cpu"))
     assert not (tmp_path / "trace").exists()
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
+    for name in ("checkpoint-100", "checkpoint-9", "checkpoint-10", "checkpoint-11.partial", "checkpoint-x"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10", "checkpoint-100"]
+
+
+def test_a_checkpoint_may_be_given_by_its_name_alone(arguments, tmp_path):
+    train.main(arguments("--checkpointing_steps=1", "--max_train_steps=2"))
+    run = {"pretrained_model_name_or_path": "base", "train_data_dir": "pairs", "output_dir": str(tmp_path / "run")}
+    for given in ("checkpoint-1", str(tmp_path / "run" / "checkpoint-1")):
+        found = choose_checkpoint(TrainConfig(**run, resume_from_checkpoint=given))
+        assert found == tmp_path / "run" / "checkpoint-1"

@@ -1,6 +1,7 @@
 """Pairs from every source, batches that depend on (seed, step, position) alone, and images that cannot be read."""
 
 import csv
+import fnmatch
 import io
 import json
 import os
@@ -24,6 +25,7 @@ from torchvision import transforms
 import sdpo.data
 import sdpo.rng
 import train
+from sdpo import pairs
 from sdpo.batch import collate
 from sdpo.command import InputError
 from sdpo.config import Plan, TrainConfig
@@ -31,7 +33,7 @@ from sdpo.data import PairDataset, RankSampler, Transform, train_batches
 from sdpo.families import StableDiffusion
 from sdpo.images import decode
 from sdpo.inputs import make_inputs
-from sdpo.pairs import Pairs, load_pairs, prepare_pairs, split_by_prompt
+from sdpo.pairs import Pairs, draw_subset, load_pairs, prepare_pairs, split_by_prompt
 
 ROOT = Path(__file__).parents[1]
 
@@ -810,3 +812,67 @@ def test_a_data_set_of_the_hub_is_read_again_where_the_hub_is_out_of_reach(tmp_p
     assert read[0] == read[1] and read[0].startswith("116 ")
     assert [file for file in server.fetched if file.endswith(".parquet")] == ["train.parquet"]
     assert len(list(tmp_path.rglob("*.arrow"))) == 1
+
+
+def test_captions_of_their_own_leave_all_other_pairs_to_train_on_in_their_order():
+    pairs = in_memory(30)
+    training, held_out = split_by_prompt(pairs, 12, 0)
+    assert sorted([*training.rows, *held_out.rows]) == list(range(30))
+    for part in (training, held_out, draw_subset(training, 9, 0, "max-train-samples")):
+        assert (np.diff(part.rows) > 0).all()
+
+
+def test_fingerprints_tell_rows_of_the_same_captions_apart():
+    pairs = in_memory(8, caption=lambda i: "the same")
+    prints = [pairs.select(np.array(rows)).fingerprint() for rows in ([0, 2], [2, 4], [0, 2], [0, 3])]
+    assert prints[0] == prints[2] and len(set(prints)) == 3
+
+
+def test_a_label_file_is_of_the_training_data_alone(tmp_path):
+    folder, other = (as_parquet(tmp_path / name, make_rows([1.0] * 4)) for name in ("pairs", "more"))
+    pq.write_table(pa.table({"label_0": [0.0] * 4}), tmp_path / "labels.parquet")
+    config = settings(folder, labels_file=str(tmp_path / "labels.parquet"), validation_data_dir=str(other))
+    training, held_out, _ = prepare_pairs(config, 0)
+    assert contents(training) == [(f"caption {i}", loser(i), winner(i)) for i in range(4)]
+    assert contents(held_out) == [(f"caption {i}", winner(i), loser(i)) for i in range(4)]
+
+
+def test_files_of_the_hub_are_fetched_by_name_and_at_the_revision_looked_up(monkeypatch):
+    asked = {}
+    place = SimpleNamespace(
+        repo_id="me/pairs", repo_type="dataset", revision="c0ffee", path_in_repo="data[1]/a.parquet"
+    )
+    monkeypatch.setattr(pairs, "HfFileSystem", lambda: SimpleNamespace(resolve_path=lambda file: place))
+    monkeypatch.setattr(pairs, "snapshot_download", lambda repo, **options: asked.update(options, repo=repo) or "/here")
+    assert pairs.fetch_files(["hf://datasets/me/pairs@c0ffee/data[1]/a.parquet"]) == ["/here/data[1]/a.parquet"]
+    (pattern,) = asked.pop("allow_patterns")
+    assert fnmatch.fnmatch(place.path_in_repo, pattern) and not fnmatch.fnmatch("data1/a.parquet", pattern)
+    assert asked == {"repo": "me/pairs", "repo_type": "dataset", "revision": "c0ffee"}
+
+
+def test_splits_and_configs_of_the_hub_are_remembered_apart(tmp_path, monkeypatch):
+    calls = [
+        ("me/pairs", None, "train"),
+        ("me/pairs", "small", "train"),
+        ("me/pairs", None, "test"),
+        ("me/more", None, "train"),
+    ]
+    local = {
+        f"hf://{name}-{config}-{split}": str(
+            as_parquet(tmp_path / str(n), make_rows([1.0] * (n + 1))) / "train.parquet"
+        )
+        for n, (name, config, split) in enumerate(calls)
+    }
+
+    def look_up(source, name, cache_dir):
+        files = {split: [f"hf://{source}-{name}-{split}"] for split in ("train", "test")}
+        return SimpleNamespace(name="parquet", config=SimpleNamespace(data_files=files))
+
+    def refuse(*given, **options):
+        raise ConnectionError("out of reach")
+
+    monkeypatch.setattr(pairs, "fetch_files", lambda files: [local[file] for file in files])
+    for builder in (look_up, refuse):
+        monkeypatch.setattr(datasets, "load_dataset_builder", builder)
+        found = [len(pairs.read_split(*call, str(tmp_path / "cache"))) for call in calls]
+        assert found == [1, 2, 3, 4]

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 import eval_vs
-from sdpo import scorers
+from sdpo import scorers, scoring
 from sdpo.command import InputError
+from sdpo.manifest import read_scores
 from sdpo.scoring import ScoringOptions, score_manifest
 from sdpo.tiny import pictures
 
@@ -255,3 +256,28 @@ def test_scores_are_computed_as_asked_and_kept_under_their_names(tmp_path, monke
     assert asked == {"names": ["hpsv2", "clip"], "dtype": torch.bfloat16, "device": "cpu", "batch_size": 5}
     found = [[scores[entry.key][metric] for metric in ("HPSv2", "CLIP")] for entry in entries]
     assert found == [[10.0 + i, 20.0 + i] for i in range(8)]
+
+
+def test_ranks_share_the_scores_that_are_missing(tmp_path, monkeypatch):
+    manifest, options, metrics = picture_run(tmp_path / "run", 3), scoring.ScoringOptions(), ["Pixels"]
+    assert scoring.read_complete(manifest, metrics, options) is None
+    for rank in range(3):
+        scoring.score_share(manifest, metrics, options, rank, 3)
+    shares = [read_scores(path) for path in sorted((tmp_path / "run").glob("scores.rank*.jsonl"))]
+    assert [len(share) for share in shares] == [3, 3, 2]
+    assert not shares[0].keys() & shares[1].keys() and len(shares[0] | shares[1] | shares[2]) == 8
+    monkeypatch.setattr(scoring, "_compute", None)
+    entries, scores = scoring.score_manifest(manifest, metrics, options)
+    assert [scores[entry.key]["Pixels"] for entry in entries] == [
+        next(share[entry.key]["Pixels"] for share in shares if entry.key in share) for entry in entries
+    ]
+    assert not list((tmp_path / "run").glob("scores.rank*.jsonl"))
+    assert scoring.read_complete(manifest, metrics, options) == (entries, scores)
+
+
+def test_scorers_are_tried_out_with_the_weights_given(monkeypatch):
+    asked = []
+    monkeypatch.setattr(scorers, "load_scorers", lambda *given: asked.append(given))
+    sources = {"clip.checkpoint": "a.pt"}
+    ScoringOptions(sources, dtype="bf16").try_out(["HPSv2", "CLIP"])
+    assert asked == [([name], sources, torch.bfloat16) for name in ("hpsv2", "clip")]

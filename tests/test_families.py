@@ -1,6 +1,7 @@
 """Base models: encoding, parametrisation, saving, and equal arithmetic of policy and reference."""
 
 import copy
+import json
 import shutil
 
 import numpy as np
@@ -9,13 +10,15 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from recording import same
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import train
+from sdpo import families
 from sdpo.batch import collate
 from sdpo.command import InputError, parse_flags
 from sdpo.config import TrainConfig
-from sdpo.families import hold_matmul_weights, load_family
+from sdpo.families import FAMILIES, hold_matmul_weights, load_family
 from sdpo.hub import load_state
 from sdpo.inputs import make_inputs
 from sdpo.losses import pair_terms
@@ -181,3 +184,100 @@ def test_unusable_models_are_refused(bases, tmp_path):
     (tmp_path / "broken.pth").write_bytes(b"not a checkpoint")
     with pytest.raises(InputError, match=r"broken\.pth cannot be read"):
         load_state(tmp_path / "broken.pth")
+
+
+def test_families_have_the_official_settings():
+    """METHOD.md: 512 pixels, AdamW and no checkpointing; 1024 pixels, Adafactor and gradient checkpointing."""
+    settings = ("resolution", "optimizer", "gradient_checkpointing", "dspo_form")
+    found = {name: tuple(getattr(family, setting) for setting in settings) for name, family in FAMILIES.items()}
+    assert found == {"sd15": (512, "adamw", "none", "score"), "sdxl": (1024, "adafactor", "full", "switched")}
+
+
+@pytest.mark.parametrize("key", [("sd15", "epsilon"), ("sdxl", "epsilon")], ids="-".join)
+def test_captions_that_are_too_long_are_cut_as_the_pipeline_does(bases, key):
+    captions = ["a small red circle on a blue background " * 20, "a blue square"]
+    conditioning = load_family(key[0], str(bases[key])).encode_captions(captions, 32)
+    pipeline = DiffusionPipeline.from_pretrained(bases[key])
+    if key[0] == "sdxl":
+        embeddings = pipeline.encode_prompt(captions, do_classifier_free_guidance=False)[0]
+    else:
+        embeddings = pipeline.encode_prompt(captions, "cpu", 1, False)[0]
+    torch.testing.assert_close(conditioning["encoder_hidden_states"], embeddings)
+
+
+def test_conditioning_is_fp32_whatever_the_encoders_hold(bases):
+    family = load_family("sdxl", str(bases["sdxl", "epsilon"])).to(torch.device("cpu"), torch.bfloat16)
+    assert {value.dtype for value in family.encode_captions(["a red circle"], 1032).values()} == {torch.float32}
+    assert family.encode_captions(["a red circle"], 1021)["time_ids"].tolist() == [[1021, 1021, 0, 0, 1021, 1021]]
+
+
+def test_a_vae_that_overflows_in_fp16_is_kept_in_fp32(bases):
+    family = load_family("sd15", str(bases["sd15", "epsilon"]))
+    for upcast, dtypes in ((True, ["float32", "bfloat16", "float32"]), (False, ["float16", "bfloat16", "float32"])):
+        family.vae.register_to_config(force_upcast=upcast)
+        found = [family.vae_dtype(dtype) for dtype in (torch.float16, torch.bfloat16, torch.float32)]
+        assert found == [getattr(torch, dtype) for dtype in dtypes]
+
+
+def change_part(folder):
+    """Add one to a tensor of the weights in a folder."""
+    path = next(folder.glob("*.safetensors"))
+    state = load_file(path)
+    name = min(state)
+    save_file(state | {name: state[name] + 1}, path)
+
+
+def test_what_a_run_begins_with_is_described_part_by_part(bases, tmp_path):
+    def describe():
+        return load_family("sdxl", str(tmp_path / "base"), encoders=False).describe()
+
+    shutil.copytree(bases["sdxl", "epsilon"], tmp_path / "base")
+    parts = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoders", "text_encoder_2": "text encoders"}
+    for folder, name in parts.items():
+        before = describe()
+        change_part(tmp_path / "base" / folder)
+        after = describe()
+        assert [key for key in after if after[key] != before.get(key)] == [name]
+    path = tmp_path / "base" / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"beta_end": 0.013}))
+    assert [key for key, value in describe().items() if value != after.get(key)] == ["noise schedule"]
+
+
+def test_every_part_is_of_the_revision_that_was_asked_for(bases, tmp_path, monkeypatch):
+    asked = []
+
+    def record(name):
+        original = getattr(families, name)
+
+        def call(*given, **options):
+            asked.append((name, options.get("revision"), options.get("cache_dir")))
+            return original(*given, **options)
+
+        monkeypatch.setattr(families, name, call)
+
+    base = bases["sdxl", "epsilon"]
+    shutil.copytree(base / "vae", tmp_path / "vae")
+    for name in ("load_part", "hash_part", "read_pipeline_class"):
+        record(name)
+    family = families.load_family("sdxl", str(base), revision="v1", cache_dir="models")
+    family.load_unet()
+    family.describe()
+    assert len(asked) == 1 + 6 + 1 + 6 and set(entry[1:] for entry in asked) == {("v1", "models")}
+    asked.clear()
+    families.load_family("sdxl", str(base), vae=str(tmp_path / "vae"), revision="v1", cache_dir="models")
+    assert [entry[1] for entry in asked].count(None) == 1  # the VAE, whose repository has other revisions
+
+
+def test_the_saved_pipeline_has_the_vae_trained_with(bases, tmp_path):
+    base = bases["sd15", "epsilon"]
+    shutil.copytree(base / "vae", tmp_path / "vae")
+    change_part(tmp_path / "vae")
+    family = load_family("sd15", str(base), vae=str(tmp_path / "vae"))
+    unet = family.load_unet()
+    state = {name: value + 1 for name, value in unet.state_dict().items()}
+    family.to(torch.device("cpu"), torch.bfloat16).save_pipeline(unet.config, state, tmp_path / "saved")
+    saved, own = DiffusionPipeline.from_pretrained(tmp_path / "saved"), load_family("sd15", str(base))
+    assert same(saved.unet.state_dict(), state)
+    assert same(saved.text_encoder.state_dict(), own.text_encoders[0].state_dict())
+    assert same(saved.vae.state_dict(), load_family("sd15", str(base), vae=str(tmp_path / "vae")).vae.state_dict())
+    assert not same(saved.vae.state_dict(), own.vae.state_dict())

@@ -24,7 +24,7 @@ import eval_generate
 from sdpo import generation
 from sdpo.command import InputError
 from sdpo.families import load_family
-from sdpo.generation import RELEASED, EvalConfig, find_damage, locate_unet
+from sdpo.generation import RELEASED, EvalConfig, EvalRun, describe, find_damage, find_groups, hash_weights, locate_unet
 from sdpo.manifest import read_manifest, require_images
 from sdpo.sampling import draw_noise, sample
 from sdpo.tiny import compare, pictures
@@ -504,6 +504,14 @@ def test_launchers_say_what_is_missing(tmp_path):
     assert len(result.stderr.splitlines()) == 1
 
 
+def test_scorers_are_tried_out_before_images_are_made(arguments, tmp_path):
+    (tmp_path / "clip").mkdir()
+    flags = ["--metrics", "Pixels", "PickScore", "--weights", f"pickscore.model={tmp_path / 'clip'}"]
+    with pytest.raises(InputError, match=r"PickScore: cannot load CLIPModel of .*clip.*no image was made"):
+        eval_generate.main(arguments(*flags))
+    assert not list(tmp_path.rglob("*.png"))
+
+
 def test_generated_images_are_scored_and_summed_up(tmp_path, capsys):
     """The tiny base end to end: images, scores on file, summary; a second run computes nothing anew."""
     flags = ["--unet_path=base", f"--pretrain_path={compare.BASE}", "--groups", "tiny", "--steps=4", "--dtype=fp32"]
@@ -559,3 +567,50 @@ def test_generated_images_are_scored_and_summed_up(tmp_path, capsys):
     assert "scoring on cpu: 100%" in said and f"/{math.ceil((len(rows) - 15) / 2)} " in said
     assert sorted((tmp_path / "scores.jsonl").read_text().splitlines(keepends=True)) == sorted(rows)
     assert not list(tmp_path.glob("scores.rank*"))
+
+
+def test_defaults_are_the_official_settings():
+    """PROTOCOL.md: 50 steps, seed 0 for every prompt, guidance cond + 7.5 (cond - uncond), bf16 throughout."""
+    config = EvalConfig("base", "base")
+    assert (config.steps, config.cfg, config.guidance, config.seed, config.noise) == (50, 7.5, "official", 0, "shared")
+    assert (config.dtype, config.latents_dtype, config.sides, config.score_dtype) == ("bf16", None, set(), "fp32")
+    assert sorted(config.score_metrics) == ["Aesthetics", "CLIP", "HPSv2", "ImageReward", "PickScore"]
+
+
+def test_the_fingerprint_covers_every_weight_and_its_name(bases):
+    plain = {"a": [1.0, 2.0], "b": [3.0, 4.0]}
+    others = [
+        {"a": [1.0, 2.5], "b": [3.0, 4.0]},
+        {"a": [1.0, 2.0], "b": [3.0, 4.5]},
+        {"a": [1.0, 2.0], "c": [3.0, 4.0]},
+    ]
+
+    def digest(state, dtype=torch.float32):
+        module = torch.nn.Module()
+        for name, values in state.items():
+            module.register_buffer(name, torch.tensor(values, dtype=dtype))
+        return hash_weights([module])
+
+    assert digest(plain) == digest(dict(reversed(plain.items()))) == digest(plain, torch.float16)
+    assert len({digest(state) for state in (plain, *others)}) == 4
+    family, config = load_family("sdxl", str(bases["sdxl", "epsilon"])), EvalConfig("base", "base")
+    unet = family.load_unet()
+    found = [describe(config, family, unet, torch.device("cpu"))]
+    for part, name in ((family.vae, "base"), (family.text_encoders[1], "base"), (unet, "checkpoint")):
+        with torch.no_grad():
+            list(part.parameters())[-1].view(-1)[-1] += 1
+        found.append(describe(config, family, unet, torch.device("cpu")))
+        assert [key for key in found[-1] if found[-1][key] != found[-2][key]] == [name]
+
+
+def test_groups_of_other_weights_are_not_summed_up_with_these(tmp_path):
+    made_with = {"checkpoint": "a", "resolution": 32}
+    run = EvalRun(EvalConfig("base", "base"), None, None, None, tmp_path, 32, made_with)
+    for group, settings in {
+        "same": made_with | {"prompts": "x"}, "weights": made_with | {"checkpoint": "b"}, "size": {"checkpoint": "a"},
+    }.items():  # fmt: skip
+        run.folder(group).mkdir()
+        (run.folder(group) / "fingerprint.json").write_text(json.dumps({"settings": settings}))
+        run.beside(group, ".json").write_text("[]")
+    run.beside("unknown", ".json").write_text("[]")
+    assert find_groups(run) == {"same": run.beside("same", ".json")}

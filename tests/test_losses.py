@@ -323,12 +323,13 @@ def test_losses_import_without_diffusers():
     assert result.stdout.strip() == "[]"
 
 
-def test_the_example_of_the_readme_runs():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_example_of_the_readme_runs(dtype):
     """The library example, executed as it stands, equals Diffusion-DPO with the safeguard."""
     readme = (DATA.parents[1] / "README.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     assert len(example.strip().splitlines()) <= 10
-    prediction, reference, target = pairs(7)
+    prediction, reference, target = pairs(7, dtype=dtype)
     leaf = prediction.clone().requires_grad_()
     scope = {"prediction": leaf, "reference": reference, "target": target, "beta": 20.0}
     exec(example, scope)

@@ -5,6 +5,7 @@ import json
 import signal
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ import train
 from sdpo import files, shards
 from sdpo.command import InputError, parse_flags
 from sdpo.config import TrainConfig
+from sdpo.references import ReferenceErrors, make_key
 from sdpo.shards import Shards
 
 DPO, DMPO = "--train_method=diffusion-dpo", "--train_method=dmpo"
@@ -219,3 +221,46 @@ def test_runs_without_a_seed_are_refused(flags):
     given = [flag for flag in flags() if not flag.startswith("--seed")]
     with pytest.raises(InputError, match="--reference_cache needs --seed"):
         train.main(given)
+
+
+def test_all_that_the_references_errors_depend_on_is_in_their_key(monkeypatch):
+    given = {"pretrained_model_name_or_path": "base", "train_data_dir": "pairs", "resolution": 512}
+    family = SimpleNamespace(describe=lambda init: {"UNet": init}, resolution=512)
+    pairs = SimpleNamespace(fingerprint=lambda: "pairs", describe=lambda: {"rows": 8})
+    accelerator, plan = SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(global_batch=4)
+
+    def key(**flags):
+        return make_key(TrainConfig(**given | flags), accelerator, family, plan, 7, pairs)
+
+    matter = {
+        "random_crop": True, "no_hflip": True, "shared_flip": True, "draft_decoding": True, "noise_offset": 0.1,
+        "proportion_empty_prompts": 0.0, "input_perturbation": 0.1, "train_batch_size": 3, "allow_tf32": True,
+        "official_reference_errors": True, "mixed_precision": "bf16", "compile": True, "channels_last": True,
+        "resolution": 256, "unet_init": "unet.pth", "latent_cache": "cache",
+    }  # fmt: skip
+    plain = key()
+    assert plain.keys() == key(latent_cache="cache").keys() and plain["device"] == "cpu"
+    for name, value in matter.items():
+        changed = key(**{name: value})
+        assert sum(changed[entry] != plain[entry] for entry in plain) == 1, name
+    for stored in ("fp32", "bf16"):
+        assert stored in key(latent_cache="cache", latent_cache_dtype=stored)["latents"]
+    free = {
+        "beta_dpo": 3.0,
+        "learning_rate": 1.0,
+        "use_winner_preserving": True,
+        "optimizer": "adafactor",
+        "use_ema": True,
+    }
+    assert all(key(**{name: value}) == plain for name, value in free.items())
+    monkeypatch.setattr(torch, "__version__", "1.0")
+    assert key() != plain
+
+
+def test_errors_are_complete_where_every_update_has_them():
+    def complete(steps, *there):
+        shards = SimpleNamespace(places={step: (0, step) for step in there})
+        return ReferenceErrors(shards, None, SimpleNamespace(steps=steps)).complete
+
+    assert complete(3, 0, 1, 2) and complete(3, 0, 1, 2, 3)
+    assert not complete(3, 0, 1) and not complete(3, 1, 2) and not complete(3, 0, 2)

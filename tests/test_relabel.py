@@ -8,13 +8,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from test_data import as_parquet, loser, make_rows, solid, winner
 
 import train
 from sdpo import relabel as module
 from sdpo.command import InputError
 from sdpo.config import TrainConfig
-from sdpo.pairs import load_pairs
-from sdpo.relabel import RelabelConfig, main, make_labels, relabel
+from sdpo.pairs import load_pairs, read_table
+from sdpo.relabel import RelabelConfig, describe, iterate_images, main, make_labels, read_kept, relabel
 from sdpo.tiny import pictures
 
 
@@ -231,3 +232,46 @@ def test_train_labels_at_the_start_and_once(bases, pairs_folder, tmp_path, monke
     monkeypatch.setattr(module, "score_rows", None)  # resuming scores nothing
     train.main([*flags, *chosen, "--max_train_steps=2"])
     assert (tmp_path / "checkpoint-2").is_dir()
+
+
+def test_a_choice_model_is_asked_for_what_train_was_told():
+    data = {"dataset_name": "me/pairs", "dataset_config_name": "small", "split": "extra", "caption_column": "text"}
+    data |= {"cache_dir": "models", "max_unreadable_images": 7}
+    choice = {"choice_model": "hps", "choice_margin": 0.25, "choice_weights": "hpsv2.checkpoint=a.pt,clip.checkpoint=b"}
+    config = TrainConfig(pretrained_model_name_or_path="base", output_dir="run", **data, **choice)
+    assert RelabelConfig.of(config) == RelabelConfig(
+        **data, metric="hps", margin=0.25, weights=["hpsv2.checkpoint=a.pt", "clip.checkpoint=b"],
+        out="run/labels_hps.parquet",
+    )  # fmt: skip
+
+
+def test_what_scores_are_made_from_tells_weights_and_configs_apart(tmp_path):
+    data = {"train_data_dir": str(as_parquet(tmp_path / "pairs", make_rows())), "metric": "clip"}
+    configs = [{}, {"weights": ["clip.checkpoint=a.pt"]}, {"weights": ["clip.checkpoint=b.pt"]}]
+    configs.append({"dataset_config_name": "small"})
+    made_from = []
+    for config in (RelabelConfig(**data, **more) for more in configs):
+        made_from.append(describe(config, read_table(RelabelConfig(**data), "train")))
+    assert all(a != b for i, a in enumerate(made_from) for b in made_from[:i])
+
+    kept = tmp_path / "kept.jsonl"
+    kept.write_text(f"{json.dumps(made_from[0])}\n[0.5, 0.25]\n")
+    assert read_kept(kept, made_from[0]) == [[0.5, 0.25]]
+    assert not any(read_kept(kept, other) for other in made_from[1:])
+
+
+def test_images_are_scored_for_the_first_of_several_captions(tmp_path):
+    folder = as_parquet(tmp_path / "pairs", make_rows([1.0, 1.0], caption=lambda i: [f"first {i}", f"second {i}"]))
+    table = read_table(RelabelConfig(train_data_dir=str(folder), metric="clip"), "train")
+    images = [(image.getvalue(), prompt) for image, prompt in iterate_images(table, "caption", 0)]
+    assert images == [(solid(colour(i)), f"first {i}") for i in range(2) for colour in (winner, loser)]
+
+
+def test_labels_are_scored_with_the_weights_given(pairs_folder, tmp_path, monkeypatch):
+    def load_scorers(names, sources):
+        raise InputError(f"{names} {sources}")
+
+    monkeypatch.setattr(module, "load_scorers", load_scorers)
+    flags = [f"--train_data_dir={pairs_folder}", "--metric=hps", "--weights=hpsv2.checkpoint=a.pt"]
+    with pytest.raises(InputError, match=r"^\['hpsv2'\] {'hpsv2.checkpoint': 'a.pt'}$"):
+        module.main([*flags, f"--out={tmp_path / 'labels.parquet'}"])

@@ -79,7 +79,7 @@ def test_tables_state_mean_error_count_and_win_rates(tmp_path):
     wins = sum(x > y for x, y in zip(values, b.scores["CLIP"], strict=True))
     row = next(row for row in rows if row[0] == "CLIP")
     low, high = comparison.summary["metrics"][1]["win_rate_ci95"]
-    assert row[1:4] == [f"{wins / 9:.1%}", f"{low:.1%} to {high:.1%}", f"{wins} / 0 / {9 - wins}"]
+    assert row[1:4] == [f"{wins / 9:.1%}", f"{low:.1%} to {high:.1%}", f"{wins}/0/{9 - wins}"]
 
 
 def test_one_run_several_runs_and_a_single_image(tmp_path):
@@ -89,7 +89,7 @@ def test_one_run_several_runs_and_a_single_image(tmp_path):
     pairs = [view["labels"] for view in Page(write_report(tmp_path / "3.html", runs, compare_all(runs))).views]
     assert pairs == [["a", "b"], ["a", "c"], ["b", "c"]]
     alone = [make_run(tmp_path, "a", ["x"], 0), make_run(tmp_path, "b", ["x"], 0)]
-    assert "0 / 1 / 0" in write_report(tmp_path / "4.html", alone, compare_all(alone)).read_text()
+    assert "0/1/0" in write_report(tmp_path / "4.html", alone, compare_all(alone)).read_text()
     unscored = ScoredRun("a", runs[0].entries, {})
     assert Page(write_report(tmp_path / "5.html", [unscored])).views[0]["cards"][1]["scores"] == [[]]
 

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import open_clip
@@ -27,6 +28,7 @@ from transformers import (
     CLIPTokenizer,
 )
 
+from sdpo import scorers as module
 from sdpo.command import InputError
 from sdpo.scorers import (
     SCORERS,
@@ -37,6 +39,7 @@ from sdpo.scorers import (
     PickScore,
     PixelChecks,
     Preprocess,
+    exceed,
     load_scorers,
     prepare,
     score_rows,
@@ -626,3 +629,70 @@ def test_pixel_checks_refuse_other_pictures_and_captions(rows, tmp_path):
 def test_images_and_prompts_must_be_paired(scorers, pixels):
     with pytest.raises(ValueError, match="5 images, 1 prompts"):
         scorers["clip"].score(pixels, ["one"])
+
+
+def test_official_parts_are_those_of_the_protocol():
+    h14 = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    assert {metric: cls.official for metric, cls in SCORERS.items()} == {
+        "pickscore": {"model": "yuvalkirstain/PickScore_v1", "processor": h14},
+        "hpsv2": {"checkpoint": "xswu/HPSv2:HPS_v2_compressed.pt"},
+        "hpsv21": {"checkpoint": "xswu/HPSv2:HPS_v2.1_compressed.pt"},
+        "clip": {"checkpoint": f"{h14}:open_clip_pytorch_model.bin"},
+        "aesthetics": {
+            "model": "openai/clip-vit-large-patch14",
+            "head": "camenduru/improved-aesthetic-predictor:sac+logos+ava1-l14-linearMSE.pth",
+        },
+        "imagereward": {"checkpoint": "THUDM/ImageReward:ImageReward.pt", "tokenizer": "bert-base-uncased"},
+        "pixels": {},
+    }
+
+
+def test_imagerewards_settings_are_the_packages():
+    """Heads and epsilons are in no tensor's shape, so a checkpoint loads with any."""
+    assert ImageReward.vision == {
+        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+        "image_size": 224, "patch_size": 16, "layer_norm_eps": 1e-6,
+    }  # fmt: skip
+    assert ImageReward.text == {"num_attention_heads": 12, "encoder_hidden_size": 1024, "is_decoder": True}
+    assert (ImageReward.mean, ImageReward.std) == (0.16717362830052426, 1.0333394966054072)
+
+
+def test_the_official_clip_is_vit_h_14(monkeypatch):
+    monkeypatch.setattr(module, "load_state", lambda *given: None)  # the model stays on the meta device
+    scorer = module.ClipScore()
+    assert sum(p.numel() for p in scorer.model.parameters()) == pytest.approx(986.11e6, rel=1e-5)
+    assert scorer.preprocess == module.torchvision_preprocess(224)
+
+
+@pytest.mark.parametrize("free, turns", [(1000, False), (599, True)])
+def test_scorers_take_turns_where_the_gpu_cannot_hold_them(monkeypatch, free, turns):
+    """1.5 times the weights must fit: here 2 x 200 bytes of weights, none of which are there yet."""
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10**9))
+    models = [torch.nn.Linear(50, 1, bias=False) for _ in range(2)]
+    assert exceed(models, SimpleNamespace(type="cuda")) == turns
+    assert not exceed(models, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("in_turn, places", [(True, ["meta", "cpu"]), (False, ["meta", "meta"])])
+def test_scorers_that_take_turns_leave_the_device_again(monkeypatch, in_turn, places):
+    moves = []
+    scorer = SimpleNamespace(preprocess=None, to=lambda device: moves.append(str(device)))
+    monkeypatch.setattr(module, "check_device", torch.device)
+    monkeypatch.setattr(module, "prepare", lambda *given: {})
+    monkeypatch.setattr(module, "score_block", lambda metric, scorer, rows, size: [0.0] * len(rows))
+    rows = [("image", "prompt")] * 3
+    assert len(list(module.score_rows(rows, {"clip": scorer}, device="meta", in_turn=in_turn))) == 3
+    assert moves == places
+
+
+def test_models_take_turns_less_often_than_batches(monkeypatch):
+    """Moving a model to the device and back takes longer than a batch."""
+    blocks = []
+    scorer = SimpleNamespace(preprocess=None, to=lambda device: None)
+    monkeypatch.setattr(module, "prepare", lambda *given: {})
+    monkeypatch.setattr(
+        module, "score_block", lambda metric, scorer, rows, size: blocks.append(len(rows)) or [0.0] * len(rows)
+    )
+    list(module.score_rows([("image", "prompt")] * 600, {"clip": scorer}, batch_size=8, in_turn=True))
+    assert blocks == [512, 88]

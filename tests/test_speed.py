@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import UNet2DConditionModel
 from recording import same, weights
+from test_families import random_inputs
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,12 +21,13 @@ from benchmarks.architectures import BASES
 from benchmarks.contestants import Ours, Variant
 from benchmarks.counting import like_a_gpu
 from sdpo import step
+from sdpo.arithmetic import compile_blocks
 from sdpo.batch import collate
 from sdpo.command import parse_flags
 from sdpo.config import TrainConfig
 from sdpo.families import load_family
 from sdpo.inputs import Inputs, make_inputs
-from sdpo.memory import KeptBytes, checkpoint_units, choose_units, room_for_activations
+from sdpo.memory import KeptBytes, checkpoint_units, choose_units, planned_memory, room_for_activations
 from sdpo.metrics import read_metrics
 
 GIB = 2**30
@@ -266,3 +268,61 @@ def test_compiled_blocks_keep_the_margin_exact_and_are_compiled_once(arguments, 
     exact = dict(read_metrics(tmp_path / "fp32", "grad_norm"))
     assert first["grad_norm"] == pytest.approx(exact[1], rel=0.1)  # 4 %; 9 % where bf16 is not compiled
     assert not any(parameter.grad is not None for parameter in run.reference.parameters())
+
+
+@pytest.mark.parametrize(
+    "flags, optimizer", [(["--use_ema"], 8), (["--mixed_precision=bf16", "--optimizer=adafactor"], 0)]
+)
+def test_planned_memory_is_that_of_the_tensors(arguments, flags, optimizer):
+    run = train.set_up(parse_flags(TrainConfig, "", "", arguments(*flags)))[0]
+    planned, weights = planned_memory(run), list(run.unet.parameters())
+    count = sum(p.numel() for p in weights)
+    assert planned["policy"] == planned["gradients"] == sum(p.nbytes for p in weights) == 4 * count
+    assert planned["reference"] == count * (2 if "--mixed_precision=bf16" in flags else 4)
+    frozen = [run.family.vae, *run.family.text_encoders]
+    assert planned["encoders"] == sum(p.nbytes for model in frozen for p in model.parameters())
+    assert planned.get("average", 0) == (sum(value.nbytes for value in run.average.values) if run.average else 0)
+    if optimizer:
+        assert planned["optimizer"] == optimizer * count  # AdamW's two moments
+    run.family.vae.to("meta")  # as where a latent cache is read
+    run.reference = None  # as for sft
+    planned = planned_memory(run)
+    assert planned["encoders"] == sum(p.nbytes for model in frozen[1:] for p in model.parameters())
+    assert "reference" not in planned
+
+
+@pytest.mark.parametrize("budget, again", [(100, False), (1e-9, True)])
+def test_the_units_that_were_chosen_are_those_computed_again(arguments, budget, again):
+    flags = arguments("--gradient_checkpointing=auto", f"--activation_memory={budget}")
+    unet = train.set_up(parse_flags(TrainConfig, "", "", flags))[0].unet
+    assert {unit.gradient_checkpointing for unit in checkpoint_units(unet).values()} == {again}
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_policy_and_reference_ask_for_the_same_graphs(bases, monkeypatch, family):
+    """A compiler partitions a block by which of its inputs need gradients."""
+
+    def compile_nothing(forward, **_):
+        def call(*inputs, **options):
+            values = [*inputs, *options.values()]
+            asked.append([isinstance(value, torch.Tensor) and value.requires_grad for value in values])
+            return forward(*inputs, **options)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    model, asked, kept = load_family(family, str(bases[family, "epsilon"])), [], []
+    policy, reference = model.load_unet(), model.load_unet().requires_grad_(False)
+    noisy, timesteps, conditioning, _ = random_inputs(model)
+    for unet in (policy, reference):
+        compile_blocks(unet)
+    model.predict(policy, noisy, timesteps, conditioning)
+    trained = list(asked)
+    asked.clear()
+    for block in reference.modules():
+        if type(block).__name__ in ("BasicTransformerBlock", "ResnetBlock2D"):  # nothing is kept for a backward pass
+            block.register_forward_hook(lambda module, given, output: kept.append(output.requires_grad))
+    with torch.no_grad():
+        assert not model.predict(reference, noisy, timesteps, conditioning).requires_grad
+    assert kept and not any(kept)
+    assert asked == trained and max(map(sum, trained)) == 2  # a residual block's input and the timestep's embedding

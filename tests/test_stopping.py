@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -19,7 +20,8 @@ import train
 from sdpo.command import InputError
 from sdpo.data import PairDataset
 from sdpo.metrics import read_metrics
-from sdpo.step import compute_loss
+from sdpo.step import Skipped, compute_loss
+from sdpo.stopping import Skips
 
 ROOT = Path(__file__).parents[1]
 
@@ -406,3 +408,76 @@ def test_a_preempted_slurm_job_goes_back_into_the_queue(arguments, pairs_folder,
     assert "1 pairs x 2 processes" in said
     assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 1
     assert (tmp_path / "requeued").read_text() == f"requeue {job['SLURM_JOB_ID']}\n"
+
+
+def moved(folder, first, second):
+    """The largest move of a weight between two checkpoints."""
+    a, b = (weights(folder / f"checkpoint-{step}") for step in (first, second))
+    return max((b[name] - a[name]).abs().max().item() for name in a)
+
+
+def test_resuming_with_more_micro_steps_per_update_is_the_same_run(arguments, tmp_path):
+    """After an odd number of micro-steps, of which an update now has two."""
+    flags = ["--checkpointing_steps=1", "--adam_epsilon=0.1", "--learning_rate=1e-2"]  # steps as long as the gradient
+    train.main(arguments(*flags, "--max_train_steps=1", "--train_batch_size=4", out="cut"))
+    train.main(arguments(*flags, "--max_train_steps=2", "--train_batch_size=2", out="cut"))
+    train.main(arguments(*flags, "--max_train_steps=2", "--train_batch_size=4", out="whole"))
+    cut, whole = weights(tmp_path / "cut"), weights(tmp_path / "whole")
+    apart = max((cut[name] - whole[name]).abs().max().item() for name in whole)
+    assert apart < 0.01 * moved(tmp_path / "whole", 1, 2)
+
+
+def test_a_changed_learning_rate_stays(arguments, tmp_path):
+    flags = ["--lr_scheduler=constant", "--checkpointing_steps=1"]
+    train.main(arguments(*flags, "--max_train_steps=1"))
+    train.main(arguments(*flags, "--max_train_steps=4", "--learning_rate=5e-3", "--resume_with_changes"))
+    rates = dict(read_metrics(tmp_path / "run", "lr"))
+    assert rates == pytest.approx({1: 1e-3, 2: 5e-3, 3: 5e-3, 4: 5e-3})
+
+
+@pytest.mark.parametrize(
+    "given, change, words",
+    [
+        (["--lr_scheduler=linear"], "--max_train_steps=9", "--max_train_steps was 3, is 9"),
+        ([], "--lr_warmup_steps=2", "--lr_warmup_steps was 1, is 2"),
+        ([], "--proportion_empty_prompts=0.5", "--proportion_empty_prompts was 0.2, is 0.5"),
+        ([], "--use_ema", "--use_ema was False, is True"),
+        (["--use_ema"], "--ema_decay=0.5", "--ema_decay was "),
+        ([], "--dspo_form=score", "--dspo_form was 'auto', is 'score'"),
+        ([], "--noise_offset=0.1", "--noise_offset was 0.0, is 0.1"),
+        ([], "--no_hflip", "--no_hflip was False, is True"),
+    ],
+)
+def test_other_changes_of_a_resumed_run_must_be_meant_too(arguments, given, change, words):
+    train.main(arguments(*given, "--checkpointing_steps=3"))
+    with pytest.raises(InputError) as error:
+        train.main(arguments(*given, change))
+    assert words in str(error.value) and "--resume_with_changes" in str(error.value)
+
+
+def test_a_run_without_a_safeguard_may_be_split_otherwise(arguments):
+    train.main(arguments("--checkpointing_steps=1", "--max_train_steps=1"))
+    train.main(arguments("--train_batch_size=4", "--max_train_steps=2"))
+
+
+def skips(scale=None, rank=0):
+    scaler = None if scale is None else SimpleNamespace(get_scale=lambda: scale)
+    accelerator = SimpleNamespace(scaler=scaler, process_index=rank)
+    plan = SimpleNamespace(global_batch=8, processes=2, accumulation=2)
+    config = SimpleNamespace(max_skipped_updates=100)
+    dataset = SimpleNamespace(row=lambda place: f"{place[0]}-{place[1]}", pairs=SimpleNamespace(source="pairs"))
+    return Skips(SimpleNamespace(accelerator=accelerator, plan=plan, config=config, step=3), dataset)
+
+
+@pytest.mark.parametrize("scale, norm, counted", [(2.0, float("inf"), 0), (1.0, float("inf"), 1), (2.0, 9.0, 1)])
+def test_only_overflows_while_the_scale_is_found_do_not_count(scale, norm, counted):
+    """A run that overflows at a scale of 1 has diverged, and would never end."""
+    noted = skips(scale)
+    noted.note(Skipped(norm, [0.5, 0.5]))
+    assert (noted.in_a_row, noted.in_all) == (counted, counted)
+
+
+def test_a_rank_names_the_rows_of_its_own(caplog):
+    noted = skips(rank=1)
+    noted.note(Skipped(float("nan"), [0.5, float("nan")]))
+    assert "update 3 skipped" in caplog.text and "rows 2-6, 2-7 of pairs" in caplog.text

@@ -9,16 +9,19 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, EulerDiscreteScheduler
+from PIL import Image
 from recording import metrics, run_on_ranks, same, weights
 from transformers import Adafactor
 
 import train
 from sdpo import heldout
+from sdpo.average import AveragedWeights
 from sdpo.batch import collate
 from sdpo.command import InputError, parse_flags
 from sdpo.config import TrainConfig
@@ -26,6 +29,7 @@ from sdpo.families import FAMILIES, load_family
 from sdpo.heldout import HeldOutPairs
 from sdpo.inputs import make_inputs
 from sdpo.metrics import read_metrics
+from sdpo.rng import normal
 from sdpo.step import build_optimizer, compute_loss
 
 ROOT = Path(__file__).parents[1]
@@ -377,3 +381,59 @@ def test_held_out_pairs_that_cannot_be_read_are_left_out(arguments, pairs_folder
     pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
     with pytest.raises(InputError, match="unreadable images in a row"):
         train.set_up(config)
+
+
+def test_validation_images_are_those_of_the_stock_pipeline(arguments, bases, tmp_path):
+    """25 Euler steps in the standard guidance of 7.5, each prompt from noise of its own."""
+    prompts = ["a red circle", "a blue square"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    train.main(arguments(f"--validation_prompts={tmp_path / 'prompts.txt'}", "--max_train_steps=1"))
+    pipeline = DiffusionPipeline.from_pretrained(bases["sd15", "epsilon"])
+    pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    options = {"num_inference_steps": 25, "guidance_scale": 7.5, "output_type": "np", "height": 32, "width": 32}
+    for index, prompt in enumerate(prompts):
+        noise = normal(7, "validation-image", (index,), (1, 4, 8, 8))
+        expected = pipeline(prompt, latents=noise, **options).images[0] * 255
+        made = np.array(Image.open(tmp_path / "run" / "validation" / "step-000000" / f"{index:03d}.png"), float)
+        assert abs(made - expected).max() <= 1.01
+
+
+def test_averaged_weights_are_in_place_for_a_while():
+    model = torch.nn.Linear(1, 1, bias=False)
+    model.weight.data.fill_(1.0)
+    average = AveragedWeights(model, 0.75)
+    model.weight.data.fill_(5.0)
+    average.update()  # 0.75 * 1 + 0.25 * 5
+    for _ in range(2):
+        with pytest.raises(KeyError), average.in_place():
+            assert model.weight.item() == 2.0
+            raise KeyError
+        assert model.weight.item() == 5.0
+    average.update()  # 0.75 * 2 + 0.25 * 5
+    with average.in_place():
+        assert model.weight.item() == 2.75
+    average.load({"weight": torch.tensor([[9.0]])})
+    with average.in_place():
+        assert model.weight.item() == 9.0
+    assert model.weight.item() == 5.0
+
+
+def test_averaged_weights_have_held_out_figures_of_their_own(arguments, tmp_path):
+    flags = ["--validation_pairs=6", "--use_ema", "--ema_decay=0.9"]
+    train.main(arguments(*flags))
+    run, _, held_out = train.set_up(parse_flags(TrainConfig, "", "", arguments(*flags, out="again")))
+    for file, prefix in (("unet.pth", "heldout"), ("unet_ema.pth", "heldout_ema")):
+        unet = run.family.load_unet(str(tmp_path / "run" / file))
+        for name, value in held_out.measure(unet, run.config.beta_dpo, prefix).items():
+            assert read_metrics(tmp_path / "run", name)[-1] == (3, pytest.approx(value, rel=1e-3, abs=1e-6)), name
+    changes = [read_metrics(tmp_path / "run", f"{name}/loser_error_change") for name in ("heldout", "heldout_ema")]
+    assert [len(values) for values in changes] == [2, 2] and changes[0][-1] != changes[1][-1]
+
+
+def test_the_last_updates_are_logged_too(arguments, tmp_path):
+    for steps in (1, 2):
+        train.main(arguments(f"--logging_steps={steps}", out=str(steps)))
+    each, some = (read_metrics(tmp_path / name, "train_loss") for name in "12")
+    assert [step for step, _ in some] == [2, 3]
+    values = [value for _, value in each]
+    assert [value for _, value in some] == pytest.approx([(values[0] + values[1]) / 2, values[2]], rel=1e-5)

@@ -631,3 +631,10 @@ def test_images_that_were_made_otherwise_are_pointed_out():
 
 def test_no_score_file_is_no_scores(tmp_path):
     assert read_scores(tmp_path / "none.jsonl") == {}
+
+
+def test_seed_and_guidance_are_read_from_a_manifest(tmp_path):
+    about = {"seed": 3, "guidance": "standard", "checkpoint": "0" * 64}
+    write_manifest(tmp_path / "m.json", [{"prompt": "p", "gen_image_path": "0.png", **about}])
+    (entry,) = read_manifest(tmp_path / "m.json")
+    assert entry.made_with == {"seed": 3, "guidance": "standard"}
