@@ -77,7 +77,7 @@ def reading(rows: list[dict]) -> str:
     sentences.append(
         "A method whose winner error rises widens its margin only by losing the loser faster than the winner. "
         "Compare the safeguard with the two controls before crediting its adaptive rule. The quickstart's learning "
-        "rate was chosen because it shows the pathology (README). This is one seed on 32 x 32 pictures: it shows the "
+        "rate was chosen because it shows the pathology (docs/quickstart). This is one seed on 32 x 32 pictures: it shows the "
         "mechanism, it does not rank methods on real models, and the safeguard's own promise is about the training "
         "batch, to first order, not about held-out pairs."
     )
