@@ -382,6 +382,15 @@ class StableDiffusionXL(StableDiffusion):
 FAMILIES = {"sd15": StableDiffusion, "sdxl": StableDiffusionXL}
 
 
+def find_family(source: str, **options: str | None) -> str:
+    """Row of FAMILIES whose pipeline a hub id or local folder holds; raises InputError for any other pipeline."""
+    found = read_pipeline_class(source, **options)
+    families = {family.pipeline_class.__name__: name for name, family in FAMILIES.items()}
+    if found not in families:
+        raise InputError(f"{source} holds a {found}; supported are {', '.join(families)}")
+    return families[found]
+
+
 def load_family(name: str, source: str, **options: str | bool | None) -> StableDiffusion:
     """The family with its frozen parts on the CPU in fp32; source is a hub id or a local diffusers folder.
 

@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPTokenizer, PreTrainedModel
 
 from sdpo.command import InputError, flag, parse_assignments
-from sdpo.families import FAMILIES, StableDiffusion, load_family, read_pipeline_class
+from sdpo.families import StableDiffusion, find_family, load_family
 from sdpo.files import brief, write_file, write_json
 from sdpo.hub import DTYPES, WEIGHT_SUFFIXES, fetch
 from sdpo.manifest import write_manifest
@@ -192,11 +192,7 @@ def locate_unet(config: EvalConfig) -> tuple[str, Path]:
 def load_base(config: EvalConfig) -> StableDiffusion:
     """The base model's frozen parts as the family whose pipeline it holds; raises InputError."""
     base, options = config.pretrain_path, {"revision": config.revision, "cache_dir": config.cache_dir}
-    found = read_pipeline_class(base, **options)
-    families = {family.pipeline_class.__name__: name for name, family in FAMILIES.items()}
-    if found not in families:
-        raise InputError(f"{base} holds a {found}; supported are {', '.join(families)}")
-    return load_family(families[found], base, vae=config.vae_path, **options)
+    return load_family(find_family(base, **options), base, vae=config.vae_path, **options)
 
 
 def hash_weights(models: Iterable[nn.Module]) -> str:

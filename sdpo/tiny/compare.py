@@ -17,7 +17,7 @@ import transformers
 from matplotlib import pyplot as plt
 
 from sdpo.command import InputError, parse_assignments, run_command
-from sdpo.families import StableDiffusion, load_family
+from sdpo.families import StableDiffusion, find_family, load_family
 from sdpo.files import write_json, write_text
 from sdpo.hub import load_weights
 from sdpo.metrics import read_metrics
@@ -77,9 +77,9 @@ def reading(rows: list[dict]) -> str:
     sentences.append(
         "A method whose winner error rises widens its margin only by losing the loser faster than the winner. "
         "Compare the safeguard with the two controls before crediting its adaptive rule. The quickstart's learning "
-        "rate was chosen because it shows the pathology (docs/quickstart). This is one seed on 32 x 32 pictures: it shows the "
-        "mechanism, it does not rank methods on real models, and the safeguard's own promise is about the training "
-        "batch, to first order, not about held-out pairs."
+        "rate was chosen because it shows the pathology (docs/quickstart). This is one seed on 32 x 32 pictures: it "
+        "shows the mechanism, it does not rank methods on real models, and the safeguard's own promise is about the "
+        "training batch, to first order, not about held-out pairs."
     )
     return textwrap.fill(" ".join(sentences), 120)
 
@@ -150,7 +150,7 @@ def main() -> None:
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
-    family = load_family("sd15", str(BASE))
+    family = load_family(find_family(str(BASE)), str(BASE))
     family.to(torch.device("cpu"), torch.float32)
 
     figures, images = evaluate(family, None)
