@@ -64,7 +64,7 @@ def _sha256_of_state(path: str | Path, *_state: int) -> str:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Keep out other processes that lock the same path; not to be nested, nor a protection where there are no locks."""
+    """Keep out other processes that lock the same path, where there are locks; not to be nested for one path."""
     with open(path.with_name(f".{path.name}.lock"), "w") as file:
         with suppress(OSError):  # of a file system without locks
             fcntl.lockf(file, fcntl.LOCK_EX)

@@ -94,15 +94,15 @@ def score_manifest(manifest: str | Path, metrics: Sequence[str], options: Scorin
     was cut off goes on where it was. Raises InputError for missing images, weights or unusable scores.
     """
     options = options or ScoringOptions()
-    entries, path = read_manifest(manifest), Path(manifest).parent / "scores.jsonl"
-    take_in_shares(path)
-    todo = _missing(entries, path, metrics, options)
+    take_in_shares(_beside(manifest))
+    entries, path, scores = _read(manifest)
+    todo = _missing(entries, scores, metrics, options)
     for lacking, missing in todo.items():
         require_images(missing)
         _compute(missing, lacking, path, options)
     if todo:
         compact_scores(path)
-    scores = match_scores(entries, read_scores(path))
+        scores = match_scores(entries, read_scores(path))
     for metric in metrics:
         model = find_model(entries, scores, metric, str(path))
         if model not in (None, OFFICIAL_MODEL) and options.accepts(metric) is None:
@@ -112,16 +112,14 @@ def score_manifest(manifest: str | Path, metrics: Sequence[str], options: Scorin
 
 def read_complete(manifest: str | Path, metrics: Sequence[str], options: ScoringOptions) -> Scored | None:
     """Entries of a manifest and their scores, None unless every image, as it is now, has one in each of the metrics."""
-    entries, path = read_manifest(manifest), Path(manifest).parent / "scores.jsonl"
-    if _missing(entries, path, metrics, options):
-        return None
-    return entries, match_scores(entries, read_scores(path))
+    entries, _, scores = _read(manifest)
+    return None if _missing(entries, scores, metrics, options) else (entries, scores)
 
 
 def score_share(manifest: str | Path, metrics: Sequence[str], options: ScoringOptions, rank: int, ranks: int) -> None:
     """Compute one rank's share of the missing scores into scores.rank{N}.jsonl, which score_manifest takes in."""
-    entries, path = read_manifest(manifest), Path(manifest).parent / "scores.jsonl"
-    for lacking, missing in _missing(entries, path, metrics, options).items():
+    entries, path, scores = _read(manifest)
+    for lacking, missing in _missing(entries, scores, metrics, options).items():
         require_images(missing)
         _compute(missing[rank::ranks], lacking, path.with_name(f"scores.rank{rank}.jsonl"), options, quiet=rank > 0)
 
@@ -134,11 +132,22 @@ def take_in_shares(path: Path) -> None:
             share.unlink()
 
 
+def _beside(manifest: str | Path) -> Path:
+    """The score file of a manifest."""
+    return Path(manifest).parent / "scores.jsonl"
+
+
+def _read(manifest: str | Path) -> tuple[list[Entry], Path, Scores]:
+    """Entries of a manifest, its score file, and the rows there that count for the images as they are."""
+    entries, path = read_manifest(manifest), _beside(manifest)
+    return entries, path, match_scores(entries, read_scores(path))
+
+
 def _missing(
-    entries: Sequence[Entry], path: Path, metrics: Sequence[str], options: ScoringOptions
+    entries: Sequence[Entry], scores: Scores, metrics: Sequence[str], options: ScoringOptions
 ) -> dict[tuple[str, ...], list[Entry]]:
     """Entries by the metrics that they lack."""
-    scores, todo = match_scores(entries, read_scores(path)), {}
+    todo = {}
     for entry in entries:
         lacking = tuple(m for m in metrics if find_score(entry, scores, m, options.accepts(m)) is None)
         if lacking:
