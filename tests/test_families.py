@@ -15,6 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 import train
 from sdpo import families
+from sdpo.arithmetic import compile_blocks
 from sdpo.batch import collate
 from sdpo.command import InputError, parse_flags
 from sdpo.config import TrainConfig
@@ -281,3 +282,33 @@ def test_the_saved_pipeline_has_the_vae_trained_with(bases, tmp_path):
     assert same(saved.text_encoder.state_dict(), own.text_encoders[0].state_dict())
     assert same(saved.vae.state_dict(), load_family("sd15", str(base), vae=str(tmp_path / "vae")).vae.state_dict())
     assert not same(saved.vae.state_dict(), own.vae.state_dict())
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_policy_and_reference_ask_for_the_same_graphs(bases, monkeypatch, family):
+    """A compiler partitions a block by which of its inputs need gradients."""
+
+    def compile_nothing(forward, **_):
+        def call(*inputs, **options):
+            values = [*inputs, *options.values()]
+            asked.append([isinstance(value, torch.Tensor) and value.requires_grad for value in values])
+            return forward(*inputs, **options)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    model, asked, kept = load_family(family, str(bases[family, "epsilon"])), [], []
+    policy, reference = model.load_unet(), model.load_unet().requires_grad_(False)
+    noisy, timesteps, conditioning, _ = random_inputs(model)
+    for unet in (policy, reference):
+        compile_blocks(unet)
+    model.predict(policy, noisy, timesteps, conditioning)
+    trained = list(asked)
+    asked.clear()
+    for block in reference.modules():
+        if type(block).__name__ in ("BasicTransformerBlock", "ResnetBlock2D"):  # nothing is kept for a backward pass
+            block.register_forward_hook(lambda module, given, output: kept.append(output.requires_grad))
+    with torch.no_grad():
+        assert not model.predict(reference, noisy, timesteps, conditioning).requires_grad
+    assert kept and not any(kept)
+    assert asked == trained and max(map(sum, trained)) == 2  # a residual block's input and the timestep's embedding

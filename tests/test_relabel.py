@@ -7,8 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from colours import as_parquet, loser, make_rows, solid, winner
 from PIL import Image
-from test_data import as_parquet, loser, make_rows, solid, winner
 
 import train
 from sdpo import relabel as module

@@ -1,5 +1,6 @@
-"""FSDP2: two CPU ranks that share out the policy train what one process trains, and leave the same files."""
+"""Two CPU ranks: FSDP2 trains what one process trains, and leaves the same files; DDP keeps gradients once."""
 
+import json
 from functools import partial
 from pathlib import Path
 
@@ -86,3 +87,11 @@ def test_what_deepspeed_cannot_do_is_refused(arguments, monkeypatch, flags, mess
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.DEEPSPEED)
     with pytest.raises(InputError, match=message):
         train.main(arguments(*flags))
+
+
+def test_gradients_of_two_ranks_stay_in_the_buckets_that_are_sent(arguments, tmp_path):
+    """But for the first update, they take no memory beside them; accelerate would give the buckets up after each."""
+    run_on_ranks(2, Path(__file__).with_name("gradients.py"), [tmp_path, *arguments("--max_train_steps=2")])
+    for rank in range(2):
+        parameters, storages = json.loads((tmp_path / f"rank-{rank}.json").read_text())
+        assert parameters > 100 and storages < 10

@@ -12,7 +12,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import UNet2DConditionModel
 from recording import same, weights
-from test_families import random_inputs
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,7 +20,6 @@ from benchmarks.architectures import BASES
 from benchmarks.contestants import Ours, Variant
 from benchmarks.counting import like_a_gpu
 from sdpo import step
-from sdpo.arithmetic import compile_blocks
 from sdpo.batch import collate
 from sdpo.command import parse_flags
 from sdpo.config import TrainConfig
@@ -296,33 +294,3 @@ def test_the_units_that_were_chosen_are_those_computed_again(arguments, budget, 
     flags = arguments("--gradient_checkpointing=auto", f"--activation_memory={budget}")
     unet = train.set_up(parse_flags(TrainConfig, "", "", flags))[0].unet
     assert {unit.gradient_checkpointing for unit in checkpoint_units(unet).values()} == {again}
-
-
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
-def test_policy_and_reference_ask_for_the_same_graphs(bases, monkeypatch, family):
-    """A compiler partitions a block by which of its inputs need gradients."""
-
-    def compile_nothing(forward, **_):
-        def call(*inputs, **options):
-            values = [*inputs, *options.values()]
-            asked.append([isinstance(value, torch.Tensor) and value.requires_grad for value in values])
-            return forward(*inputs, **options)
-
-        return call
-
-    monkeypatch.setattr(torch, "compile", compile_nothing)
-    model, asked, kept = load_family(family, str(bases[family, "epsilon"])), [], []
-    policy, reference = model.load_unet(), model.load_unet().requires_grad_(False)
-    noisy, timesteps, conditioning, _ = random_inputs(model)
-    for unet in (policy, reference):
-        compile_blocks(unet)
-    model.predict(policy, noisy, timesteps, conditioning)
-    trained = list(asked)
-    asked.clear()
-    for block in reference.modules():
-        if type(block).__name__ in ("BasicTransformerBlock", "ResnetBlock2D"):  # nothing is kept for a backward pass
-            block.register_forward_hook(lambda module, given, output: kept.append(output.requires_grad))
-    with torch.no_grad():
-        assert not model.predict(reference, noisy, timesteps, conditioning).requires_grad
-    assert kept and not any(kept)
-    assert asked == trained and max(map(sum, trained)) == 2  # a residual block's input and the timestep's embedding

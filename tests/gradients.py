@@ -1,0 +1,22 @@
+"""In how many storages the gradients of a run are after its updates. As a script: on every rank."""
+
+import json
+import sys
+from pathlib import Path
+
+import train
+from sdpo.command import parse_flags
+from sdpo.config import TrainConfig
+from sdpo.step import update
+
+if __name__ == "__main__":
+    folder, *flags = sys.argv[1:]
+    run, dataset, _ = train.set_up(parse_flags(TrainConfig, "", "", flags))
+    batches = train.train_batches(run.config, dataset, run.plan, run.accelerator.process_index, 0)
+    for _ in range(run.plan.steps):
+        update(run, batches)
+    gradients = [parameter.grad for parameter in run.unet.parameters()]
+    storages = {gradient.untyped_storage().data_ptr() for gradient in gradients}
+    counts = [len(gradients), len(storages)]
+    Path(folder, f"rank-{run.accelerator.process_index}.json").write_text(json.dumps(counts))
+    run.accelerator.end_training()
