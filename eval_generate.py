@@ -11,7 +11,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from sdpo.command import InputError, parse_flags, run_command
+from sdpo.command import InputError, parse_flags, run_command, show
 from sdpo.console import start_console
 from sdpo.generation import EvalConfig, generate
 from sdpo.hub import PATIENCE
@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Path]:
     options.check(metrics)
     start_console(accelerator.is_main_process)
     # scorers are tried out before hours of making images
-    manifests, alike, side = generate(config, accelerator, before=lambda: options.try_out(metrics))
+    manifests, alike, size = generate(config, accelerator, before=lambda: options.try_out(metrics))
     for path in manifests.values():
         logging.info(f"manifest       {path}")
     groups = score(manifests, metrics, options, accelerator)
@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Path]:
         add_earlier(groups, alike, metrics, options)
         runs = [collect_run(group, *scored, metrics) for group, scored in groups.items()]
         if metrics:
-            logging.info(write_summary(summarise(runs), folder, side))
+            show(write_summary(summarise(runs), folder, size))
         report = write_report(folder / "report.html", runs, title=config.unet_path)
         logging.info(f"report         {report}")
     accelerator.wait_for_everyone()

@@ -6,9 +6,8 @@ Scores are read from scores.jsonl beside each manifest and computed only where t
 from __future__ import annotations
 
 import argparse
-import sys
 
-from sdpo.command import FlagErrors, parse_assignments, run_command
+from sdpo.command import FlagErrors, parse_assignments, run_command, show
 from sdpo.report import write_report
 from sdpo.scoring import METRICS, ScoringOptions, check_models, score_manifest
 from sdpo.winrates import (
@@ -71,8 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
         said.append(f"{format_matrix(matrix)}\nwritten to {path}\n")
         page = path.with_name(path.stem.replace("matrix", "report") + ".html")
     said.append(f"report: {write_report(page, runs, comparisons)}")
-    sys.stdout.reconfigure(errors="backslashreplace")  # prompts may hold what a terminal cannot show
-    print("\n".join(said), flush=True)
+    show("\n".join(said))
 
 
 if __name__ == "__main__":

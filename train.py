@@ -132,7 +132,11 @@ def announce(run: Run, notes: list[str]) -> None:
     log.info(f"memory         {sum(memory.values()) / 2**30:.3g} GiB per device before activations: {parts}")
     size = sum(memory.get(part, 0) for part in ("policy", "optimizer", "average"))
     short = checkpoints.space_caution(config.output_dir, size) if config.checkpointing_steps else None
-    for caution in (*config.obsolete(), *config.cautions(loss_name(config, run.family)), *([short] if short else [])):
+    idle, unwise = (
+        config.without_effect(optimizer_name(config, run.family)),
+        config.cautions(loss_name(config, run.family)),
+    )
+    for caution in (*idle, *unwise, *([short] if short else [])):
         log.warning(f"CAUTION: {caution}")
 
 

@@ -48,6 +48,12 @@ def run_command(main: Callable[[], Any]) -> Any:
     sys.exit(2)  # as argparse does; in a multi-rank run every rank for itself
 
 
+def show(text: str) -> None:
+    """Print results to standard output; what the terminal cannot show, which input may hold, is escaped."""
+    sys.stdout.reconfigure(errors="backslashreplace")
+    print(text, flush=True)
+
+
 class FlagErrors:
     """Mixed into an argument parser: raises InputError for flags that do not fit."""
 

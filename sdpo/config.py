@@ -334,16 +334,37 @@ class TrainConfig:
         """Whether there are held-out pairs."""
         return bool(self.validation_pairs or self.validation_split or self.validation_data_dir)
 
-    def obsolete(self) -> list[str]:
-        """A sentence for every flag that was given and has no effect."""
-        texts = {
-            "hub_model_id": "the official code never uploaded; run `hf upload REPO OUTPUT_DIR` after training",
-            "local_rank": "the launcher sets the rank",
-            "hard_skip_resume": "resuming never replays data",
+    def without_effect(self, optimizer: str) -> list[str]:
+        """A sentence for every flag that was given and has no effect; `optimizer` is the row of OPTIMIZER_BYTES."""
+        reasons = {  # flags -> (whether they have none, why)
+            "hub_model_id": (
+                True,
+                "since the official code never uploaded: run `hf upload REPO OUTPUT_DIR` after training",
+            ),
+            "local_rank": (True, "since the launcher sets the rank"),
+            "hard_skip_resume": (True, "since resuming never replays data"),
+            "winner_preserving_mu winner_preserving_per": (
+                not self.use_winner_preserving,
+                "without --use_winner_preserving",
+            ),
+            "beta_dpo": (self.method == "sft", "on sft"),
+            "dmpo_alpha": (self.method != "dmpo", f"on {self.method}"),
+            "dspo_form": (self.method != "dspo", f"on {self.method}"),
+            "official_reference_errors": (self.mixed_precision == "no", "with --mixed_precision no"),
+            "adam_beta1 adam_beta2 adam_epsilon": (optimizer == "adafactor", "on Adafactor"),
+            "lr_warmup_steps": (self.lr_scheduler == "constant", "with --lr_scheduler constant"),
+            "num_train_epochs": (self.max_train_steps > 0, "unless --max_train_steps is 0"),
+            "ema_decay": (not self.use_ema, "without --use_ema"),
+            "shared_flip": (self.no_hflip, "with --no_hflip"),
+            "latent_cache_dtype": (not self.latent_cache, "without --latent_cache"),
+            "checkpoints_total_limit": (not self.checkpointing_steps, "with --checkpointing_steps 0"),
         }
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
         return [
-            f"--{name} has no effect: {text}" for name, text in texts.items() if getattr(self, name) != defaults[name]
+            f"--{name} has no effect {why}"
+            for names, (idle, why) in reasons.items()
+            for name in names.split()
+            if idle and getattr(self, name) != defaults[name]
         ]
 
     def cautions(self, loss: str) -> list[str]:
@@ -369,16 +390,8 @@ class TrainConfig:
             "in experiments it was close to inert, and held-out winner errors still rose; try 0.6 to 0.9",
         )
         yield (
-            self.winner_preserving_mu > 0 and not self.use_winner_preserving,
-            "--winner_preserving_mu has no effect without --use_winner_preserving",
-        )
-        yield (
-            self.winner_preserving_per == "pair" and not self.use_winner_preserving,
-            "--winner_preserving_per has no effect without --use_winner_preserving",
-        )
-        yield (
             self.use_winner_preserving and self.winner_preserving_mu == 1,
-            "mu = 1 makes every positive scale 0: training on winners only",
+            "--winner_preserving_mu 1 makes the scale 0 wherever <e_w, e_l> is positive: training mostly on winners only",
         )
         yield (
             self.input_perturbation > 0 and self.holds_out,

@@ -244,12 +244,16 @@ class StableDiffusion:
         """Where the frozen encoders are."""
         return self.vae.device
 
-    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """(C, H, W) of the latents of a square image; raises InputError if the VAE cannot halve it often enough."""
-        factor = self.image_size(1)
-        if resolution % factor:
-            raise InputError(f"--resolution must be a multiple of {factor} for {self.source}, got {resolution}")
-        return self.vae.config.latent_channels, resolution // factor, resolution // factor
+    def latent_shape(self, height: int, width: int | None = None) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of an image of this size in pixels, square if only its height is given.
+
+        Raises InputError if the VAE cannot halve it often enough.
+        """
+        factor, width = self.image_size(1), width or height
+        for side in (height, width):
+            if side % factor:
+                raise InputError(f"--resolution must be a multiple of {factor} for {self.source}, got {side}")
+        return self.vae.config.latent_channels, height // factor, width // factor
 
     def image_size(self, latent_size: int) -> int:
         """Side in pixels of an image whose latents have this side."""
@@ -289,9 +293,9 @@ class StableDiffusion:
             for tokenizer in self.tokenizers
         ]
 
-    def encode_captions(self, captions: list[str], resolution: int) -> Conditioning:
-        """Conditioning of N captions for images of `resolution` pixels, as `condition` returns it."""
-        return self.condition(self.encode_texts(captions), resolution)
+    def encode_captions(self, captions: list[str], height: int, width: int | None = None) -> Conditioning:
+        """Conditioning of N captions for images of this size in pixels, as `condition` returns it."""
+        return self.condition(self.encode_texts(captions), height, width)
 
     @torch.no_grad()
     def encode_texts(self, captions: list[str]) -> Conditioning:
@@ -299,8 +303,8 @@ class StableDiffusion:
         (tokens,) = self.tokenize(captions)
         return {"encoder_hidden_states": self.text_encoders[0](tokens)[0]}
 
-    def condition(self, texts: Conditioning, resolution: int) -> Conditioning:
-        """What encode_texts gave, in any precision, in fp32."""
+    def condition(self, texts: Conditioning, height: int, width: int | None = None) -> Conditioning:
+        """What encode_texts gave, in any precision, in fp32; for images of this size in pixels."""
         return {name: value.float() for name, value in texts.items()}
 
     def timesteps(self, uniform: Tensor) -> Tensor:
@@ -365,12 +369,13 @@ class StableDiffusionXL(StableDiffusion):
             "text_embeds": outputs[-1].text_embeds,
         }
 
-    def condition(self, texts: Conditioning, resolution: int) -> Conditioning:
-        """Adds "time_ids" (N, 6): original size, crop corner, target size."""
-        conditioning = super().condition(texts, resolution)
+    def condition(self, texts: Conditioning, height: int, width: int | None = None) -> Conditioning:
+        """Adds "time_ids" (N, 6): original height and width, crop corner, target height and width."""
+        conditioning = super().condition(texts, height, width)
         pooled = conditioning["text_embeds"]
-        time_ids = pooled.new_full((len(pooled), 6), resolution)
-        time_ids[:, 2:4] = 0  # on the device: a tensor made from a list would wait for it
+        time_ids = pooled.new_full((len(pooled), 6), height)
+        time_ids[:, 1::4] = width or height  # on the device: a tensor made from a list would wait for it
+        time_ids[:, 2:4] = 0
         return conditioning | {"time_ids": time_ids}
 
     def predict(self, unet: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:

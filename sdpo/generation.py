@@ -79,8 +79,8 @@ class EvalConfig:
 
     # Sampling
     resolution: int | None = flag(None, "side of the square images in pixels; the base model's own by default")
-    height: int | None = flag(None, "same as --resolution")
-    width: int | None = flag(None, "same as --resolution")
+    height: int | None = flag(None, "height of the images in pixels, in place of --resolution")
+    width: int | None = flag(None, "width of the images in pixels, in place of --resolution")
     steps: int = flag(50, "Euler steps")
     cfg: float = flag(7.5, "guidance scale")
     guidance: Literal["official", "standard"] = flag(
@@ -136,17 +136,15 @@ class EvalConfig:
         for metric in self.metrics:
             yield metric not in (*METRICS, "none"), f"--metrics {metric}: known are {', '.join(METRICS)}, or none"
         yield "none" in self.metrics and len(self.metrics) > 1, "--metrics none goes with no other: drop one of them"
-        yield len(self.sides) > 1, "images are square: give --resolution alone, or as much as --height and --width"
+        yield (
+            not {self.height, self.width} <= {self.resolution, None} and self.resolution is not None,
+            "--resolution is the side of square images: give --height and --width without it",
+        )
         for name in ("resolution", "height", "width", "steps", "batch_size", "score_batch_size"):
             value = getattr(self, name)
             yield value is not None and value < 1, f"--{name} must be at least 1, got {value}"
         yield not 0 <= self.seed < 2**63, f"--seed must lie in [0, 2^63), got {self.seed}"
         yield not math.isfinite(self.cfg), f"--cfg must be a number, got {self.cfg}"
-
-    @property
-    def sides(self) -> set[int]:
-        """Lengths of the images' sides in pixels that were asked for; one at most."""
-        return {self.resolution, self.height, self.width} - {None}
 
     @property
     def sources(self) -> dict[str, str]:
@@ -214,18 +212,24 @@ class EvalRun:
     family: StableDiffusion
     unet: UNet2DConditionModel
     output: Path
-    resolution: int  # pixels
+    height: int  # pixels
+    width: int
     made_with: dict[str, object]  # what determines every image, prompts excepted
     batch_size: int = 1
 
+    @property
+    def size(self) -> str:
+        """Height and width of the images as the official file names have them."""
+        return f"{self.height}x{self.width}"
+
     def folder(self, group: str) -> Path:
         """The folder of a group's images; its name is the official one."""
-        config, side = self.config, self.resolution
-        return self.output / f"{group}_seed{config.seed}_{side}x{side}_{config.steps}s_{config.cfg}cfg"
+        config = self.config
+        return self.output / f"{group}_seed{config.seed}_{self.size}_{config.steps}s_{config.cfg}cfg"
 
     def image(self, group: str, index: int) -> Path:
         """The file of one image."""
-        return self.folder(group) / f"{index}_{self.resolution}x{self.resolution}.png"
+        return self.folder(group) / f"{index}_{self.size}.png"
 
     def beside(self, group: str, suffix: str) -> Path:
         """The manifest (.json) or zip file of a group, beside the folder of its images."""
@@ -237,15 +241,17 @@ class EvalRun:
         return self.config.seed + (index if self.config.noise == "per-prompt" else 0)
 
 
-def choose_resolution(config: EvalConfig, family: StableDiffusion, unet: UNet2DConditionModel) -> int:
-    """Side of the images in pixels; raises InputError unless latents of it have the official size."""
+def choose_size(config: EvalConfig, family: StableDiffusion, unet: UNet2DConditionModel) -> tuple[int, int]:
+    """Height and width of the images in pixels; raises InputError unless their latents have the official size."""
     factor, own = family.image_size(1), unet.config.sample_size
-    if not config.sides and not (isinstance(own, int) and own > 0):
+    default = own * factor if isinstance(own, int) and own > 0 else None
+    height, width = (side or config.resolution or default for side in (config.height, config.width))
+    if not (height and width):
         raise InputError(f"{config.pretrain_path} does not say how large its images are: give --resolution")
-    side = next(iter(config.sides), None) or own * factor
-    if side % (2 * factor):  # then 2 * ceil(side / (2 * factor)), the official size of latents, is side / factor
-        raise InputError(f"--resolution must be a multiple of {2 * factor}, got {side}")
-    return side
+    for side in (height, width):
+        if side % (2 * factor):  # else 2 * ceil(side / (2 * factor)), the official size of latents, is side / factor
+            raise InputError(f"--resolution, --height and --width must be multiples of {2 * factor}, got {side}")
+    return height, width
 
 
 def own_settings(part: ConfigMixin | PreTrainedModel) -> dict[str, Any]:
@@ -275,7 +281,7 @@ def own_rules(tokenizer: CLIPTokenizer) -> list[Any]:
 
 
 def describe(config: EvalConfig, family: StableDiffusion, unet: nn.Module, device: torch.device) -> dict[str, object]:
-    """Everything but prompts and resolution that determines the images; weights by their sha256."""
+    """Everything but prompts and size that determines the images; weights by their sha256."""
     scheduler = EulerDiscreteScheduler.from_config(family.scheduler.config)  # as sample makes it
     parts = [own_settings(part) for part in (scheduler, family.vae, *family.text_encoders, unet)]
     parts += [own_rules(tokenizer) for tokenizer in family.tokenizers]
@@ -305,12 +311,12 @@ def load_run(config: EvalConfig, accelerator: Accelerator) -> EvalRun:
             f"the scheduler of {config.pretrain_path} cannot be sampled with by Euler steps ({brief(error)}): "
             "correct its scheduler_config.json"
         ) from error
-    resolution = choose_resolution(config, family, unet)
-    made_with = {**describe(config, family, unet, device), "resolution": resolution}
+    height, width = choose_size(config, family, unet)
+    made_with = describe(config, family, unet, device) | {"height": height, "width": width}
     family.to(device, torch.float32)  # the VAE stays so
     for model in (unet, *family.text_encoders):
         model.to(device, dtype)
-    run = EvalRun(config, accelerator, family, unet, Path(config.output_path or folder), resolution, made_with)
+    run = EvalRun(config, accelerator, family, unet, Path(config.output_path or folder), height, width, made_with)
     run.batch_size = config.batch_size or choose_batch_size(run)
     return run
 
@@ -325,14 +331,15 @@ def sample_images(run: EvalRun, captions: list[str], seeds: list[int], steps: in
     """
     config, family = run.config, run.family
     try:
-        noise = draw_noise(family.latent_shape(run.resolution), seeds, run.accelerator.device, DTYPES[config.dtype])
+        shape = family.latent_shape(run.height, run.width)
+        noise = draw_noise(shape, seeds, run.accelerator.device, DTYPES[config.dtype])
         noise = noise.to(DTYPES[config.latents_dtype or config.dtype])
         return sample(family, run.unet, captions, noise, steps, config.cfg, config.guidance)
     except RuntimeError as error:  # of a GPU's memory or the machine's
         if "allocate" not in str(error):
             raise
         raise InputError(
-            f"{len(captions)} images of {run.resolution} pixels at a time do not fit the memory; "
+            f"{len(captions)} images of {run.size} pixels at a time do not fit the memory; "
             "what was made is kept, run again with a smaller --batch_size or --resolution, or on a larger GPU"
         ) from error
     except FloatingPointError as error:
@@ -345,7 +352,7 @@ def choose_batch_size(run: EvalRun) -> int:
     """Images that fit: on a GPU by the memory that a trial image of one step takes, on a CPU by pixels."""
     device = run.accelerator.device
     if device.type != "cuda":
-        return max(1, CPU_PIXELS // run.resolution**2)
+        return max(1, CPU_PIXELS // (run.height * run.width))
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     sample_images(run, [""], [0], steps=1)
@@ -362,7 +369,7 @@ def save_image(path: Path, image: np.ndarray, prompt: str) -> None:
     write_file(path, lambda partial: Image.fromarray(image).save(partial, format="PNG", exif=exif))
 
 
-def find_damage(path: Path, side: int) -> str:
+def find_damage(path: Path, height: int, width: int) -> str:
     """What is wrong with an existing PNG, checked by its size and checksums; empty if nothing is."""
     try:
         with Image.open(path) as image:
@@ -372,7 +379,7 @@ def find_damage(path: Path, side: int) -> str:
         return str(error).splitlines()[0] if str(error) else repr(error)
     if kind != ("PNG", "RGB"):
         return f"{kind[0]} of mode {kind[1]}"
-    return "" if size == (side, side) else f"{size[0]} x {size[1]} pixels"
+    return "" if size == (width, height) else f"{size[0]} pixels wide and {size[1]} high"
 
 
 def claim_folder(run: EvalRun, group: str, prompts: list[Prompt]) -> None:
@@ -424,7 +431,7 @@ def find_missing(run: EvalRun, group: str, count: int) -> list[int]:
     """Indices to make, the same on every rank: images that do not exist, and damaged ones, which are named."""
     rank, ranks = run.accelerator.process_index, run.accelerator.num_processes
     there = [index for index in range(rank, count, ranks) if run.image(group, index).exists()]
-    found = gather_object([(index, find_damage(run.image(group, index), run.resolution)) for index in there])
+    found = gather_object([(index, find_damage(run.image(group, index), run.height, run.width)) for index in there])
     damaged = {index: damage for index, damage in sorted(found) if damage}
     for index, damage in damaged.items():
         log.warning(f"CAUTION: {run.image(group, index)} is damaged ({damage}) and will be made again")
@@ -485,11 +492,11 @@ def pack(files: Iterable[Path], path: Path) -> None:
 
 def generate(
     config: EvalConfig, accelerator: Accelerator, before: Callable[[], None] = lambda: None
-) -> tuple[dict[str, Path], dict[str, Path], int]:
+) -> tuple[dict[str, Path], dict[str, Path], str]:
     """Make what is missing of every group's images and write the manifests; every rank calls this.
 
     Where there are images to make, the main process calls `before` first. Returns the manifest's path by group, those
-    of all groups that were made alike in the same folder, and the images' side in pixels. Raises InputError for input
+    of all groups that were made alike in the same folder, and what their size is called. Raises InputError for input
     that cannot be used; images made until then stay.
     """
     with accelerator.main_process_first():
@@ -515,4 +522,5 @@ def generate(
         if accelerator.is_main_process:
             write_results(run, group, prompts)
     accelerator.wait_for_everyone()
-    return {group: run.beside(group, ".json") for group in groups}, find_groups(run), run.resolution
+    size = str(run.height) if run.height == run.width else run.size
+    return {group: run.beside(group, ".json") for group in groups}, find_groups(run), size

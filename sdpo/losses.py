@@ -7,6 +7,7 @@ knows a model, a device or a config.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,25 @@ def scale_gradient(x: Tensor, scale: Tensor) -> Tensor:
     return _ScaleGradient.apply(x, scale.detach().to(x.dtype))
 
 
+def check_shape(name: str, x: Tensor, expected: Sequence[int], like: str) -> None:
+    """Raises ValueError unless x has the expected shape, so that nothing broadcasts unnoticed."""
+    if x.shape != torch.Size(expected):
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, but must have {tuple(expected)} like {like}")
+
+
+def check_pairs(prediction: Tensor, reference: Tensor | None, target: Tensor, reference_error: Tensor | None) -> None:
+    """Raises ValueError unless these are arguments of pair_terms for one or more pairs."""
+    if prediction.dim() < 2 or len(prediction) < 2 or len(prediction) % 2:
+        raise ValueError(f"prediction has shape {tuple(prediction.shape)}, but must hold B winners, then B losers")
+    check_shape("target", target, prediction.shape, "prediction")
+    if reference is not None:
+        check_shape("reference", reference, prediction.shape, "prediction")
+    elif reference_error is None:
+        raise ValueError("give the reference's prediction, or its errors as reference_error")
+    if reference_error is not None:
+        check_shape("reference_error", reference_error, prediction.shape[:1], "the samples of prediction")
+
+
 def sample_mean(x: Tensor) -> Tensor:
     """Mean over all but the batch dimension: (B, ...) -> (B,)."""
     return x.flatten(1).mean(1)
@@ -58,10 +78,12 @@ def winner_preserving_scale(
     residual_w, residual_l: (B, ...) prediction minus target. Returns lambda without gradient: () for the micro-batch as
     a whole (the official rule) or (B,) with per_pair, which does not depend on how the batch is split. `eps` is added
     to the inner product of the gradients g = 2 e / N (N elements share one lambda), hence eps N^2 / 4 to that of the
-    residuals. Raises ValueError for mu outside [0, 1]. Source: arXiv 2511.03317, winner-preserving condition.
+    residuals. Raises ValueError for mu outside [0, 1] and for residuals of different shapes.
+    Source: arXiv 2511.03317, winner-preserving condition.
     """
     if not 0 <= mu <= 1:
         raise ValueError(f"mu must lie in [0, 1], got {mu}")
+    check_shape("residual_l", residual_l, residual_w.shape, "residual_w")
     residual_w, residual_l = residual_w.detach().float(), residual_l.detach().float()
     rows = len(residual_w) if per_pair else 1
     flat_w, flat_l = residual_w.reshape(rows, -1), residual_l.reshape(rows, -1)  # (rows, N)
@@ -87,8 +109,12 @@ def pair_terms(
     prediction, reference, target: (2B, C, H, W), winners first; the targets of the two members need not be equal. Where
     `reference_error` (2B,) is known, the prediction of the reference is needed for the drift alone. The loser's
     gradient is scaled by the winner-preserving rule where `mu` is given, else by `constant` (1 is the plain method, 0
-    trains on winners only).
+    trains on winners only). Raises ValueError for shapes that do not fit, for scales outside [0, 1] or set twice, and
+    where nothing is known of the reference.
     """
+    check_pairs(prediction, reference, target, reference_error)
+    if not 0 <= constant <= 1 or (mu is not None and constant != 1):
+        raise ValueError(f"constant must lie in [0, 1], and be 1 where mu is given; got {constant} and mu {mu}")
     prediction, target = prediction.float(), target.detach().float()
     residual_w, residual_l = (prediction - target).chunk(2)
     error_w, error_l = sample_mean(residual_w.square()), sample_mean(residual_l.square())
@@ -112,20 +138,34 @@ def diffusion_dpo(terms: PairTerms, beta: float, alpha: float) -> Tensor:
     return -F.logsigmoid(terms.margin)
 
 
+def require_drift(terms: PairTerms) -> Tensor:
+    """drift_w; raises ValueError where the terms were formed without it."""
+    if terms.drift_w is None:
+        raise ValueError("dspo needs the reference's prediction: its errors alone do not give drift_w")
+    return terms.drift_w
+
+
+def per_sample(values: Tensor, x: Tensor) -> Tensor:
+    """values (B,) as (B, 1, ..., 1), to be multiplied with x (B, ...)."""
+    return values.view(-1, *[1] * (x.dim() - 1))
+
+
 def dspo_score(terms: PairTerms, beta: float, alpha: float) -> Tensor:
     """DSPO by score matching (Zhu et al., ICLR 2025), (B,): |e_w - beta (1 - sigmoid(u)) drift_w|^2.
 
     Nothing is detached but the reference, as in the official code.
     """
-    weight = (beta * (1 - torch.sigmoid(terms.margin))).view(-1, 1, 1, 1)
-    return sample_mean((terms.residual_w - weight * terms.drift_w).square())
+    drift = require_drift(terms)
+    weight = beta * (1 - torch.sigmoid(terms.margin))  # (B,)
+    return sample_mean((terms.residual_w - per_sample(weight, drift) * drift).square())
 
 
 def dspo_switched(terms: PairTerms, beta: float, alpha: float) -> Tensor:
     """DSPO in its second official form, (B,): (1 - sigmoid(u))^2, times drift_w^2 once its batch mean is 0.1."""
-    doubt = 1 - torch.sigmoid(terms.margin)
-    far = sample_mean(terms.drift_w.square()).mean() >= 0.1
-    return torch.where(far, sample_mean((doubt.view(-1, 1, 1, 1) * terms.drift_w).square()), doubt.square())
+    drift = require_drift(terms)
+    doubt = 1 - torch.sigmoid(terms.margin)  # (B,)
+    far = sample_mean(drift.square()).mean() >= 0.1
+    return torch.where(far, sample_mean((per_sample(doubt, drift) * drift).square()), doubt.square())
 
 
 def dmpo(terms: PairTerms, beta: float, alpha: float) -> Tensor:
@@ -137,7 +177,11 @@ def dmpo(terms: PairTerms, beta: float, alpha: float) -> Tensor:
 
 
 def sft(prediction: Tensor, target: Tensor) -> Tensor:
-    """Supervised fine-tuning on winners, (B,): the mean squared residual; no reference and no loser."""
+    """Supervised fine-tuning on winners, (B,): the mean squared residual; no reference and no loser.
+
+    Raises ValueError unless target has the shape of prediction.
+    """
+    check_shape("target", target, prediction.shape, "prediction")
     return sample_mean((prediction.float() - target.detach().float()).square())
 
 

@@ -116,16 +116,17 @@ def _is_path(text: str) -> bool:
 
 def _resolve(image: str, manifest: Path, where: str) -> Path:
     """Absolute path of the first that is a file: beside the manifest in the folder of its name, where official images
-    are; from the working directory; from the manifest's folder.
+    are; the path as seen from the manifest's folder; from the working directory, as official ones are written; from
+    the manifest's folder again, with leading folders left out.
 
-    There leading folders of the path are left out as far as needed, but not the image's own: it was written from
-    another working directory, or the folder was moved and other images may now be where they were.
+    The last is for manifests written from another working directory and for moved folders. The image's own folder is
+    never left out: other images may now be where these were.
     """
     parts, folder = Path(image).parts, manifest.parent
     kept = range(1 if ".." in parts else max(1, len(parts) - 1))
     beside = [os.path.abspath(Path(folder, *parts[n:])) for n in kept]
     own = [os.path.abspath(Path(folder, *parts[-2:]))] if parts[-2:-1] == (manifest.stem,) else []
-    path = Path(next(filter(os.path.isfile, [*own, os.path.abspath(image), *beside]), beside[0]))
+    path = Path(next(filter(os.path.isfile, [*own, beside[0], os.path.abspath(image), *beside]), beside[0]))
     roots = os.getcwd(), os.path.abspath(folder)
     if not os.path.isabs(image) and not any(path.is_relative_to(root) for root in roots):
         raise InputError(

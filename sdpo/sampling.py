@@ -26,11 +26,13 @@ def draw_noise(shape: tuple[int, ...], seeds: Iterable[int], device: torch.devic
     return torch.cat([torch.randn(1, *shape, generator=draw, device=device, dtype=dtype) for draw in draws])
 
 
-def encode_guided(family: StableDiffusion, captions: list[str], resolution: int, dtype: torch.dtype) -> Conditioning:
+def encode_guided(
+    family: StableDiffusion, captions: list[str], height: int, width: int, dtype: torch.dtype
+) -> Conditioning:
     """Conditioning of 2 N rows: N captions, then as often the empty one."""
     count = len(captions)
     rows = torch.tensor([*range(count), *[count] * count], device=family.device)
-    encoded = family.encode_captions([*captions, ""], resolution)
+    encoded = family.encode_captions([*captions, ""], height, width)
     return {name: value[rows].to(dtype) for name, value in encoded.items()}
 
 
@@ -51,8 +53,8 @@ def sample(
     """
     scheduler = EulerDiscreteScheduler.from_config(family.scheduler.config)
     scheduler.set_timesteps(steps, device=family.device)
-    resolution = family.image_size(noise.shape[-1])
-    conditioning = encode_guided(family, captions, resolution, unet.dtype)
+    height, width = (family.image_size(side) for side in noise.shape[-2:])
+    conditioning = encode_guided(family, captions, height, width, unet.dtype)
     latents = noise.to(family.device) * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
         inputs = scheduler.scale_model_input(latents, timestep).repeat(2, 1, 1, 1).to(unet.dtype)

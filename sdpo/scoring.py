@@ -129,7 +129,7 @@ def take_in_shares(path: Path) -> None:
     for share in sorted(path.parent.glob("scores.rank*.jsonl")):
         with locked(share):
             append_scores(path, read_scores(share).values())
-            share.unlink()
+            share.unlink(missing_ok=True)  # another command may have taken it in meanwhile
 
 
 def _beside(manifest: str | Path) -> Path:

@@ -10,6 +10,7 @@ import math
 import os
 import secrets
 import shutil
+import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -306,11 +307,11 @@ def win_matrix(comparisons: Sequence[Comparison]) -> dict[str, Any]:
 def write_comparison(comparison: Comparison, outdir: str | Path, now: datetime | None = None) -> Path:
     """Write {outdir}/{label_a}_vs_{label_b}_{MMDD-HHMMSS}/, whole or not at all, and return that folder.
 
-    Raises InputError if the folder exists already.
+    Raises InputError if another command is first to give its results that name.
     """
     pair = comparison.summary["pair"]
-    name = f"{pair['model_a']}_vs_{pair['model_b']}_{now or datetime.now():%m%d-%H%M%S}"
-    folder, partial = Path(outdir, name), Path(outdir, f"{name}.{secrets.token_hex(4)}.partial")
+    folder = stamped_path(Path(outdir, f"{pair['model_a']}_vs_{pair['model_b']}"), "", now)
+    partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.partial")
     try:
         for metric, detail in comparison.details.items():
             write_json(partial / f"pair_{metric.lower()}.json", detail)
@@ -323,6 +324,15 @@ def write_comparison(comparison: Comparison, outdir: str | Path, now: datetime |
     return folder
 
 
+def stamped_path(stem: Path, suffix: str, now: datetime | None) -> Path:
+    """{stem}_{MMDD-HHMMSS}{suffix}, stamped with `now`, by default with the first second from now on that is free."""
+    while True:
+        path = stem.with_name(f"{stem.name}_{now or datetime.now():%m%d-%H%M%S}{suffix}")
+        if now or not path.exists():
+            return path
+        time.sleep(0.1)
+
+
 def refuse_existing(path: Path) -> None:
     """Raises InputError where results of the same second are."""
     if path.exists():
@@ -330,8 +340,8 @@ def refuse_existing(path: Path) -> None:
 
 
 def write_matrix(matrix: dict[str, Any], outdir: str | Path, now: datetime | None = None) -> Path:
-    """Write {outdir}/matrix_{MMDD-HHMMSS}.json and return its path; raises InputError if it exists already."""
-    path = Path(outdir, f"matrix_{now or datetime.now():%m%d-%H%M%S}.json")
+    """Write {outdir}/matrix_{MMDD-HHMMSS}.json and return its path; raises InputError as write_comparison does."""
+    path = stamped_path(Path(outdir, "matrix"), ".json", now)
     refuse_existing(path)
     write_json(path, matrix)
     return path

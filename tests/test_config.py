@@ -146,7 +146,7 @@ def assert_recipe(config, name):
     assert (config.mixed_precision, config.allow_tf32) == ("bf16", True)
     assert (config.proportion_empty_prompts, config.random_crop, config.no_hflip) == (0.2, False, False)
     assert config.dataloader_num_workers == 16
-    assert config.obsolete() == []
+    assert config.without_effect(optimizer_name(config, FAMILIES[config.base["name"]])) == []
     plan = Plan.of(config, 8, PAIRS)
     assert (plan.accumulation, plan.global_batch, plan.steps) == (32, 2048, 2000)
     assert plan.learning_rate == pytest.approx(2.048e-6 if vae else 2.048e-5)
@@ -242,13 +242,48 @@ def test_draft_decoding_needs_to_know_how_far():
         parse("--draft_decoding")
 
 
+WITHOUT_EFFECT = {
+    "--hub_model_id=someone/model": "since the official code never uploaded: run `hf upload",
+    "--local_rank=0": "since the launcher sets the rank",
+    "--hard_skip_resume": "since resuming never replays data",
+    "--winner_preserving_mu=0.5": "without --use_winner_preserving",
+    "--winner_preserving_per=pair": "without --use_winner_preserving",
+    "--beta_dpo=7 --sft": "on sft",
+    "--dmpo_alpha=0.01": "on diffusion-dpo",
+    "--dspo_form=score --train_method=dmpo": "on dmpo",
+    "--official_reference_errors": "with --mixed_precision no",
+    "--adam_epsilon=1e-6 --sdxl": "on Adafactor",
+    "--adam_beta1=0.8 --use_adafactor": "on Adafactor",
+    "--lr_warmup_steps=5 --lr_scheduler=constant": "with --lr_scheduler constant",
+    "--num_train_epochs=1": "unless --max_train_steps is 0",
+    "--ema_decay=0.9": "without --use_ema",
+    "--shared_flip --no_hflip": "with --no_hflip",
+    "--latent_cache_dtype=fp32": "without --latent_cache",
+    "--checkpoints_total_limit=2 --checkpointing_steps=0": "with --checkpointing_steps 0",
+}
+
+
+@pytest.mark.parametrize("flags", WITHOUT_EFFECT)
+def test_flags_without_effect_say_so(flags):
+    config = parse("--mixed_precision=no", *flags.split())
+    (sentence,) = config.without_effect(optimizer_name(config, FAMILIES[config.base["name"]]))
+    assert sentence.startswith(f"{flags.split()[0].split('=')[0]} has no effect {WITHOUT_EFFECT[flags]}")
+
+
 @pytest.mark.parametrize(
-    "flags", (("--hub_model_id=someone/model",), ("--local_rank", "0"), ("--hard_skip_resume",)), ids=lambda f: f[0]
+    "flags",
+    (
+        "",
+        "--use_winner_preserving --winner_preserving_mu=0.5 --winner_preserving_per=pair",
+        "--train_method=dmpo --dmpo_alpha=0.01 --beta_dpo=7",
+        "--train_method=dspo --dspo_form=switched --official_reference_errors --mixed_precision=bf16",
+        "--adam_epsilon=1e-6 --adam_beta1=0.8 --adam_beta2=0.9 --lr_warmup_steps=5",
+        "--num_train_epochs=1 --max_train_steps=0 --use_ema --ema_decay=0.9 --shared_flip",
+        "--latent_cache=x --latent_cache_dtype=fp32 --checkpoints_total_limit=2",
+    ),
 )
-def test_obsolete_flags_say_so(flags):
-    (sentence,) = parse(*flags).obsolete()
-    assert sentence.startswith(f"{flags[0].split('=')[0]} has no effect: ")
-    assert parse().obsolete() == []
+def test_flags_with_an_effect_do_not_say_so(flags):
+    assert parse(*flags.split()).without_effect("adamw") == []
 
 
 def test_a_full_disk_is_one_sentence(capsys):
@@ -391,11 +426,9 @@ def cautions(flags):
         ("--train_method=dmpo --dmpo_alpha=0.1", "dmpo 0.1 2.197"),  # ln 9
         ("--train_method=dmpo", "dmpo alpha 0 13.816"),  # 1 - alpha is kept off 1 by 1e-6
         ("--train_method=dmpo --dmpo_alpha=1", "dmpo alpha 1 -13.816"),
-        ("--winner_preserving_per=pair", "--winner_preserving_per no effect"),
         ("--train_method=dspo --beta_dpo=0.001", "dspo 0.001 beta^2 inert"),
         ("--use_winner_preserving", "--winner_preserving_mu 0 inert"),
-        ("--winner_preserving_mu=0.5", "--winner_preserving_mu no effect --use_winner_preserving"),
-        (f"{GUARDED}1", "mu 1 winners only"),
+        (f"{GUARDED}1", "--winner_preserving_mu 1 scale 0 only winners"),
         ("--input_perturbation=0.1 --validation_pairs=8", "input perturbation held-out"),
         ("--use_ema --ema_decay=0.999 --max_train_steps=900", "--ema_decay 0.999 1000"),
         ("--max_train_steps=500", "--lr_warmup_steps 500 never reached"),

@@ -210,6 +210,7 @@ def test_conditioning_is_fp32_whatever_the_encoders_hold(bases):
     family = load_family("sdxl", str(bases["sdxl", "epsilon"])).to(torch.device("cpu"), torch.bfloat16)
     assert {value.dtype for value in family.encode_captions(["a red circle"], 1032).values()} == {torch.float32}
     assert family.encode_captions(["a red circle"], 1021)["time_ids"].tolist() == [[1021, 1021, 0, 0, 1021, 1021]]
+    assert family.encode_captions(["a red circle"], 1021, 8)["time_ids"].tolist() == [[1021, 8, 0, 0, 1021, 8]]
 
 
 def test_a_vae_that_overflows_in_fp16_is_kept_in_fp32(bases):

@@ -75,14 +75,14 @@ def test_official_guidance_is_the_stock_pipeline_at_one_more(bases, family):
     model = load_family(family, str(bases[family, "epsilon"]))
     pipeline = DiffusionPipeline.from_pretrained(bases[family, "epsilon"])
     pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
-    noise = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    noise = torch.randn(3, 4, 8, 12, generator=torch.Generator().manual_seed(3))
     ours = {
         rule: sample(model, model.load_unet(), PROMPTS[:3], noise, 10, 7.5, rule) for rule in ("official", "standard")
     }
     stock = {}
     for scale in (7.5, 8.5):
         options = {"negative_prompt": [""] * 3, "num_inference_steps": 10, "guidance_scale": scale, "output_type": "np"}
-        images = pipeline(PROMPTS[:3], latents=noise.clone(), height=32, width=32, **options).images
+        images = pipeline(PROMPTS[:3], latents=noise.clone(), height=32, width=48, **options).images
         stock[scale] = (images * 255).round()
     assert abs(ours["official"] - stock[8.5]).max() <= 1 and abs(ours["standard"] - stock[7.5]).max() <= 1
     assert abs(ours["official"] - stock[7.5]).max() > 1  # the two rules can be told apart
@@ -235,7 +235,7 @@ def test_only_what_is_missing_is_made(arguments, tmp_path, capsys):
 def test_files_of_another_kind_are_not_images_of_a_run(tmp_path, mode, kind):
     path = tmp_path / "0_32x32.png"
     Image.new(mode, (32, 32)).save(path, kind)
-    assert find_damage(path, 32) == f"{kind} of mode {mode}"
+    assert find_damage(path, 32, 32) == f"{kind} of mode {mode}"
 
 
 def edit_json(path, **values):
@@ -279,9 +279,15 @@ def test_a_base_whose_files_leave_out_defaults_is_the_same(arguments, bases, tmp
         eval_generate.main(arguments(f"--pretrain_path={copy}"))
 
 
-def test_height_and_width_are_the_resolution(arguments, tmp_path):
-    eval_generate.main(arguments("--height=16", "--width=16"))
-    assert (tmp_path / "run" / "few_seed0_16x16_4s_7.5cfg" / "4_16x16.png").is_file()
+def test_images_need_not_be_square(arguments, tmp_path, capsys):
+    eval_generate.main(arguments("--height=16"))  # the width is the base's own
+    folder = tmp_path / "run" / "few_seed0_16x32_4s_7.5cfg"
+    with Image.open(folder / "4_16x32.png") as image:
+        assert image.size == (32, 16)
+    assert "damaged" not in capsys.readouterr().err
+    Image.new("RGB", (16, 32)).save(folder / "4_16x32.png")
+    eval_generate.main(arguments("--height=16", "--width=32"))
+    assert "4_16x32.png is damaged (16 x 32 pixels)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("size", [None, [8, 8]])
@@ -480,8 +486,9 @@ def test_unusable_input_is_named(arguments, bases, tmp_path):
         (f"--unet_path={tmp_path / 'empty'}",): "cannot load unet of .*empty",
         (f"--unet_path={tmp_path / 'begun'}",): "training in .*begun has not ended: name one of its checkpoint-N",
         (f"--pretrain_path={tmp_path / 'empty'}",): "empty has no model_index.json, which says what kind of model it is",
-        ("--resolution=36",): "--resolution must be a multiple of 8, got 36",
-        ("--height=32", "--width=40"): "images are square: give --resolution alone",
+        ("--resolution=36",): "--resolution, --height and --width must be multiples of 8, got 36",
+        ("--width=36",): "--resolution, --height and --width must be multiples of 8, got 36",
+        ("--resolution=32", "--width=40"): "--resolution is the side of square images: give --height and --width",
         ("--metrics", "none", "Pixels"): "--metrics none goes with no other",
         ("--metrics", "Pixels", "--weights", "hpsv2.checkpoint=x.pt"): "there is no 'hpsv2.checkpoint'; choose from nothing",
         ("--metrics", "HPSv2", "--weights", "hpsv2.checkpoint=x.pt"): "there is no weights file x.pt",
@@ -532,6 +539,7 @@ def test_generated_images_are_scored_and_summed_up(tmp_path, capsys):
     assert (row["group"], row["metric"], row["n"]) == ("tiny", "Pixels", 4 * len(pictures.HELD_OUT))
     assert row["mean"] == pytest.approx(np.mean(expected))
     line = f"FinalResults Pixels for tiny : {np.mean(expected):.4f}"
+    assert line in capsys.readouterr().out.splitlines()  # alone there, for scripts that read it
     assert line in (tmp_path / "joint_test_32.log").read_text().splitlines()
     assert (tmp_path / "report.html").read_text().count('.png"') == len(entries)
     before = (tmp_path / "scores.jsonl").stat().st_mtime_ns
@@ -573,7 +581,8 @@ def test_defaults_are_the_official_settings():
     """PROTOCOL.md: 50 steps, seed 0 for every prompt, guidance cond + 7.5 (cond - uncond), bf16 throughout."""
     config = EvalConfig("base", "base")
     assert (config.steps, config.cfg, config.guidance, config.seed, config.noise) == (50, 7.5, "official", 0, "shared")
-    assert (config.dtype, config.latents_dtype, config.sides, config.score_dtype) == ("bf16", None, set(), "fp32")
+    assert (config.dtype, config.latents_dtype, config.score_dtype) == ("bf16", None, "fp32")
+    assert config.resolution is config.height is config.width is None
     assert sorted(config.score_metrics) == ["Aesthetics", "CLIP", "HPSv2", "ImageReward", "PickScore"]
 
 
@@ -604,8 +613,8 @@ def test_the_fingerprint_covers_every_weight_and_its_name(bases):
 
 
 def test_groups_of_other_weights_are_not_summed_up_with_these(tmp_path):
-    made_with = {"checkpoint": "a", "resolution": 32}
-    run = EvalRun(EvalConfig("base", "base"), None, None, None, tmp_path, 32, made_with)
+    made_with = {"checkpoint": "a", "height": 32}
+    run = EvalRun(EvalConfig("base", "base"), None, None, None, tmp_path, 32, 32, made_with)
     for group, settings in {
         "same": made_with | {"prompts": "x"}, "weights": made_with | {"checkpoint": "b"}, "size": {"checkpoint": "a"},
     }.items():  # fmt: skip

@@ -158,6 +158,59 @@ def test_mu_outside_the_unit_interval_is_refused():
             winner_preserving_scale(torch.ones(1, 4), torch.ones(1, 4), mu)
 
 
+PAIR = torch.ones(4, 2, 3, 3)  # of two pairs
+MISUSE = {
+    "three samples": (
+        (PAIR[:3], PAIR[:3], PAIR[:3]),
+        {},
+        r"prediction has shape \(3, 2, 3, 3\), but must hold B winners",
+    ),
+    "no pair": ((PAIR[:0], PAIR[:0], PAIR[:0]), {}, "must hold B winners, then B losers"),
+    "one number per sample": ((PAIR[:, 0, 0, 0],) * 3, {}, "must hold B winners, then B losers"),
+    "one target": (
+        (PAIR, PAIR, PAIR[:1]),
+        {},
+        r"target has shape \(1, 2, 3, 3\), but must have \(4, 2, 3, 3\) like pred",
+    ),
+    "one reference": ((PAIR, PAIR[:, :1], PAIR), {}, r"reference has shape \(4, 1, 3, 3\), but must have"),
+    "no reference": ((PAIR, None, PAIR), {}, "give the reference's prediction, or its errors"),
+    "errors of winners": ((PAIR, None, PAIR), {"reference_error": torch.ones(2)}, r"reference_error has shape \(2,\)"),
+    "columns": ((PAIR, None, PAIR), {"reference_error": torch.ones(4, 1)}, r"must have \(4,\) like the samples of"),
+    "two scales": ((PAIR, PAIR, PAIR), {"mu": 0.5, "constant": 0.5}, "be 1 where mu is given; got 0.5 and mu 0.5"),
+    "constant": ((PAIR, PAIR, PAIR), {"constant": 5.0}, r"constant must lie in \[0, 1\]"),
+}
+
+
+@pytest.mark.parametrize("misuse", MISUSE)
+def test_arguments_that_would_broadcast_or_mean_nothing_are_refused(misuse):
+    (prediction, reference, target), options, message = MISUSE[misuse]
+    with pytest.raises(ValueError, match=message):
+        pair_terms(prediction, reference, target, 10.0, **options)
+
+
+def test_other_shapes_are_refused_by_every_public_function():
+    with pytest.raises(ValueError, match="residual_l has shape"):
+        winner_preserving_scale(PAIR, PAIR[:1], 0.5)
+    with pytest.raises(ValueError, match="target has shape"):
+        sft(PAIR, PAIR[:1])
+    terms = pair_terms(PAIR, None, PAIR, 10.0, reference_error=torch.ones(4))
+    for method in ("dspo-score", "dspo-switched"):
+        with pytest.raises(ValueError, match="dspo needs the reference's prediction"):
+            PAIR_LOSSES[method](terms, 10.0, 0.0)
+
+
+@pytest.mark.parametrize("method", PAIR_LOSSES)
+def test_losses_do_not_depend_on_how_a_sample_is_laid_out(method):
+    generator = torch.Generator().manual_seed(4)
+    inputs = [torch.randn(4, 2, 3, 3, generator=generator) for _ in range(3)]
+    losses = [
+        PAIR_LOSSES[method](pair_terms(*(x.view(shape) for x in inputs), 2.0, mu=0.5), 2.0, 0.01)
+        for shape in ((4, 2, 3, 3), (4, 18), (4, 2, 9), (4, 2, 3, 3, 1))
+    ]
+    for loss in losses[1:]:
+        torch.testing.assert_close(loss, losses[0])
+
+
 def test_scale_per_pair_does_not_depend_on_the_split():
     prediction, _, target = pairs(0, size=6)
     residual_w, residual_l = (prediction - target).chunk(2)

@@ -375,6 +375,8 @@ def test_comparison_folder_is_whole_and_never_overwritten(tmp_path):
     path = write_matrix(matrix, tmp_path, NOON)
     with pytest.raises(InputError, match=f"{path} exists already"):
         write_matrix(matrix, tmp_path, NOON)
+    again = [write(result, tmp_path) for write, result in ((write_comparison, comparison), (write_matrix, matrix)) * 2]
+    assert len({*again, folder, path}) == 6  # within two seconds, of which each has a name of its own
 
 
 def test_two_commands_of_one_second_do_not_mix(tmp_path, monkeypatch):
@@ -403,13 +405,13 @@ def image_manifest(folder, images):
     return folder / "m.json"
 
 
-def test_images_are_found_from_the_working_directory_first(tmp_path, monkeypatch):
+def test_images_are_found_in_the_manifests_folder_and_from_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "run"
     manifest = image_manifest(run, ["0.png", "run/1.png", "2.png", str(run / "3.png"), ["", None, "4.png", "5.png"]])
-    for place in ("0.png", "run/0.png", "run/1.png", "run/2.png", "run/3.png", "run/4.png"):
+    for place in ("0.png", "run/0.png", "2.png", "run/1.png", "run/2.png", "run/3.png", "run/4.png"):
         (tmp_path / place).touch()
-    places = ["0.png", "run/1.png", "run/2.png", "run/3.png", "run/4.png"]
+    places = ["run/0.png", "run/1.png", "run/2.png", "run/3.png", "run/4.png"]
     for spelling in (manifest, "run/m.json", "../" + tmp_path.name + "/run/m.json"):
         entries = read_manifest(spelling)
         require_images(entries)
