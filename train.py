@@ -120,7 +120,7 @@ def build_dataset(run: Run, pairs: Pairs | CachedPairs, stream: str) -> PairData
 
 
 def announce(run: Run, notes: list[str]) -> None:
-    """Say what is about to happen, what it needs, and what is known to be unwise about it."""
+    """Say what is about to happen and what memory it needs."""
     config = run.config
     parameters, memory = sum(p.numel() for p in run.unet.parameters()), planned_memory(run)
     for line in (*notes, *run.plan.lines(config)):
@@ -130,14 +130,18 @@ def announce(run: Run, notes: list[str]) -> None:
     log.info(f"parameters     {parameters:,}")
     parts = ", ".join(f"{name} {size / 2**30:.3g}" for name, size in memory.items())
     log.info(f"memory         {sum(memory.values()) / 2**30:.3g} GiB per device before activations: {parts}")
-    size = sum(memory.get(part, 0) for part in ("policy", "optimizer", "average"))
-    short = checkpoints.space_caution(config.output_dir, size) if config.checkpointing_steps else None
-    idle, unwise = (
-        config.without_effect(optimizer_name(config, run.family)),
-        config.cautions(loss_name(config, run.family)),
-    )
-    for caution in (*idle, *unwise, *([short] if short else [])):
-        log.warning(f"CAUTION: {caution}")
+
+
+def caution(run: Run) -> None:
+    """Warn of flags without effect, of what is known to be unwise, and of too little room for a checkpoint."""
+    config, memory = run.config, planned_memory(run)
+    cautions = config.without_effect(optimizer_name(config, run.family))
+    cautions += config.cautions(loss_name(config, run.family))
+    if config.checkpointing_steps:
+        size = sum(memory.get(part, 0) for part in ("policy", "optimizer", "average"))
+        cautions += checkpoints.space_cautions(config.output_dir, size)
+    for text in cautions:
+        log.warning(f"CAUTION: {text}")
 
 
 def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
@@ -159,6 +163,7 @@ def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
     run.data, run.base, run.prompts = data, broadcast_object_list([base])[0], prompts
     dataset = build_dataset(run, pairs, "train")
     announce(run, notes)
+    caution(run)
     run.prepare()
 
     checkpoints.register_hooks(accelerator, run.unet)

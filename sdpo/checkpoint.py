@@ -289,15 +289,15 @@ def set_later_aside(run: Run) -> None:
             log.warning(f"CAUTION: {path} was written after the one resumed from, and is now {aside.name}")
 
 
-def space_caution(folder: str | Path, size: int) -> str | None:
-    """A warning if a folder has less free space than a checkpoint of so many bytes takes."""
+def space_cautions(folder: str | Path, size: int) -> list[str]:
+    """A warning, if a folder has less free space than a checkpoint of so many bytes takes."""
     free = shutil.disk_usage(folder).free
     if free >= size:
-        return None
-    return (
+        return []
+    return [
         f"{folder} has {free / 2**30:.3g} GiB free and a checkpoint takes about {size / 2**30:.3g} GiB: "
         "free space there or choose another --output_dir"
-    )
+    ]
 
 
 def read_state(checkpoint: Path) -> dict:

@@ -391,7 +391,7 @@ class TrainConfig:
         )
         yield (
             self.use_winner_preserving and self.winner_preserving_mu == 1,
-            "--winner_preserving_mu 1 makes the scale 0 wherever <e_w, e_l> is positive: training mostly on winners only",
+            "--winner_preserving_mu 1 makes the scale 0 wherever <e_w, e_l> > 0: training is on winners only, mostly",
         )
         yield (
             self.input_perturbation > 0 and self.holds_out,

@@ -374,7 +374,7 @@ class StableDiffusionXL(StableDiffusion):
         conditioning = super().condition(texts, height, width)
         pooled = conditioning["text_embeds"]
         time_ids = pooled.new_full((len(pooled), 6), height)
-        time_ids[:, 1::4] = width or height  # on the device: a tensor made from a list would wait for it
+        time_ids[:, 1] = time_ids[:, 5] = width or height  # on the device: a tensor made from a list would wait for it
         time_ids[:, 2:4] = 0
         return conditioning | {"time_ids": time_ids}
 

@@ -379,7 +379,7 @@ def find_damage(path: Path, height: int, width: int) -> str:
         return str(error).splitlines()[0] if str(error) else repr(error)
     if kind != ("PNG", "RGB"):
         return f"{kind[0]} of mode {kind[1]}"
-    return "" if size == (width, height) else f"{size[0]} pixels wide and {size[1]} high"
+    return "" if size == (width, height) else f"{size[0]} x {size[1]} pixels"
 
 
 def claim_folder(run: EvalRun, group: str, prompts: list[Prompt]) -> None:

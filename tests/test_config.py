@@ -428,7 +428,7 @@ def cautions(flags):
         ("--train_method=dmpo --dmpo_alpha=1", "dmpo alpha 1 -13.816"),
         ("--train_method=dspo --beta_dpo=0.001", "dspo 0.001 beta^2 inert"),
         ("--use_winner_preserving", "--winner_preserving_mu 0 inert"),
-        (f"{GUARDED}1", "--winner_preserving_mu 1 scale 0 only winners"),
+        (f"{GUARDED}1", "--winner_preserving_mu 1 scale 0 winners only"),
         ("--input_perturbation=0.1 --validation_pairs=8", "input perturbation held-out"),
         ("--use_ema --ema_decay=0.999 --max_train_steps=900", "--ema_decay 0.999 1000"),
         ("--max_train_steps=500", "--lr_warmup_steps 500 never reached"),
