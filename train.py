@@ -243,7 +243,8 @@ def train(run: Run, dataset: PairDataset, held_out: HeldOutPairs | None) -> int:
             seconds += time.monotonic() - began
             progress.update()
 
-            last, stop = run.step == plan.steps, request.agreed()
+            last = run.step == plan.steps
+            stop = 0 if last else request.agreed()
             if run.step % config.logging_steps == 0 or last:
                 speed = (run.step - logged) * plan.global_batch / seconds
                 logged, seconds = run.step, 0.0
@@ -255,9 +256,9 @@ def train(run: Run, dataset: PairDataset, held_out: HeldOutPairs | None) -> int:
             due = config.checkpointing_steps and run.step % config.checkpointing_steps == 0
             if run.references and (due or stop or last):
                 run.references.write()
-            if due or (stop and not last):
+            if due or stop:
                 checkpoints.save_checkpoint(run)
-            if stop and not last:
+            if stop:
                 return stop
         progress.close()
         skipped.sum_up()

@@ -154,7 +154,7 @@ def make_batch(family: StableDiffusion, config: TrainConfig) -> Batch:
         noise=noise,
         input_noise=None,
         reference_error=None,
-        posterior=normal(0, "benchmark-posterior", (0,), (2 * pairs, *shape)),
+        posterior_noise=normal(0, "benchmark-posterior", (0,), (2 * pairs, *shape)),
         uniform=torch.from_numpy(draw(0, "benchmark-timestep").random(pairs, dtype=np.float32)),
         unreadable=[],
     )

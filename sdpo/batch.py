@@ -21,7 +21,7 @@ class Batch:
     captions: list[str]  # B
     noise: Tensor  # (B, C, h, w), shared by the pair
     input_noise: Tensor | None  # (B, C, h, w), what noises the model's input in place of noise, if that is perturbed
-    posterior: Tensor  # (2B, C, h, w), for sampling the latents
+    posterior_noise: Tensor  # (2B, C, h, w), for sampling the latents
     reference_error: Tensor | None  # (2B,) of the reference, where an earlier run has computed it
     uniform: Tensor  # (B,) in [0, 1), for drawing the timestep that the pair shares
     unreadable: list[str]  # why images could not be read, for which others were drawn
@@ -45,7 +45,7 @@ class Batch:
 
 def collate(samples: list[dict]) -> Batch:
     """Stack samples, winners first; they have pixels, or moments and texts."""
-    names = ("pixels", "moments", "posterior", "reference_error")
+    names = ("pixels", "moments", "posterior_noise", "reference_error")
     by_member = {name: stack(samples, name, 1).flatten(0, 1) if name in samples[0] else None for name in names}
     texts = [s["texts"] for s in samples if "texts" in s]
     return Batch(

@@ -60,7 +60,7 @@ def make_keys(config: TrainConfig, family: StableDiffusion, tables: dict[str, Pa
             **precision,
             "resolution": config.resolution or family.resolution,
             "crop": "centre",
-            "JPEGs decoded": "reduced" if pairs.least else "whole",
+            "JPEGs decoded": "reduced" if pairs.min_side else "whole",
             "flips": flips or read_key(Path(config.latent_cache, name)).get("flips", False),  # unused flips do no harm
             **pairs.describe(),
         }
@@ -124,7 +124,7 @@ class ImageRows(Dataset):
         values, unreadable, images = self.pairs.table[row], {}, []
         for number, name in enumerate(self.pairs.columns):
             try:
-                images.append(decode(values[name], self.pairs.least))
+                images.append(decode(values[name], self.pairs.min_side))
             except Exception as error:  # every decoder has errors of its own
                 unreadable[f"{row} {number}"] = re.sub(r" at 0x\w+", "", str(error))  # the same in every run
                 images.append(Image.new("RGB", (1, 1)))
@@ -156,8 +156,9 @@ class Work:
 
     def share(self, row_bytes: int, accelerator: Accelerator) -> list[list[int | str]]:
         """Names in each file that this rank writes; ranks take files by turns, in the last round some get none."""
-        files, ranks = cut(self.names, max(1, SHARD_BYTES // row_bytes)), accelerator.num_processes
-        return [(turn + [[]] * ranks)[accelerator.process_index] for turn in cut(files, ranks)]
+        files = cut(self.names, max(1, SHARD_BYTES // row_bytes))
+        rank, ranks = accelerator.process_index, accelerator.num_processes
+        return [turn[rank] if rank < len(turn) else [] for turn in cut(files, ranks)]
 
 
 def cut(items: list, size: int) -> list[list]:

@@ -431,7 +431,10 @@ class Plan:
 
     @classmethod
     def of(cls, config: TrainConfig, processes: int, pairs: int) -> Plan:
-        """Raises InputError for a global batch that cannot be split over the devices, or an impossible schedule."""
+        """Micro-steps, pairs per update, updates and learning rate for so many processes and pairs.
+
+        Raises InputError for a global batch that cannot be split over the devices, or an impossible schedule.
+        """
         per_micro_step = config.train_batch_size * processes
         accumulation = config.gradient_accumulation_steps
         if config.global_batch_size is not None:

@@ -104,7 +104,7 @@ class PairDataset(Dataset):
             "caption": caption,
             "noise": noise,
             "input_noise": input_noise,
-            "posterior": self._normal("posterior", place, (self.members, *self.latent_shape)),
+            "posterior_noise": self._normal("posterior", place, (self.members, *self.latent_shape)),
             "uniform": self._draw("timestep", place).random(),
             "unreadable": unreadable,
         }

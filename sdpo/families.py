@@ -104,16 +104,22 @@ class StableDiffusion:
         if kind not in ("epsilon", "v_prediction"):
             raise InputError(f"{self.source}: prediction_type {kind!r} is not supported; epsilon and v_prediction are")
         self.tokenizers, self.text_encoders = [], []
-        for name, cls in self.text_parts.items() if encoders else ():
-            part = self.load(cls, name)
-            (self.tokenizers if isinstance(part, CLIPTokenizer) else self.text_encoders).append(part)
         if encoders:
-            self._check_tokenizers()
+            self._load_text_parts()
         self.vae = self._load_vae(AutoencoderKL if encoders else WeightlessVAE)
         if self.vae.config.shift_factor or self.vae.config.latents_mean or self.vae.config.latents_std:
             raise InputError(f"VAE {vae or source} shifts its latents, which is not supported: name another one")
         for model in (self.vae, *self.text_encoders):
             model.requires_grad_(False).eval()
+
+    def _load_text_parts(self) -> None:
+        for name, cls in self.text_parts.items():
+            part = self.load(cls, name)
+            if isinstance(part, CLIPTokenizer):
+                self.tokenizers.append(part)
+            else:
+                self.text_encoders.append(part)
+        self._check_tokenizers()
 
     def load(self, cls: type, name: str):
         """One part of the base model, by its subfolder; raises InputError if it cannot be read."""

@@ -44,10 +44,13 @@ def parse_json(text: str | bytes, where: str | Path, fix: str) -> Any:
 
 def is_text(value: Any) -> bool:
     """Whether a value is a text of characters; JSON may hold halves of surrogate pairs, which are none."""
+    if not isinstance(value, str):
+        return False
     try:
-        return isinstance(value, str) and value.encode() is not None
+        value.encode()
     except UnicodeEncodeError:
         return False
+    return True
 
 
 def sha256(path: str | Path) -> str:

@@ -280,7 +280,9 @@ def own_rules(tokenizer: CLIPTokenizer) -> list[Any]:
     ]
 
 
-def describe(config: EvalConfig, family: StableDiffusion, unet: nn.Module, device: torch.device) -> dict[str, object]:
+def describe_images(
+    config: EvalConfig, family: StableDiffusion, unet: nn.Module, device: torch.device
+) -> dict[str, object]:
     """Everything but prompts and size that determines the images; weights by their sha256."""
     scheduler = EulerDiscreteScheduler.from_config(family.scheduler.config)  # as sample makes it
     parts = [own_settings(part) for part in (scheduler, family.vae, *family.text_encoders, unet)]
@@ -312,7 +314,7 @@ def load_run(config: EvalConfig, accelerator: Accelerator) -> EvalRun:
             "correct its scheduler_config.json"
         ) from error
     height, width = choose_size(config, family, unet)
-    made_with = describe(config, family, unet, device) | {"height": height, "width": width}
+    made_with = describe_images(config, family, unet, device) | {"height": height, "width": width}
     family.to(device, torch.float32)  # the VAE stays so
     for model in (unet, *family.text_encoders):
         model.to(device, dtype)

@@ -45,7 +45,7 @@ class HeldOutPairs:
                     unreadable[index] = 1
             inputs = make_inputs(family, collate(samples).to(accelerator.device))
             self.shares.append((places, inputs.to("cpu"), self._errors(reference, inputs)))
-        self.read = accelerator.gather(unreadable[None]).sum(0).cpu() == 0  # (pairs,)
+        self.readable = accelerator.gather(unreadable[None]).sum(0).cpu() == 0  # (pairs,)
 
     @torch.no_grad()
     @torch.compiler.set_stance("force_eager")  # for a last batch of another shape, and alike for averaged weights
@@ -67,7 +67,7 @@ class HeldOutPairs:
             values[places] = torch.stack(change.chunk(2), 1)
         ranks = self.accelerator.gather(values[None])  # (processes, pairs, 2), nan where a rank has no share
         change = ranks.nanmedian(0).values.cpu().double()  # a pair that several ranks measured has one value
-        change = change[self.read]
+        change = change[self.readable]
         margin = -beta / 2 * (change[:, 0] - change[:, 1])
         accuracy = (margin > 0).double() + (margin == 0).double() / 2
         figures = {

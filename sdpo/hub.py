@@ -51,7 +51,10 @@ def fetch(repository: str, name: str, **options: str | None) -> Path:
 def load_part(cls, source: str, subfolder: str | None = None, **options):
     """`cls.from_pretrained`; raises InputError where it fails, and for models that lack tensors or are not finite."""
     part, is_model = f"{subfolder or cls.__name__} of {source!r}", issubclass(cls, nn.Module)
-    options |= ({"subfolder": subfolder} if subfolder else {}) | ({"output_loading_info": True} if is_model else {})
+    if subfolder:
+        options["subfolder"] = subfolder
+    if is_model:
+        options["output_loading_info"] = True
     try:
         loaded = cls.from_pretrained(source, **options)
     except Exception as error:  # files, JSON, weights and connections each have errors of their own

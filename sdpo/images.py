@@ -18,10 +18,10 @@ def encoded(value: Any) -> Any:
     return value["bytes"] if value.get("bytes") is not None else value["path"]
 
 
-def decode(value: bytes | str | dict | Image.Image, least: int = 0) -> Image.Image:
+def decode(value: bytes | str | dict | Image.Image, min_side: int = 0) -> Image.Image:
     """An RGB image from encoded bytes, a path, a datasets image record or a PIL image.
 
-    With `least`, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that leaves both sides at `least` pixels or more.
+    With `min_side`, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if both sides are then at least so many pixels.
     """
     value = encoded(value)
     if isinstance(value, Image.Image):
@@ -29,8 +29,8 @@ def decode(value: bytes | str | dict | Image.Image, least: int = 0) -> Image.Ima
     if not isinstance(value, bytes | str):
         raise TypeError(f"{value!r:.40} is no image")
     with Image.open(io.BytesIO(value) if isinstance(value, bytes) else value) as image:
-        if least:
-            image.draft(None, (least, least))  # other formats ignore it
+        if min_side:
+            image.draft(None, (min_side, min_side))  # other formats ignore it
         return to_rgb(image)
 
 

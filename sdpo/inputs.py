@@ -33,12 +33,12 @@ def normalise(pixels: Tensor) -> Tensor:
 
 def make_inputs(family: StableDiffusion, batch: Batch) -> Inputs:
     """Encode a batch on the family's device; both members of a pair get the same noise, timestep and caption."""
-    members = len(batch.posterior) // len(batch.captions)
+    members = len(batch.posterior_noise) // len(batch.captions)
     if batch.moments is None:
-        latents = family.encode_images(normalise(batch.pixels), batch.posterior)
+        latents = family.encode_images(normalise(batch.pixels), batch.posterior_noise)
         conditioning = family.encode_captions(batch.captions, batch.pixels.shape[-1])
     else:
-        latents = family.sample_posterior(batch.moments, batch.posterior)
+        latents = family.sample_posterior(batch.moments, batch.posterior_noise)
         conditioning = family.condition(batch.texts, family.image_size(latents.shape[-1]))
     timesteps = family.timesteps(batch.uniform).repeat(members)
     noise, perturbed = (None if x is None else x.repeat(members, 1, 1, 1) for x in (batch.noise, batch.input_noise))

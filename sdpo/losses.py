@@ -28,6 +28,7 @@ class PairTerms:
     reference_error_l: Tensor  # (B,)  r_l
     loser_scale: Tensor  # () or (B,)  lambda
     margin: Tensor  # (B,)  u, the implicit reward margin
+    beta: float  # of the margin
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -129,11 +130,20 @@ def pair_terms(
     error_l = scale_gradient(error_l, scale)
     margin = -beta / 2 * ((error_w - error_l) - (reference_error_w - reference_error_l))
     return PairTerms(
-        residual_w, residual_l, drift_w, error_w, error_l, reference_error_w, reference_error_l, scale, margin
+        residual_w=residual_w,
+        residual_l=residual_l,
+        drift_w=drift_w,
+        error_w=error_w,
+        error_l=error_l,
+        reference_error_w=reference_error_w,
+        reference_error_l=reference_error_l,
+        loser_scale=scale,
+        margin=margin,
+        beta=beta,
     )
 
 
-def diffusion_dpo(terms: PairTerms, beta: float, alpha: float) -> Tensor:
+def diffusion_dpo(terms: PairTerms) -> Tensor:
     """Diffusion-DPO, (B,): -log sigmoid(u) (arXiv 2311.12908)."""
     return -F.logsigmoid(terms.margin)
 
@@ -150,26 +160,26 @@ def per_sample(values: Tensor, x: Tensor) -> Tensor:
     return values.view(-1, *[1] * (x.dim() - 1))
 
 
-def dspo_score(terms: PairTerms, beta: float, alpha: float) -> Tensor:
+def dspo_score(terms: PairTerms) -> Tensor:
     """DSPO by score matching (Zhu et al., ICLR 2025), (B,): |e_w - beta (1 - sigmoid(u)) drift_w|^2.
 
     Nothing is detached but the reference, as in the official code.
     """
     drift = require_drift(terms)
-    weight = beta * (1 - torch.sigmoid(terms.margin))  # (B,)
+    weight = terms.beta * (1 - torch.sigmoid(terms.margin))  # (B,)
     return sample_mean((terms.residual_w - per_sample(weight, drift) * drift).square())
 
 
-def dspo_switched(terms: PairTerms, beta: float, alpha: float) -> Tensor:
-    """DSPO in its second official form, (B,): (1 - sigmoid(u))^2, times drift_w^2 once its batch mean is 0.1."""
+def dspo_switched(terms: PairTerms) -> Tensor:
+    """DSPO in its second official form, (B,): (1 - sigmoid(u))^2, times drift_w^2 where its micro-batch mean >= 0.1."""
     drift = require_drift(terms)
     doubt = 1 - torch.sigmoid(terms.margin)  # (B,)
     far = sample_mean(drift.square()).mean() >= 0.1
     return torch.where(far, sample_mean((per_sample(doubt, drift) * drift).square()), doubt.square())
 
 
-def dmpo(terms: PairTerms, beta: float, alpha: float) -> Tensor:
-    """DMPO (arXiv 2507.07510), (B,): KL(Bernoulli(sigmoid(u)) || Bernoulli(q)), q = 1 - alpha off 0 and 1 by 1e-6."""
+def dmpo(terms: PairTerms, alpha: float) -> Tensor:
+    """DMPO (arXiv 2507.07510), (B,): KL(Bernoulli(sigmoid(u)) || Bernoulli(q)), q = 1 - alpha in [1e-6, 1 - 1e-6]."""
     u = terms.margin
     p, log_p, log_not_p = torch.sigmoid(u), -F.softplus(-u), -F.softplus(u)
     q = u.new_tensor(1 - alpha).clamp(1e-6, 1 - 1e-6)
@@ -185,5 +195,5 @@ def sft(prediction: Tensor, target: Tensor) -> Tensor:
     return sample_mean((prediction.float() - target.detach().float()).square())
 
 
-# Each takes (terms, beta, alpha), whether it needs them or not
+# Each takes the terms of B pairs and returns (B,); dmpo takes its alpha too
 PAIR_LOSSES = {"diffusion-dpo": diffusion_dpo, "dspo-score": dspo_score, "dspo-switched": dspo_switched, "dmpo": dmpo}

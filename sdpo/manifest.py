@@ -109,9 +109,10 @@ def _parse_entry(row: Any, manifest: Path, where: str) -> Entry:
 
 def _is_path(text: str) -> bool:
     try:
-        return os.fsencode(text) is not None
+        os.fsencode(text)
     except UnicodeEncodeError:
         return False
+    return True
 
 
 def _resolve(image: str, manifest: Path, where: str) -> Path:

@@ -78,7 +78,7 @@ def choose_units(
     Those that keep most come first, and no more than keep the sum within `budget` bytes; all, if that is not enough.
     """
     with FakeTensorMode():
-        counter = KeptBytes(family, unet, inputs, dtype)
+        counter = ActivationCounter(family, unet, inputs, dtype)
         by_unit = counter.by_unit()
         order = sorted(by_unit, key=lambda name: -by_unit[name])
         low, high = 0, len(order)
@@ -88,7 +88,7 @@ def choose_units(
         return set(order[:low]), counter.total(set(order[:low]))
 
 
-class KeptBytes:
+class ActivationCounter:
     """Counts what a forward pass keeps for the backward pass, without weights, on a copy without data.
 
     The copy is on the device of `inputs`: autocast keeps other operations in fp32 on a GPU than on a CPU.

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def pair_metrics(terms: PairTerms, beta: float) -> dict[str, Tensor]:
+def pair_metrics(terms: PairTerms) -> dict[str, Tensor]:
     """Scalars of one micro-batch, left on the device: official names where there are some, TRL's for rewards."""
     drop_w, drop_l = terms.reference_error_w - terms.error_w, terms.reference_error_l - terms.error_l  # (B,)
     scale = terms.loser_scale
@@ -36,8 +36,8 @@ def pair_metrics(terms: PairTerms, beta: float) -> dict[str, Tensor]:
         "lambda/min": scale.min(),
         "lambda/share_below_1": (scale < 1).float().mean(),
         "residual_cosine": F.cosine_similarity(terms.residual_w.flatten(1), terms.residual_l.flatten(1)).mean(),
-        "rewards/chosen": beta / 2 * drop_w.mean(),
-        "rewards/rejected": beta / 2 * drop_l.mean(),
+        "rewards/chosen": terms.beta / 2 * drop_w.mean(),
+        "rewards/rejected": terms.beta / 2 * drop_l.mean(),
         "rewards/accuracies": accuracy,
         "rewards/margins": terms.margin.mean(),
     }

@@ -234,7 +234,7 @@ class Pairs:
     columns: tuple[str, ...]  # image columns: (jpg_0, jpg_1), or one column of single images for sft
     caption_column: str
     source: str
-    least: int = 0  # side that JPEGs may be reduced to while they are decoded, pixels; 0: decode them whole
+    min_side: int = 0  # side that JPEGs may be reduced to while they are decoded, pixels; 0: decode them whole
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -247,7 +247,7 @@ class Pairs:
         """The first `members` of (winner, loser) as RGB images, and the captions; raises if an image is broken."""
         row = self.table[int(self.rows[index])]
         columns = self.columns if self.first_won[index] else self.columns[::-1]
-        return [decode(row[name], self.least) for name in columns[:members]], as_list(row[self.caption_column])
+        return [decode(row[name], self.min_side) for name in columns[:members]], as_list(row[self.caption_column])
 
     def fingerprint(self) -> str:
         """SHA-256 over captions, rows and winners; images are not looked at."""
@@ -305,29 +305,12 @@ def load_pairs(config: TrainConfig, split: str, folder: str | None = None) -> tu
     """The usable pairs of a split and what was dropped; raises InputError naming columns or rows that do not fit."""
     table = read_table(config, split, folder)
     source = f"{folder or config.dataset_name or config.train_data_dir} ({split})"
-    single = (
-        config.method == "sft" and IMAGES[0] not in table.column_names and config.image_column in table.column_names
-    )
-    if single and config.holds_out:
-        raise InputError(
-            f"{source} has single images; held-out errors need pairs: "
-            "drop --validation_pairs, --validation_split and --validation_data_dir"
-        )
+    columns = choose_columns(config, table, source)
     labels_path = config.labels_path if split == config.split and not folder else None
-    if single and labels_path:
-        raise InputError(f"{source} has single images, which need no labels: drop --choice_model and --labels_file")
-    columns = (config.image_column,) if single else IMAGES
-    needed = [config.caption_column, *columns]
-    needed += [] if single or labels_path else ["label_0"]
-    needed += ["model_0", "model_1"] if config.dreamlike_pairs_only else []
-    check_columns(table, needed, config.caption_column, columns, source)
     notes = [f"{source}: {len(table):,} rows" + (f", labels of {labels_path}" if labels_path else "")]
-    if labels_path:
-        labels = read_label_file(labels_path, column(table, config.caption_column), source)
-    else:
-        labels = np.ones(len(table)) if single else read_labels(column(table, "label_0"), source)
+    labels = load_labels(config, table, columns, labels_path, source)
     keep = labels != 0.5
-    if not single:
+    if columns == IMAGES:
         notes.append(f"dropped {len(keep) - keep.sum():,} ties")
     if config.dreamlike_pairs_only:
         dreamlike = np.logical_and(*(name_dreamlike(table, name, source) for name in ("model_0", "model_1")))
@@ -335,9 +318,47 @@ def load_pairs(config: TrainConfig, split: str, folder: str | None = None) -> tu
         keep &= dreamlike
     if not keep.any():
         raise InputError(f"{source}: no pair is left after the filters ({'; '.join(notes)})")
-    least = config.resolution if config.draft_decoding else 0
+    min_side = config.resolution if config.draft_decoding else 0
     rows, first_won = np.flatnonzero(keep), labels[keep] == 1
-    return Pairs(table, rows, first_won, columns, config.caption_column, source, least), notes
+    return Pairs(table, rows, first_won, columns, config.caption_column, source, min_side), notes
+
+
+def choose_columns(config: TrainConfig, table: datasets.Dataset, source: str) -> tuple[str, ...]:
+    """Image columns to train on: jpg_0 and jpg_1 or, for sft, that of single images where the data have no pairs.
+
+    Raises InputError for settings that do not go with single images.
+    """
+    names = table.column_names
+    if config.method != "sft" or IMAGES[0] in names or config.image_column not in names:
+        return IMAGES
+    if config.holds_out:
+        raise InputError(
+            f"{source} has single images; held-out errors need pairs: "
+            "drop --validation_pairs, --validation_split and --validation_data_dir"
+        )
+    if config.labels_path:
+        raise InputError(f"{source} has single images, which need no labels: drop --choice_model and --labels_file")
+    return (config.image_column,)
+
+
+def load_labels(
+    config: TrainConfig, table: datasets.Dataset, columns: tuple[str, ...], path: Path | None, source: str
+) -> np.ndarray:
+    """(rows,) 1 where the first image won, 0 where the second did, 0.5 for a tie; from a label file if there is one.
+
+    All columns that training needs are checked before. Raises InputError naming columns or rows that do not fit.
+    """
+    needed = [config.caption_column, *columns]
+    if columns == IMAGES and not path:
+        needed.append("label_0")
+    if config.dreamlike_pairs_only:
+        needed += ["model_0", "model_1"]
+    check_columns(table, needed, config.caption_column, columns, source)
+    if columns != IMAGES:
+        return np.ones(len(table))
+    if path:
+        return read_label_file(path, column(table, config.caption_column), source)
+    return read_labels(column(table, "label_0"), source)
 
 
 def check_columns(

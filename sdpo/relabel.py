@@ -108,7 +108,7 @@ def relabel(config: RelabelConfig) -> str:
     Another margin needs no new scores. Raises InputError for data, weights and images that cannot be used.
     """
     table = read_table(config, config.split)
-    scored, out = describe(config, table), Path(config.out)
+    scored, out = describe_scores(config, table), Path(config.out)
     about, then = scored | {"margin": config.margin}, read_about(out)
     if then == about:
         return f"labels by {config.metric} reused from {out}"
@@ -129,7 +129,7 @@ def relabel(config: RelabelConfig) -> str:
     return f"labels by {config.metric}: {len(labels):,} rows, {(labels == 0.5).sum():,} ties; written to {out}"
 
 
-def describe(config: RelabelConfig, table: datasets.Dataset) -> dict:
+def describe_scores(config: RelabelConfig, table: datasets.Dataset) -> dict:
     """What scores of the data are made from; raises InputError if it has no pairs or captions."""
     source = f"{config.dataset_name or config.train_data_dir} ({config.split})"
     check_columns(table, [config.caption_column, *IMAGES], config.caption_column, IMAGES, source)

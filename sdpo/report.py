@@ -112,13 +112,12 @@ def _table(caption: str, head: Iterable[str], rows: Iterable[Sequence[str]]) -> 
 
 
 def _summary(runs: Sequence[ScoredRun]) -> str:
-    rows = [
-        (run.label, metric, f"{mean:.4f}", "-" if error is None else f"{error:.4f}", str(len(run.entries)))
-        for metric in _metrics(runs)
-        for run in runs
-        if metric in run.scores
-        for mean, error in [mean_and_error(run.scores[metric])]
-    ]
+    rows = []
+    for metric in _metrics(runs):
+        for run in (run for run in runs if metric in run.scores):
+            mean, error = mean_and_error(run.scores[metric])
+            shown = "-" if error is None else f"{error:.4f}"
+            rows.append((run.label, metric, f"{mean:.4f}", shown, str(len(run.entries))))
     table = _table("Scores per run and metric", ["run", "metric", "mean", "standard error", "n"], rows)
     return f'<section id="scores"><h2>Scores</h2><div class="panel">{table}</div></section>'
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import chain, islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import ClassVar
 
@@ -221,8 +221,16 @@ class Head(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        one, two, three, *rest = (nn.Linear(*sizes) for sizes in pairwise((width, 1024, 128, 64, 16, 1)))
-        self.layers = nn.Sequential(one, nn.Identity(), two, nn.Identity(), three, nn.Identity(), *rest)
+        self.layers = nn.Sequential(
+            nn.Linear(width, 1024),
+            nn.Identity(),
+            nn.Linear(1024, 128),
+            nn.Identity(),
+            nn.Linear(128, 64),
+            nn.Identity(),
+            nn.Linear(64, 16),
+            nn.Linear(16, 1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """One number per row."""
@@ -451,11 +459,14 @@ def prepare(image: str | Path, preprocesses: Iterable[Preprocess]) -> dict[Prepr
 
 def work_ahead(pool: ThreadPoolExecutor, function: Callable, rows: Iterable, size: int) -> Iterator[tuple[list, list]]:
     """Blocks of `size` rows with the function's results, while the next block is being worked on."""
-    rows = iter(rows)
-    blocks = iter(lambda: list(islice(rows, size)), [])
-    begun = ((block, pool.map(function, block)) for block in blocks)
-    for (block, results), _ in pairwise(chain(begun, [None])):  # pairwise begins the next block before it yields
-        yield block, list(results)
+    rows, begun = iter(rows), None
+    while block := list(islice(rows, size)):
+        results = pool.map(function, block)
+        if begun:
+            yield begun[0], list(begun[1])
+        begun = block, results
+    if begun:
+        yield begun[0], list(begun[1])
 
 
 def score_block(

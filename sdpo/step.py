@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ from sdpo.config import Plan, TrainConfig
 from sdpo.families import StableDiffusion, hold_matmul_weights
 from sdpo.hub import DTYPES
 from sdpo.inputs import make_inputs
-from sdpo.losses import PAIR_LOSSES, pair_terms, sample_mean, sft
+from sdpo.losses import PAIR_LOSSES, PairTerms, dmpo, pair_terms, sample_mean, sft
 from sdpo.metrics import Meter, pair_metrics
 
 if TYPE_CHECKING:  # the benchmark trains without the packages that data on file need
@@ -103,8 +104,19 @@ def build_run(
     optimizer = build_optimizer(config, family, unet, plan.learning_rate)
     lengths = {"num_warmup_steps": config.lr_warmup_steps, "num_training_steps": plan.steps}
     schedule = get_scheduler(config.lr_scheduler, optimizer, **lengths)
-    parts = (unet, reference, optimizer, schedule, Meter(accelerator))
-    return Run(config, accelerator, family, plan, seed, *parts, references=references)
+    return Run(
+        config=config,
+        accelerator=accelerator,
+        family=family,
+        plan=plan,
+        seed=seed,
+        unet=unet,
+        reference=reference,
+        optimizer=optimizer,
+        schedule=schedule,
+        meter=Meter(accelerator),
+        references=references,
+    )
 
 
 def build_models(
@@ -123,13 +135,14 @@ def build_models(
         reference = hold_matmul_weights(copy.deepcopy(unet).requires_grad_(False), dtype)
     if (config.gradient_checkpointing or family.gradient_checkpointing) == "full":
         unet.enable_gradient_checkpointing()
+    set_up_passes = compile_blocks if config.compile else track_attention
     for model in (unet, reference):
         if model is not None:
-            (compile_blocks if config.compile else track_attention)(model)
+            set_up_passes(model)
     return unet, reference
 
 
-def optimizer_name(config: TrainConfig, family: StableDiffusion) -> str:
+def optimizer_name(config: TrainConfig, family: StableDiffusion | type[StableDiffusion]) -> str:
     """Row of OPTIMIZER_BYTES that the config asks for."""
     if config.use_adafactor:
         return "adafactor"
@@ -155,10 +168,16 @@ def build_optimizer(
     return AdamW8bit(unet.parameters(), **settings)
 
 
-def loss_name(config: TrainConfig, family: StableDiffusion) -> str:
+def loss_name(config: TrainConfig, family: StableDiffusion | type[StableDiffusion]) -> str:
     """Row of PAIR_LOSSES that the config asks for."""
     form = family.dspo_form if config.dspo_form == "auto" else config.dspo_form
     return f"dspo-{form}" if config.method == "dspo" else config.method
+
+
+def pair_loss(config: TrainConfig, family: StableDiffusion) -> Callable[[PairTerms], Tensor]:
+    """The loss that the config asks for, as a function of the terms alone."""
+    loss = PAIR_LOSSES[loss_name(config, family)]
+    return functools.partial(loss, alpha=config.dmpo_alpha) if loss is dmpo else loss
 
 
 def compute_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -182,8 +201,8 @@ def compute_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     terms = pair_terms(prediction, reference, inputs.target, config.beta_dpo, reference_error=known, **scaling)
     if run.references and reference is not None:
         run.references.add(run.step, terms)
-    loss = PAIR_LOSSES[loss_name(config, family)](terms, config.beta_dpo, config.dmpo_alpha).mean()
-    return loss, {"train_loss": loss.detach(), **pair_metrics(terms, config.beta_dpo)}
+    loss = pair_loss(config, family)(terms).mean()
+    return loss, {"train_loss": loss.detach(), **pair_metrics(terms)}
 
 
 @dataclass(frozen=True)
@@ -207,7 +226,8 @@ def update(run: Run, micro_batches: Iterator[Batch]) -> Skipped | None:
         with run.accelerator.accumulate(run.unet):
             loss, values = compute_loss(run, batch.to(run.accelerator.device))
             measured.append(values)
-            run.accelerator.backward(loss * (1 + 0 * loss.detach()))  # 1, or nan so that every rank's gradient shows it
+            one_or_nan = 1 + 0 * loss.detach()  # nan for a loss that is not finite: every rank's gradient shows it
+            run.accelerator.backward(loss * one_or_nan)
             if run.accelerator.sync_gradients:
                 limit = run.config.max_grad_norm or float("inf")
                 norm = run.accelerator.clip_grad_norm_(run.unet.parameters(), limit)

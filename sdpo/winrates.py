@@ -221,9 +221,13 @@ def _detail(a: ScoredRun, b: ScoredRun, pairs: list[tuple[int, int]], metric: st
             "image_b": entry_b.image,
             "score_a": float(score_a),
             "score_b": float(score_b),
-            "winner": "tie" if score_a == score_b else a.label if score_a > score_b else b.label,
+            "winner": a.label if score_a > score_b else b.label,
         }
-        results.append(result if entry_a.prompt == entry_b.prompt else {**result, "prompt_b": entry_b.prompt})
+        if score_a == score_b:
+            result["winner"] = "tie"
+        if entry_a.prompt != entry_b.prompt:
+            result["prompt_b"] = entry_b.prompt
+        results.append(result)
     wins_a, wins_b, tied = (sum(r["winner"] == winner for r in results) for winner in (a.label, b.label, "tie"))
     return {
         "model_a": a.label,

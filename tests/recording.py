@@ -59,7 +59,9 @@ def metrics(folder):
 def by_pair(batch, inputs):
     """What was drawn for the pairs of a micro-batch: each a tensor (B, ...) or a list of B."""
     pairs = len(batch.captions)
-    members = {name: getattr(batch, name).unflatten(0, (-1, pairs)).transpose(0, 1) for name in ("pixels", "posterior")}
+    members = {
+        name: getattr(batch, name).unflatten(0, (-1, pairs)).transpose(0, 1) for name in ("pixels", "posterior_noise")
+    }
     shared = {name: getattr(batch, name) for name in ("noise", "input_noise", "uniform", "captions")}
     drawn = members | shared | {"timesteps": inputs.timesteps[:pairs]}
     return {name: value for name, value in drawn.items() if value is not None}

@@ -842,7 +842,7 @@ def test_checkpoints(refused, trained, tmp_path, case):
 )
 def test_scores_kept_by_relabel(refused, pairs_folder, tmp_path, line, message):
     config = relabel.RelabelConfig(train_data_dir=str(pairs_folder), metric="pixels", cache_dir=str(tmp_path / "cache"))
-    about = relabel.describe(config, read_table(config, "train"))
+    about = relabel.describe_scores(config, read_table(config, "train"))
     text("labels.parquet.scores.jsonl", f"{json.dumps(about)}\n{line}\n")(tmp_path)
     check(refused("relabel"), r"labels.parquet.scores.jsonl, " + message)
 

@@ -135,7 +135,7 @@ def test_the_baseline_computes_the_same_loss_and_gradient_as_we_do():
     for ours in (False, True):
         x = prediction.clone().requires_grad_()
         terms = pair_terms(x, reference, target, 5000.0, mu=0.9)
-        loss = diffusion_dpo(terms, 5000.0, 0.0).mean() if ours else baseline.loss(x, reference, target)[0]
+        loss = diffusion_dpo(terms).mean() if ours else baseline.loss(x, reference, target)[0]
         loss.backward()
         losses.append(loss.detach())
         gradients.append(x.grad)

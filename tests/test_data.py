@@ -144,7 +144,7 @@ def loaded(dataset, processes=1, accumulation=4, batch=2, workers=0, first_step=
         sampler = RankSampler(first_step, plan, rank)
         batches = train_batches(config, dataset, plan, rank, first_step)
         for places, got in zip(sampler, batches, strict=True):
-            members = {name: getattr(got, name).unflatten(0, (2, batch)) for name in ("pixels", "posterior")}
+            members = {name: getattr(got, name).unflatten(0, (2, batch)) for name in ("pixels", "posterior_noise")}
             for i, place in enumerate(places):
                 assert place not in found, f"{place} was loaded twice"
                 found[place] = {
@@ -364,7 +364,7 @@ def test_sft_takes_winners_of_pairs_and_single_images(tmp_path):
     batch = collate([samples(single, members=1, stream="held-out")[0, i] for i in range(3)])
     assert batch.pixels[:, :, 0, 0].tolist() == [list(loser(i)) for i in range(3)]
     assert batch.captions == [f"caption {i}" for i in range(3)]
-    assert batch.posterior.shape == (3, *LATENT)
+    assert batch.posterior_noise.shape == (3, *LATENT)
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv"])
@@ -506,7 +506,7 @@ def test_each_member_gets_its_own_pairs_caption():
     assert lengths.flatten().tolist() == [1, 2, 3, 4, 1, 2, 3, 4]  # winners, then losers
 
 
-@pytest.mark.parametrize("name", ("noise", "posterior", "uniform"))
+@pytest.mark.parametrize("name", ("noise", "posterior_noise", "uniform"))
 def test_other_steps_positions_seeds_and_streams_draw_other_numbers(name):
     pairs = in_memory()
     places = [(0, 0), (0, 1), (1, 0), (1, 1), (0, 7), (7, 0)]
@@ -526,7 +526,7 @@ def test_every_draw_of_a_sample_has_a_stream_of_its_own(monkeypatch):
 
 
 def test_the_noise_of_the_two_posteriors_differs():
-    of_winner, of_loser = samples()[0, 0]["posterior"]
+    of_winner, of_loser = samples()[0, 0]["posterior_noise"]
     assert (of_winner != of_loser).all()
 
 
@@ -558,7 +558,7 @@ def test_share_of_empty_captions():
 def test_distribution_of_the_draws():
     dataset = samples(in_memory(2))
     drawn = [dataset[divmod(place, 8)] for place in range(256)]
-    for name in ("noise", "posterior"):
+    for name in ("noise", "posterior_noise"):
         values = torch.stack([sample[name] for sample in drawn]).double()
         assert abs(values.mean()) < 4 / values.numel() ** 0.5
         assert abs(values.var() - 1) < 4 * (2 / values.numel()) ** 0.5

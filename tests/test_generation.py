@@ -24,7 +24,16 @@ import eval_generate
 from sdpo import generation
 from sdpo.command import InputError
 from sdpo.families import load_family
-from sdpo.generation import RELEASED, EvalConfig, EvalRun, describe, find_damage, find_groups, hash_weights, locate_unet
+from sdpo.generation import (
+    RELEASED,
+    EvalConfig,
+    EvalRun,
+    describe_images,
+    find_damage,
+    find_groups,
+    hash_weights,
+    locate_unet,
+)
 from sdpo.manifest import read_manifest, require_images
 from sdpo.sampling import draw_noise, sample
 from sdpo.tiny import compare, pictures
@@ -604,11 +613,11 @@ def test_the_fingerprint_covers_every_weight_and_its_name(bases):
     assert len({digest(state) for state in (plain, *others)}) == 4
     family, config = load_family("sdxl", str(bases["sdxl", "epsilon"])), EvalConfig("base", "base")
     unet = family.load_unet()
-    found = [describe(config, family, unet, torch.device("cpu"))]
+    found = [describe_images(config, family, unet, torch.device("cpu"))]
     for part, name in ((family.vae, "base"), (family.text_encoders[1], "base"), (unet, "checkpoint")):
         with torch.no_grad():
             list(part.parameters())[-1].view(-1)[-1] += 1
-        found.append(describe(config, family, unet, torch.device("cpu")))
+        found.append(describe_images(config, family, unet, torch.device("cpu")))
         assert [key for key in found[-1] if found[-1][key] != found[-2][key]] == [name]
 
 

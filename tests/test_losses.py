@@ -32,11 +32,16 @@ def pairs(seed, size=3, shape=(4, 8, 8), dtype=torch.float32):
     return [x.to(dtype) for x in (target + 0.3 * noise + 0.1 * drift, target + 0.3 * noise, target)]
 
 
+def loss_of(method, terms, alpha=0.01):
+    """A loss by name, (B,)."""
+    return PAIR_LOSSES[method](terms, alpha) if method == "dmpo" else PAIR_LOSSES[method](terms)
+
+
 def backward(method, prediction, reference, target, beta=20.0, alpha=0.01, **safeguard):
     """Loss value and its gradient with respect to the prediction."""
     prediction = prediction.clone().requires_grad_()
     terms = pair_terms(prediction, reference, target, beta, **safeguard)
-    loss = PAIR_LOSSES[method](terms, beta, alpha).mean()
+    loss = loss_of(method, terms, alpha).mean()
     loss.backward()
     return loss.detach(), prediction.grad
 
@@ -61,7 +66,7 @@ def test_official_cases(case, golden):
     terms = pair_terms(
         prediction, tensor["ref_pred"], tensor["target"], case["beta"], mu=case["mu"] if case["use_wp"] else None
     )
-    loss = PAIR_LOSSES[method](terms, case["beta"], case["alpha"]).mean()
+    loss = loss_of(method, terms, case["alpha"]).mean()
     loss.backward()
     for got, expected in (
         (loss, "loss"),
@@ -196,7 +201,7 @@ def test_other_shapes_are_refused_by_every_public_function():
     terms = pair_terms(PAIR, None, PAIR, 10.0, reference_error=torch.ones(4))
     for method in ("dspo-score", "dspo-switched"):
         with pytest.raises(ValueError, match="dspo needs the reference's prediction"):
-            PAIR_LOSSES[method](terms, 10.0, 0.0)
+            PAIR_LOSSES[method](terms)
 
 
 @pytest.mark.parametrize("method", PAIR_LOSSES)
@@ -204,7 +209,7 @@ def test_losses_do_not_depend_on_how_a_sample_is_laid_out(method):
     generator = torch.Generator().manual_seed(4)
     inputs = [torch.randn(4, 2, 3, 3, generator=generator) for _ in range(3)]
     losses = [
-        PAIR_LOSSES[method](pair_terms(*(x.view(shape) for x in inputs), 2.0, mu=0.5), 2.0, 0.01)
+        loss_of(method, pair_terms(*(x.view(shape) for x in inputs), 2.0, mu=0.5))
         for shape in ((4, 2, 3, 3), (4, 18), (4, 2, 9), (4, 2, 3, 3, 1))
     ]
     for loss in losses[1:]:
@@ -277,7 +282,7 @@ def test_switched_form_switches_at_a_mean_squared_drift_of_a_tenth():
     for drift, factor in ((0.1**0.5 * 0.999, 1.0), (0.1**0.5 * 1.001, 0.1 * 1.001**2)):
         terms = pair_terms(reference + drift, reference, target, 1.0)
         expected = (1 - terms.margin.sigmoid()).square() * factor
-        torch.testing.assert_close(PAIR_LOSSES["dspo-switched"](terms, 1.0, 0.0), expected)
+        torch.testing.assert_close(PAIR_LOSSES["dspo-switched"](terms), expected)
 
 
 def test_the_switch_looks_at_the_whole_micro_batch():
@@ -288,7 +293,7 @@ def test_the_switch_looks_at_the_whole_micro_batch():
         terms = pair_terms(prediction, target, target, 1.0)
         doubt = (1 - terms.margin.sigmoid()).square()
         expected = doubt * torch.tensor(drifts).square() if far else doubt
-        torch.testing.assert_close(PAIR_LOSSES["dspo-switched"](terms, 1.0, 0.0), expected)
+        torch.testing.assert_close(PAIR_LOSSES["dspo-switched"](terms), expected)
 
 
 def terms_with_margins(margins):
@@ -307,12 +312,12 @@ def test_dmpo_is_the_divergence_at_margins_of_any_size(alpha):
         log_p, log_not_p = -math.log1p(math.exp(-u)), -math.log1p(math.exp(u))
         p = math.exp(log_p)
         expected.append(p * (log_p - math.log(q)) + (1 - p) * (log_not_p - math.log1p(-q)))
-    got = PAIR_LOSSES["dmpo"](terms_with_margins(margins), 2.0, alpha)
+    got = PAIR_LOSSES["dmpo"](terms_with_margins(margins), alpha)
     torch.testing.assert_close(got.double(), torch.tensor(expected).double(), rtol=1e-2, atol=1e-4)
 
 
 def test_dpo_is_finite_at_margins_of_any_size():
-    got = PAIR_LOSSES["diffusion-dpo"](terms_with_margins([-300.0, 0.0, 300.0]), 2.0, 0.0)
+    got = PAIR_LOSSES["diffusion-dpo"](terms_with_margins([-300.0, 0.0, 300.0]))
     torch.testing.assert_close(got, torch.tensor([300.0, math.log(2), 0.0]))
 
 
@@ -320,7 +325,7 @@ def test_dmpo_turns_at_the_logit_of_its_target():
     """dL/du = p (1 - p) (u - logit q): negative below logit 0.99 = 4.595, positive above."""
     margins = torch.tensor([0.0, 4.5, 4.7, 9.0], requires_grad=True)
     terms = replace(pair_terms(*pairs(0), 1.0), margin=margins)
-    PAIR_LOSSES["dmpo"](terms, 1.0, 0.01).sum().backward()
+    PAIR_LOSSES["dmpo"](terms, 0.01).sum().backward()
     p = margins.detach().sigmoid()
     torch.testing.assert_close(margins.grad, p * (1 - p) * (margins.detach() - 4.59512), rtol=1e-4, atol=1e-7)
 

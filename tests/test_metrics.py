@@ -34,7 +34,7 @@ def test_metrics_are_what_they_are_called():
         "rewards/chosen": -beta / 2 * change_w.mean(), "rewards/rejected": -beta / 2 * change_l.mean(),
         "rewards/margins": margin.mean(),
     }  # fmt: skip
-    got = {name: value.item() for name, value in pair_metrics(terms, beta).items()}
+    got = {name: value.item() for name, value in pair_metrics(terms).items()}
     assert got == pytest.approx({name: value.item() for name, value in expected.items()}, rel=1e-4, abs=1e-6)
     assert 0 < got["lambda/share_below_1"] < 1 and 0 < got["rewards/accuracies"] < 1
     assert got["rewards/chosen"] - got["rewards/rejected"] == pytest.approx(got["rewards/margins"], rel=1e-4)
@@ -42,7 +42,7 @@ def test_metrics_are_what_they_are_called():
 
 def test_a_margin_of_zero_is_not_accurate():
     target = torch.zeros(4, 1, 2, 2)
-    assert pair_metrics(pair_terms(target, target, target, 1.0), 1.0)["rewards/accuracies"] == 0
+    assert pair_metrics(pair_terms(target, target, target, 1.0))["rewards/accuracies"] == 0
 
 
 # Averages

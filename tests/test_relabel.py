@@ -15,7 +15,7 @@ from sdpo import relabel as module
 from sdpo.command import InputError
 from sdpo.config import TrainConfig
 from sdpo.pairs import load_pairs, read_table
-from sdpo.relabel import RelabelConfig, describe, iterate_images, main, make_labels, read_kept, relabel
+from sdpo.relabel import RelabelConfig, describe_scores, iterate_images, main, make_labels, read_kept, relabel
 from sdpo.tiny import pictures
 
 
@@ -251,7 +251,7 @@ def test_what_scores_are_made_from_tells_weights_and_configs_apart(tmp_path):
     configs.append({"dataset_config_name": "small"})
     made_from = []
     for config in (RelabelConfig(**data, **more) for more in configs):
-        made_from.append(describe(config, read_table(RelabelConfig(**data), "train")))
+        made_from.append(describe_scores(config, read_table(RelabelConfig(**data), "train")))
     assert all(a != b for i, a in enumerate(made_from) for b in made_from[:i])
 
     kept = tmp_path / "kept.jsonl"

@@ -25,7 +25,7 @@ from sdpo.command import parse_flags
 from sdpo.config import TrainConfig
 from sdpo.families import load_family
 from sdpo.inputs import Inputs, make_inputs
-from sdpo.memory import KeptBytes, checkpoint_units, choose_units, planned_memory, room_for_activations
+from sdpo.memory import ActivationCounter, checkpoint_units, choose_units, planned_memory, room_for_activations
 from sdpo.metrics import read_metrics
 
 GIB = 2**30
@@ -111,7 +111,7 @@ def test_as_few_units_as_the_budget_needs_are_computed_again(case):
         chosen, kept = choose_units(family, unet, inputs, torch.float32, budget)
         assert kept <= budget
         with FakeTensorMode():
-            counter = KeptBytes(family, unet, inputs, torch.float32)
+            counter = ActivationCounter(family, unet, inputs, torch.float32)
             by_unit = counter.by_unit()
             assert counter.total(chosen - {min(chosen, key=by_unit.get)}) > budget  # one fewer would be too few
         sizes.append(len(chosen))
@@ -202,7 +202,7 @@ def test_nothing_but_the_decision_to_step_waits_for_the_device(family, cached, m
     contestant = Ours(config, base.build("meta"), Variant())
     batch = next(contestant.batches)
     if cached:
-        moments = torch.zeros(2, 2, *batch.posterior.shape[1:])
+        moments = torch.zeros(2, 2, *batch.posterior_noise.shape[1:])
         texts = contestant.family.encode_texts(batch.captions)
         texts = {name: torch.zeros(value.shape) for name, value in texts.items()}
         batch = dataclasses.replace(batch, pixels=None, moments=moments, texts=texts)

@@ -121,7 +121,7 @@ def test_ranks_exchange_gradients_once_per_update(on_two_ranks, case, batch):
 def test_what_is_compared_is_drawn_for_every_pair(run):
     """Were flips, crops or captions constant, or pairs repeated, equality would show little."""
     updates = run("sd15-dpo", PAIRS)
-    for name in ("pixels", "noise", "posterior", "uniform", "timesteps"):
+    for name in ("pixels", "noise", "posterior_noise", "uniform", "timesteps"):
         values = torch.cat([update["draws"][name] for update in updates]).reshape(STEPS * PAIRS, -1)
         assert len(values.unique(dim=0)) > 0.9 * STEPS * PAIRS
     captions = [caption for update in updates for caption in update["captions"]]

@@ -369,7 +369,7 @@ def test_held_out_pairs_that_cannot_be_read_are_left_out(arguments, pairs_folder
             for parameter in run.unet.parameters():
                 parameter.mul_(1.1)
         if out == "whole":
-            held_out.read[0] = False
+            held_out.readable[0] = False
         figures[out] = held_out.measure(run.unet, 100.0, "heldout")
         rows[0]["jpg_0"] = b"no image"
     assert figures["broken"] == figures["whole"]
