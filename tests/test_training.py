@@ -297,7 +297,7 @@ def test_held_out_pairs_are_dealt_out_and_what_any_rank_cannot_read_is_left_out(
     family = SimpleNamespace(predict=lambda *given: torch.ones(4, 1, 1, 1))
     pairs = HeldOutPairs(rank, family, FivePairs(), 2, None)
     assert [(places.start, places.stop) for places, _, _ in pairs.shares] == [(2, 4), (0, 2)]  # as many as rank 0 has
-    assert pairs.read.tolist() == [True, True, True, False, True]
+    assert pairs.readable.tolist() == [True, True, True, False, True]
 
 
 def test_validation_prompts_are_sampled(arguments, tmp_path):
