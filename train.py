@@ -54,10 +54,10 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     logs = str(Path(config.output_dir, config.logging_dir))
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
-        dynamo_backend="no",  # of a launcher's config, which would compile the policy alone; --compile compiles both
+        dynamo_backend="no",  # ignore the launcher's, which would compile the policy alone; --compile compiles both
         log_with=None if config.report_to == "none" else config.report_to,
         project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=logs),
-        # gradients are views of the buckets that are sent, from the first update on that was sent
+        # after the first update, gradients are views of DDP's buckets
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True), AUTOCAST, PATIENCE],
         step_scheduler_with_optimizer=False,  # the schedule advances once per update, on any number of ranks
     )
@@ -71,7 +71,7 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def settle_engine(config: TrainConfig, accelerator: Accelerator) -> None:
-    """Configure FSDP2 or DeepSpeed to compute what one process does; InputError for settings they do not go with."""
+    """Make FSDP2 or DeepSpeed compute what a single process does; InputError for settings they do not support."""
     optimizer = optimizer_name(config, FAMILIES[config.base["name"]])
     if accelerator.distributed_type in SHARDING and optimizer != "adamw":
         raise InputError(f"--optimizer {optimizer} does not go with FSDP2 or DeepSpeed: use --optimizer adamw")

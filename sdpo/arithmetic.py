@@ -1,7 +1,8 @@
 """Forward passes whose arithmetic does not depend on whether gradients are wanted.
 
-Attention kernels may be others, and the compiler rounds a block otherwise, where a backward pass is planned too. A
-reference that runs without gradients would then differ from an equal policy, and beta makes margins of that difference.
+Where a backward pass will follow, torch may choose another attention kernel, and the compiler may round a block
+differently. A reference that runs without gradients would then differ from an equal policy, and beta would amplify the
+difference into margins that mean nothing.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ class Batch:
 
     pixels: Tensor | None  # (2B, 3, H, W) uint8; None where the pairs come from a latent cache
     moments: Tensor | None  # (2B, 2, C, h, w), mean and std of the posteriors, from a latent cache
-    texts: Conditioning | None  # each (B, ...), what the text encoders say of the captions, from a latent cache
+    texts: Conditioning | None  # each (B, ...), outputs of the text encoders for the captions, from a latent cache
     captions: list[str]  # B
     noise: Tensor  # (B, C, h, w), shared by the pair
     input_noise: Tensor | None  # (B, C, h, w), what noises the model's input in place of noise, if that is perturbed

@@ -1,8 +1,8 @@
 """Checkpoints that are either whole or absent, and resuming from them.
 
 checkpoint-{step}/ holds unet.pth (plain fp32 state dict), unet_ema.pth, state.json (Run.state), accelerate's
-optimizer, schedule and scaler, and files.json: size and sha256 of all of these, written last. Nothing about data or
-random numbers is needed: both are functions of the step.
+optimizer, schedule and scaler, and files.json: size and sha256 of all of these, written last. Data and random numbers
+are functions of the step: accelerate's random states are saved, but nothing depends on them.
 """
 
 from __future__ import annotations
@@ -347,9 +347,9 @@ def changed_settings(run: Run, checkpoint: Path) -> list[str]:
         if old != new:
             changes.append(f"{what} was {old}, is {new}")
     if then["plan"].get("pairs") == plan.pairs and then["data"] != run.data:
-        changes.append("captions or labels of the pairs trained on are others")
+        changes.append("captions or labels of the pairs trained on have changed")
     return changes + [
-        f"the base's {name} is another" for name, value in run.base.items() if then["base"].get(name) != value
+        f"the base's {name} has changed" for name, value in run.base.items() if then["base"].get(name) != value
     ]
 
 

@@ -17,7 +17,8 @@ class InputError(ValueError):
     """Something the user gave cannot be used; the message names it and the fix. Shown without a traceback."""
 
     def __init__(self, message: str):
-        message = message.split("InputError: ")[-1].strip()  # workers of a data loader wrap it in a traceback
+        if message.startswith("Caught InputError "):  # by a data loader, which puts its worker's traceback before it
+            message = message.split(f"\n{__name__}.InputError: ")[-1].strip()
         super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))  # input may hold anything
 
 

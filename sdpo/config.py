@@ -376,8 +376,8 @@ class TrainConfig:
         turn = math.log1p(-alpha) - math.log(alpha)
         yield (
             self.method == "dmpo",
-            f"dmpo with alpha {self.dmpo_alpha:g} turns at margin {turn:.3f}: beyond it descent shrinks the margin "
-            "and raises the winner's error, and scaling the loser cannot prevent that",
+            f"the gradient of dmpo with alpha {self.dmpo_alpha:g} changes sign at margin {turn:.3f}: beyond it descent "
+            "shrinks the margin and raises the winner's error, and scaling the loser cannot prevent that",
         )
         yield (
             loss == "dspo-score" and self.beta_dpo <= 0.1,

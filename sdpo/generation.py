@@ -310,7 +310,7 @@ def load_run(config: EvalConfig, accelerator: Accelerator) -> EvalRun:
         EulerDiscreteScheduler.from_config(family.scheduler.config).set_timesteps(config.steps)
     except Exception as error:  # each wrong setting has one of its own
         raise InputError(
-            f"the scheduler of {config.pretrain_path} cannot be sampled with by Euler steps ({brief(error)}): "
+            f"the scheduler of {config.pretrain_path} does not support Euler sampling ({brief(error)}): "
             "correct its scheduler_config.json"
         ) from error
     height, width = choose_size(config, family, unet)
@@ -341,7 +341,7 @@ def sample_images(run: EvalRun, captions: list[str], seeds: list[int], steps: in
         if "allocate" not in str(error):
             raise
         raise InputError(
-            f"{len(captions)} images of {run.size} pixels at a time do not fit the memory; "
+            f"{len(captions)} images of {run.size} pixels at a time do not fit in memory; "
             "what was made is kept, run again with a smaller --batch_size or --resolution, or on a larger GPU"
         ) from error
     except FloatingPointError as error:
@@ -407,7 +407,7 @@ def claim_folder(run: EvalRun, group: str, prompts: list[Prompt]) -> None:
         if then.get(name) != settings.get(name)
     ]
     if differ:
-        raise InputError(f"{folder} holds images made otherwise ({'; '.join(differ)}): {fix}")
+        raise InputError(f"{folder} holds images made with other settings ({'; '.join(differ)}): {fix}")
 
 
 def read_settings(fingerprint: Path) -> dict[str, object] | None:

@@ -21,7 +21,7 @@ from sdpo.hub import DTYPES
 from sdpo.inputs import Inputs, make_inputs
 from sdpo.step import AUTOCAST, OPTIMIZER_BYTES, Run, optimizer_name
 
-FREE_SHARE = 0.85  # of the free memory that activations may take; the rest is for what comes and goes
+FREE_SHARE = 0.85  # of the free memory that activations may take; the rest is for temporaries
 
 
 def planned_memory(run: Run) -> dict[str, int]:

@@ -356,7 +356,7 @@ def check_names(names: Iterable[str], known: Collection[str]) -> None:
     """Raises InputError for the first name that is not known."""
     for name in names:
         if name not in known:
-            raise InputError(f"there is no {name!r}; choose from {', '.join(known) or 'nothing: drop it'}")
+            raise InputError(f"there is no {name!r}; choose from {', '.join(known) or 'nothing: remove it'}")
 
 
 def check_parts(sources: Mapping[str, str], metrics: Iterable[str] = SCORERS) -> None:

@@ -176,7 +176,7 @@ def test_weights_of_no_metric_are_refused_where_all_scores_exist(tmp_path):
     eval_vs.main([*named, f"--outdir={tmp_path / 'out'}"])
     for flag, message in {
         "hpsv2.weights=x": r"there is no 'hpsv2\.weights'; choose from",
-        "hpsv2.checkpoint=x": r"there is no 'hpsv2\.checkpoint'; choose from nothing: drop it",  # is not compared
+        "hpsv2.checkpoint=x": r"there is no 'hpsv2\.checkpoint'; choose from nothing: remove it",  # is not compared
     }.items():
         with pytest.raises(InputError, match=message):
             eval_vs.main([*named, f"--outdir={tmp_path / 'again'}", "--weights", flag])

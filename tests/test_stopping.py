@@ -341,7 +341,7 @@ def test_other_labels_and_captions_are_noticed(arguments, pairs_folder, tmp_path
         folder = tmp_path / "data"
         folder.mkdir(exist_ok=True)
         pq.write_table(table.set_column(table.column_names.index(name), name, [values]), folder / "train.parquet")
-        with pytest.raises(InputError, match="captions or labels of the pairs trained on are others"):
+        with pytest.raises(InputError, match="captions or labels of the pairs trained on have changed"):
             train.main([*arguments(), f"--train_data_dir={folder}"])
 
 
