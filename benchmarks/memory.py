@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,7 +20,6 @@ from benchmarks.architectures import BASES  # noqa: E402
 from benchmarks.counting import like_a_gpu  # noqa: E402
 from sdpo.inputs import Inputs  # noqa: E402
 from sdpo.memory import choose_units, planned_memory  # noqa: E402
-from sdpo.step import Run  # noqa: E402
 
 ROWS = (
     *(("sd15", "adamw", pairs) for pairs in (1, 4, 8)),
@@ -36,7 +36,7 @@ def gibibytes(name: str, optimizer: str, pairs: int) -> tuple[float, float, floa
     config = BASES[name].config(mixed_precision="bf16", optimizer=optimizer, train_batch_size=pairs)
     family = BASES[name].build("meta")
     unet, shape = family.load_unet(), family.latent_shape(config.resolution)
-    run = Run(config, None, family, None, 0, unet, unet, None, None, None, None)
+    run = SimpleNamespace(config=config, family=family, unet=unet, reference=unet)  # as far as planned_memory looks
     conditioning = family.encode_captions([""] * 2 * pairs, config.resolution)
     with FakeTensorMode():
         noisy = torch.empty(2 * pairs, *shape, device="cuda")

@@ -18,7 +18,8 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -253,38 +254,6 @@ def attempt(task: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
 
 
-def race(
-    base: Base,
-    results: dict[str, dict],
-    device: torch.device,
-    args: argparse.Namespace,
-    until: float,
-    after_turn: Callable[[], None] = lambda: None,
-) -> None:
-    """Add rounds and parts to the results by contestant, in turns, until all are done or the next would end too late.
-
-    A contestant that fails (out of memory, no compiler) is named with its error and not tried again.
-    """
-    took: dict[str, float] = {}
-
-    def turn(name: str) -> dict[str, Any]:
-        contestant = build(base, name, device)
-        figures = measure_round(contestant, device, args.seconds)
-        return {"figures": figures | {"parts_ms": time_parts(contestant, device)}}
-
-    for number, (name, result) in itertools.product(range(args.rounds), results.items()):
-        began = time.monotonic()
-        if "error" in result or began + took.get(name, 0) > until:
-            continue
-        result |= attempt(lambda name=name: turn(name))
-        if "figures" in result:
-            result["rounds"].append(result.pop("figures"))
-            speed = result["rounds"][-1]["pairs_per_second"]
-            print(f"  round {number + 1}  {name:20} {speed:8.3f} pairs/s", flush=True)
-            took[name] = time.monotonic() - began
-        after_turn()
-
-
 def compare(results: dict[str, Any], flops: dict[str, float], peak: float) -> None:
     """Add speed, ratios by round to the first contestant and to the uncompiled one, share of the peak, memory."""
     speeds = {name: [r["pairs_per_second"] for r in result["rounds"]] for name, result in results.items()}
@@ -309,48 +278,70 @@ def describe(base: Base, dtype: torch.dtype) -> dict[str, Any]:
     return {name: getattr(base.config(), name) for name in names} | {"per_pair": count(base, dtype)}
 
 
-def measure_base(
-    base: Base, args: argparse.Namespace, device: torch.device, until: float, result: dict[str, Any], save: Callable
-) -> None:
-    """Fill `result` with everything about one base model but compiled blocks, and save it after every turn."""
-    result |= describe(base, DTYPES[precision(device)])
-    parts = result["per_pair"]
-    result["ceilings"] = ceilings(device)
-    result["data_ms_per_pair"] = data_milliseconds(base)
-    result["baseline_flops"] = attempt(lambda: check_baseline(base, parts, device))
-    result["safeguard"] = attempt(lambda: safeguard_cost(base, device, 4 * args.seconds))
-    print(f"  baseline's FLOPs: {show_check(result['baseline_flops'])}", flush=True)
-    print(f"  safeguard: {show_safeguard(result['safeguard'])}", flush=True)
-    now = time.monotonic()
-    run_race("against_baseline", AGAINST_BASELINE, base, args, device, now + 0.65 * (until - now), result, save)
-    run_race("against_default", ("default", *base.changes), base, args, device, until, result, save)
+@dataclass
+class BaseBenchmark:
+    """What is measured of one base model on one device."""
 
+    base: Base
+    device: torch.device
+    rounds: int  # turns of every contestant at most
+    seconds: float  # that a turn measures at least
+    save: Callable[[], None] = lambda: None  # called after every turn
+    result: dict[str, Any] = field(default_factory=dict)
 
-def run_race(
-    title: str,
-    names: tuple[str, ...],
-    base: Base,
-    args: argparse.Namespace,
-    device: torch.device,
-    until: float,
-    result: dict[str, Any],
-    save: Callable[[], None],
-) -> None:
-    """Put a race of those contestants that this machine can run into `result`, compared and saved after every turn."""
-    unwanted = set() if device.type == "cuda" else ONLY_ON_GPU
-    unwanted |= set() if find_spec("bitsandbytes") else {"AdamW in 8 bits"}
-    results = result[title] = {name: {"rounds": []} for name in names if name not in unwanted}
-    changes = {name: VARIANTS[name].changes for name in results}
-    flops = {
-        name: expected_flops(result["per_pair"], cached=cache_latents in done, known=know_reference in done)
-        for name, done in changes.items()
-    }
+    def measure(self, until: float) -> None:
+        """Everything but compiled blocks, to end at the time `until` of the monotonic clock."""
+        base, device, result = self.base, self.device, self.result
+        result |= describe(base, DTYPES[precision(device)])
+        result["ceilings"] = ceilings(device)
+        result["data_ms_per_pair"] = data_milliseconds(base)
+        result["baseline_flops"] = attempt(lambda: check_baseline(base, result["per_pair"], device))
+        result["safeguard"] = attempt(lambda: safeguard_cost(base, device, 4 * self.seconds))
+        print(f"  baseline's FLOPs: {show_check(result['baseline_flops'])}", flush=True)
+        print(f"  safeguard: {show_safeguard(result['safeguard'])}", flush=True)
+        now = time.monotonic()
+        self.compare("against_baseline", AGAINST_BASELINE, now + 0.65 * (until - now))
+        self.compare("against_default", ("default", *base.changes), until)
 
-    def after_turn() -> None:
-        compare(results, flops, result["ceilings"]["matmul_flops_per_second"])
-        save()
+    def compare(self, title: str, names: tuple[str, ...], until: float) -> None:
+        """A race of those contestants that this machine can run, with their ratios, under `title` of the result."""
+        unwanted = set() if self.device.type == "cuda" else ONLY_ON_GPU
+        unwanted |= set() if find_spec("bitsandbytes") else {"AdamW in 8 bits"}
+        results = self.result[title] = {name: {"rounds": []} for name in names if name not in unwanted}
+        changes = {name: VARIANTS[name].changes for name in results}
+        flops = {
+            name: expected_flops(self.result["per_pair"], cached=cache_latents in done, known=know_reference in done)
+            for name, done in changes.items()
+        }
+        for _ in self.race(results, until):
+            compare(results, flops, self.result["ceilings"]["matmul_flops_per_second"])
+            self.save()
 
-    race(base, results, device, args, until, after_turn)
+    def race(self, results: dict[str, dict], until: float) -> Iterator[str]:
+        """Add rounds to the results by contestant, until all are done or the next would end too late.
+
+        Yields the contestant's name after every turn. One that fails (out of memory, no compiler) is named with its
+        error and not tried again.
+        """
+        took: dict[str, float] = {}
+        for number, (name, result) in itertools.product(range(self.rounds), results.items()):
+            began = time.monotonic()
+            if "error" in result or began + took.get(name, 0) > until:
+                continue
+            figures = attempt(lambda name=name: self.turn(name))
+            if "error" in figures:
+                result |= figures
+            else:
+                result["rounds"].append(figures)
+                took[name] = time.monotonic() - began
+                print(f"  round {number + 1}  {name:20} {figures['pairs_per_second']:8.3f} pairs/s", flush=True)
+            yield name
+
+    def turn(self, name: str) -> dict[str, Any]:
+        """Speed, memory and parts of one contestant, built anew."""
+        contestant = build(self.base, name, self.device)
+        figures = measure_round(contestant, self.device, self.seconds)
+        return figures | {"parts_ms": time_parts(contestant, self.device)}
 
 
 # Everything
@@ -395,15 +386,19 @@ def main() -> None:
         write_json(path, results)
         write_text(path.with_suffix(".md"), markdown(results))
 
-    bases = {name: dataclasses.replace(BASES[name], flags=BASES[name].flags | size) for name in args.bases}
+    benchmarks = {}
+    for name in args.bases:
+        base = dataclasses.replace(BASES[name], flags=BASES[name].flags | size)
+        benchmarks[name] = BaseBenchmark(base, device, args.rounds, args.seconds, save)
     soon = until - 60 * args.minutes * COMPILED_SHARE * args.compile
-    for left, (name, base) in zip(range(len(bases), 0, -1), bases.items(), strict=True):
+    for left, (name, benchmark) in zip(range(len(benchmarks), 0, -1), benchmarks.items(), strict=True):
         print(name, flush=True)
-        now, results["bases"][name] = time.monotonic(), {}
-        measure_base(base, args, device, now + (soon - now) / left, results["bases"][name], save)
-    for name, base in bases.items() if args.compile else ():  # last: how long it takes is not known
-        print(f"{name}, compiled", flush=True)
-        run_race("compiled", COMPILED, base, args, device, until, results["bases"][name], save)
+        results["bases"][name], now = benchmark.result, time.monotonic()
+        benchmark.measure(now + (soon - now) / left)
+    if args.compile:  # last: how long it takes is not known
+        for name, benchmark in benchmarks.items():
+            print(f"{name}, compiled", flush=True)
+            benchmark.compare("compiled", COMPILED, until)
     print(f"\n{markdown(results)}\nwritten to {path}")
     sys.exit('"error": ' in json.dumps(results))
 

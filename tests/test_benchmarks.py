@@ -1,6 +1,5 @@
 """The training benchmark: architectures, counts, the baseline's honesty, what the safeguard keeps, the offline run."""
 
-import argparse
 import dataclasses
 import itertools
 import json
@@ -19,7 +18,7 @@ from benchmarks.baseline import OfficialLoop
 from benchmarks.contestants import VARIANTS, Ours, Variant, build, cache_latents, make_batch
 from benchmarks.counting import count, counted
 from benchmarks.tables import show_margins, show_race
-from benchmarks.train import check_baseline, compare, race, safeguard_cost
+from benchmarks.train import BaseBenchmark, check_baseline, compare, safeguard_cost
 from sdpo.inputs import make_inputs
 from sdpo.losses import diffusion_dpo, pair_terms
 
@@ -253,9 +252,9 @@ def test_a_failing_contestant_is_named_and_the_others_go_on(monkeypatch):
         raise torch.OutOfMemoryError("no memory for this one")
 
     monkeypatch.setitem(VARIANTS, "greedy", Variant(changes=(broken,)))
-    settings = argparse.Namespace(rounds=2, seconds=0)
     results = {name: {"rounds": []} for name in ("default", "greedy")}
-    race(MICRO, results, CPU, settings, until=float("inf"))
+    turns = list(BaseBenchmark(MICRO, CPU, rounds=2, seconds=0).race(results, until=float("inf")))
+    assert turns == ["default", "greedy", "default"]
     compare(results, {"default": 1.0, "greedy": 1.0}, peak=1.0)
     assert len(results["default"]["rounds"]) == 2
     assert show_margins({"against_default": results}) == "0 in all 1 contestants"
@@ -276,7 +275,7 @@ def test_compiled_blocks_are_compared_with_the_same_without():
 
 def test_rounds_end_with_the_time():
     results = {"default": {"rounds": []}}
-    race(MICRO, results, CPU, argparse.Namespace(rounds=2, seconds=0), until=0.0)
+    assert not list(BaseBenchmark(MICRO, CPU, rounds=2, seconds=0).race(results, until=0.0))
     compare(results, {"default": 1.0}, peak=1.0)
     assert "| default | no time left |" in show_race(results)
 
