@@ -13,8 +13,9 @@ from accelerate import Accelerator
 
 from sdpo.command import InputError, parse_flags, run_command, show
 from sdpo.console import start_console
-from sdpo.generation import EvalConfig, generate
+from sdpo.generation import EvalConfig, find_groups, generate, prepare
 from sdpo.hub import PATIENCE
+from sdpo.manifest import read_scores
 from sdpo.report import write_report
 from sdpo.scoring import (
     Scored,
@@ -69,19 +70,23 @@ def main(arguments: list[str] | None = None) -> dict[str, Path]:
     options = ScoringOptions(config.sources, config.score_dtype, str(accelerator.device), config.score_batch_size)
     options.check(metrics)
     start_console(accelerator.is_main_process)
-    # scorers are tried out before hours of making images
-    manifests, alike, size = generate(config, accelerator, before=lambda: options.try_out(metrics))
+    run = prepare(config, accelerator)
+    with accelerator.main_process_first():
+        if any(run.missing.values()) and accelerator.is_main_process:  # before hours of making images
+            options.try_out(metrics)
+            read_scores(run.output / "scores.jsonl")
+    manifests = generate(run)
     for path in manifests.values():
         logging.info(f"manifest       {path}")
     groups = score(manifests, metrics, options, accelerator)
     if accelerator.is_main_process:
-        folder = next(iter(manifests.values())).parent
         check_models(groups, metrics)
-        add_earlier(groups, alike, metrics, options)
+        add_earlier(groups, find_groups(run), metrics, options)
         runs = [collect_run(group, *scored, metrics) for group, scored in groups.items()]
         if metrics:
-            show(write_summary(summarise(runs), folder, size))
-        report = write_report(folder / "report.html", runs, title=config.unet_path)
+            size = run.height if run.height == run.width else run.size
+            show(write_summary(summarise(runs), run.output, size))
+        report = write_report(run.output / "report.html", runs, title=config.unet_path)
         logging.info(f"report         {report}")
     accelerator.wait_for_everyone()
     accelerator.end_training()

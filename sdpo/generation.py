@@ -14,7 +14,7 @@ import json
 import logging
 import math
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -156,7 +156,7 @@ class EvalConfig:
         """The metrics to score by; empty where only images are wanted."""
         return [] if "none" in self.metrics else list(dict.fromkeys(self.metrics))
 
-    def load_groups(self) -> dict[str, list[Prompt]]:
+    def load_prompts(self) -> dict[str, list[Prompt]]:
         """Prompts by group name, official groups fetched if need be; raises InputError."""
         groups = self.groups or ([] if self.test_json else list(OFFICIAL))
         return {name: GROUPS[name]() for name in groups} | {Path(p).stem: read_prompts(p) for p in self.test_json}
@@ -216,6 +216,8 @@ class EvalRun:
     width: int
     made_with: dict[str, object]  # what determines every image, prompts excepted
     batch_size: int = 1
+    prompts: dict[str, list[Prompt]] = field(default_factory=dict)  # by group
+    missing: dict[str, list[int]] = field(default_factory=dict)  # indices of the images to make, by group
 
     @property
     def size(self) -> str:
@@ -384,10 +386,10 @@ def find_damage(path: Path, height: int, width: int) -> str:
     return "" if size == (width, height) else f"{size[0]} x {size[1]} pixels"
 
 
-def claim_folder(run: EvalRun, group: str, prompts: list[Prompt]) -> None:
+def claim_folder(run: EvalRun, group: str) -> None:
     """Write the fingerprint of a group's folder; raises InputError if images there were made with other settings."""
     folder = run.folder(group)
-    path, texts = folder / FINGERPRINT, json.dumps([prompt.text for prompt in prompts])
+    path, texts = folder / FINGERPRINT, json.dumps([prompt.text for prompt in run.prompts[group]])
     settings = {**run.made_with, "prompts": hashlib.sha256(texts.encode()).hexdigest()}
     fix = "choose another --output_path, or remove the folder"
     if not path.exists():
@@ -429,9 +431,9 @@ def find_groups(run: EvalRun) -> dict[str, Path]:
     return found
 
 
-def find_missing(run: EvalRun, group: str, count: int) -> list[int]:
+def find_missing(run: EvalRun, group: str) -> list[int]:
     """Indices to make, the same on every rank: images that do not exist, and damaged ones, which are named."""
-    rank, ranks = run.accelerator.process_index, run.accelerator.num_processes
+    count, rank, ranks = len(run.prompts[group]), run.accelerator.process_index, run.accelerator.num_processes
     there = [index for index in range(rank, count, ranks) if run.image(group, index).exists()]
     found = gather_object([(index, find_damage(run.image(group, index), run.height, run.width)) for index in there])
     damaged = {index: damage for index, damage in sorted(found) if damage}
@@ -440,10 +442,10 @@ def find_missing(run: EvalRun, group: str, count: int) -> list[int]:
     return sorted(set(range(count)) - {index for index, damage in found if not damage})
 
 
-def make_images(run: EvalRun, group: str, prompts: list[Prompt], missing: list[int]) -> None:
+def make_images(run: EvalRun, group: str) -> None:
     """Sample and write this rank's share of the missing images, with a progress bar on the main one."""
-    accelerator, size = run.accelerator, run.batch_size
-    share = missing[accelerator.process_index :: accelerator.num_processes]
+    accelerator, size, prompts = run.accelerator, run.batch_size, run.prompts[group]
+    share = run.missing[group][accelerator.process_index :: accelerator.num_processes]
     hidden = not accelerator.is_main_process or not share
     label = group if accelerator.num_processes == 1 else f"{group}, process 1 of {accelerator.num_processes}"
     with tqdm(total=len(share), desc=label, unit="image", disable=hidden) as bar, ThreadPoolExecutor() as pool:
@@ -460,8 +462,9 @@ def make_images(run: EvalRun, group: str, prompts: list[Prompt], missing: list[i
             write.result()
 
 
-def write_results(run: EvalRun, group: str, prompts: list[Prompt]) -> None:
+def write_results(run: EvalRun, group: str) -> None:
     """Write the manifest, image paths as --output_path spells them, and the zip file; InputError if any is missing."""
+    prompts = run.prompts[group]
     images = [run.image(group, index) for index in range(len(prompts))]
     if missing := [path for path in images if not path.is_file()]:
         raise InputError(
@@ -492,37 +495,39 @@ def pack(files: Iterable[Path], path: Path) -> None:
             archive.write(file, file.name)
 
 
-def generate(
-    config: EvalConfig, accelerator: Accelerator, before: Callable[[], None] = lambda: None
-) -> tuple[dict[str, Path], dict[str, Path], str]:
-    """Make what is missing of every group's images and write the manifests; every rank calls this.
+def prepare(config: EvalConfig, accelerator: Accelerator) -> EvalRun:
+    """Models loaded, folders of the prompt groups claimed, missing images found; every rank calls this.
 
-    Where there are images to make, the main process calls `before` first. Returns the manifest's path by group, those
-    of all groups that were made alike in the same folder, and what their size is called. Raises InputError for input
-    that cannot be used; images made until then stay.
+    Raises InputError for input that cannot be used.
     """
     with accelerator.main_process_first():
-        groups = config.load_groups()
+        prompts = config.load_prompts()
     run = load_run(config, accelerator)
+    run.prompts = prompts
     with accelerator.main_process_first():
-        for group, prompts in groups.items():
-            claim_folder(run, group, prompts)
-            if any(prompt.negative for prompt in prompts):
+        for group in prompts:
+            claim_folder(run, group)
+            if any(prompt.negative for prompt in prompts[group]):
                 log.warning(f"CAUTION: negative prompts of {group} are not used: the empty caption is")
-    missing = {group: find_missing(run, group, len(prompts)) for group, prompts in groups.items()}
-    with accelerator.main_process_first():
-        if any(missing.values()) and accelerator.is_main_process:
-            before()
-    for group, prompts in groups.items():
-        count = len(missing[group])
+    run.missing = {group: find_missing(run, group) for group in prompts}
+    return run
+
+
+def generate(run: EvalRun) -> dict[str, Path]:
+    """Make the missing images and write the manifests, whose paths are returned by group; every rank calls this.
+
+    Raises InputError where images cannot be made or written; those made until then stay.
+    """
+    accelerator = run.accelerator
+    for group, prompts in run.prompts.items():
+        count = len(run.missing[group])
         log.info(
             f"{group}: {len(prompts)} prompts, {len(prompts) - count} images there, {count} to make "
             f"(processes: {accelerator.num_processes}, batch size: {run.batch_size}) in {run.folder(group)}"
         )
-        make_images(run, group, prompts, missing[group])
+        make_images(run, group)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            write_results(run, group, prompts)
+            write_results(run, group)
     accelerator.wait_for_everyone()
-    size = str(run.height) if run.height == run.width else run.size
-    return {group: run.beside(group, ".json") for group in groups}, find_groups(run), size
+    return {group: run.beside(group, ".json") for group in run.prompts}

@@ -137,14 +137,14 @@ def _resolve(image: str, manifest: Path, where: str) -> Path:
     return path
 
 
-def require_images(entries: Sequence[Entry]) -> None:
-    """Raises InputError, naming the first and counting the rest, if images of entries do not exist."""
+def require_images(entries: Sequence[Entry], why: str = "") -> None:
+    """Raises InputError, naming the first and counting the rest, if images do not exist; `why` says who needs them."""
     missing = [entry for entry in entries if not os.path.isfile(entry.path)]  # Path.is_file raises for long names
     if missing:
         first, more = missing[0], f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise InputError(
             f"{first.where}: image {first.image}{more} is neither in the working directory nor in the manifest's "
-            "folder; generate it again or correct gen_image_path"
+            f"folder{', and ' * bool(why)}{why}; generate it again or correct gen_image_path"
         )
 
 
@@ -167,7 +167,7 @@ def read_scores(path: str | Path) -> Scores:
 
 def _whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    if lines and not _is_whole(lines[-1]):
+    if lines and not _is_whole(lines[-1]) and lines[-1].lstrip().startswith(b"{"):
         lines.pop()
     yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
 
@@ -188,6 +188,8 @@ def _parse_row(line: bytes, where: str) -> dict[str, Any]:
     models = row.get("models", {})
     if not isinstance(models, dict) or not all(isinstance(model, str) for model in models.values()):
         raise InputError(f'{where}: "models" is not an object of metric and model; {fix}')
+    if not isinstance(row.get("sha256", ""), str):
+        raise InputError(f'{where}: "sha256" is not a text; {fix}')
     for metric in row.keys() - ABOUT_A_ROW:
         check_score(row[metric], f"{where}: {metric} of {row['image']}", fix)
     return row

@@ -23,6 +23,7 @@ from sdpo.manifest import (
 )
 
 Scored = tuple[list[Entry], Scores]  # a manifest and its scores
+Todo = dict[tuple[str, ...], list[Entry]]  # entries by the metrics that they lack
 log = logging.getLogger(__name__)
 OFFICIAL_MODEL = "official"  # a metric's own weights in fp32, in rows of scores
 
@@ -95,10 +96,8 @@ def score_manifest(manifest: str | Path, metrics: Sequence[str], options: Scorin
     """
     options = options or ScoringOptions()
     take_in_shares(_beside(manifest))
-    entries, path, scores = _read(manifest)
-    todo = _missing(entries, scores, metrics, options)
+    entries, path, scores, todo = _plan(manifest, metrics, options)
     for lacking, missing in todo.items():
-        require_images(missing)
         _compute(missing, lacking, path, options)
     if todo:
         compact_scores(path)
@@ -110,6 +109,11 @@ def score_manifest(manifest: str | Path, metrics: Sequence[str], options: Scorin
     return entries, scores
 
 
+def check_manifest(manifest: str | Path, metrics: Sequence[str], options: ScoringOptions) -> list[Entry]:
+    """Entries of a manifest; raises InputError where a score is missing and its image too."""
+    return _plan(manifest, metrics, options)[0]
+
+
 def read_complete(manifest: str | Path, metrics: Sequence[str], options: ScoringOptions) -> Scored | None:
     """Entries of a manifest and their scores, None unless every image, as it is now, has one in each of the metrics."""
     entries, _, scores = _read(manifest)
@@ -118,9 +122,8 @@ def read_complete(manifest: str | Path, metrics: Sequence[str], options: Scoring
 
 def score_share(manifest: str | Path, metrics: Sequence[str], options: ScoringOptions, rank: int, ranks: int) -> None:
     """Compute one rank's share of the missing scores into scores.rank{N}.jsonl, which score_manifest takes in."""
-    entries, path, scores = _read(manifest)
-    for lacking, missing in _missing(entries, scores, metrics, options).items():
-        require_images(missing)
+    _, path, _, todo = _plan(manifest, metrics, options)
+    for lacking, missing in todo.items():
         _compute(missing[rank::ranks], lacking, path.with_name(f"scores.rank{rank}.jsonl"), options, quiet=rank > 0)
 
 
@@ -143,9 +146,18 @@ def _read(manifest: str | Path) -> tuple[list[Entry], Path, Scores]:
     return entries, path, match_scores(entries, read_scores(path))
 
 
-def _missing(
-    entries: Sequence[Entry], scores: Scores, metrics: Sequence[str], options: ScoringOptions
-) -> dict[tuple[str, ...], list[Entry]]:
+def _plan(
+    manifest: str | Path, metrics: Sequence[str], options: ScoringOptions
+) -> tuple[list[Entry], Path, Scores, Todo]:
+    """What _read gives, and what _missing does; raises InputError where a score is missing and its image too."""
+    entries, path, scores = _read(manifest)
+    todo = _missing(entries, scores, metrics, options)
+    for lacking, missing in todo.items():
+        require_images(missing, f"{path} lacks its {', '.join(lacking)}")
+    return entries, path, scores, todo
+
+
+def _missing(entries: Sequence[Entry], scores: Scores, metrics: Sequence[str], options: ScoringOptions) -> Todo:
     """Entries by the metrics that they lack."""
     todo = {}
     for entry in entries:
