@@ -24,7 +24,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 from sdpo import checkpoint as checkpoints
 from sdpo.batch import collate
 from sdpo.cache import CachedPairs, open_cache
-from sdpo.command import InputError, parse_flags, run_command
+from sdpo.command import InputError, parse_flags, run_command, within_memory
 from sdpo.config import Plan, TrainConfig
 from sdpo.console import start_console
 from sdpo.data import PairDataset, Transform, train_batches
@@ -43,6 +43,10 @@ from sdpo.step import AUTOCAST, SHARDING, Run, build_run, loss_name, optimizer_n
 from sdpo.stopping import Skips, StopRequest
 
 log = logging.getLogger("train")
+SAVE_MEMORY = (
+    "try --gradient_checkpointing full, fewer pairs in --train_batch_size with as many more in "
+    "--gradient_accumulation_steps, --latent_cache, --optimizer adamw8bit, or a smaller --resolution"
+)
 
 
 # Setting up
@@ -329,7 +333,7 @@ def save_model(run: Run) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Train as the command line says."""
     config = parse_flags(TrainConfig, __doc__.splitlines()[0], "python train.py", arguments)
-    with checkpoints.alone_in(config.output_dir):
+    with checkpoints.alone_in(config.output_dir), within_memory(SAVE_MEMORY):
         run, dataset, held_out = set_up(config)
         with checkpoints.writing_to(config.output_dir):
             stopped_by = train(run, dataset, held_out)

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from sdpo.command import InputError, flag, parse_flags, run_command
+from sdpo.command import InputError, flag, parse_flags, run_command, within_memory
 from sdpo.config import TrainConfig
 from sdpo.console import start_console
 from sdpo.data import Transform
@@ -322,7 +322,8 @@ def main(arguments: list[str] | None = None) -> None:
         pairs, held_out, notes = prepare_pairs(config, config.seed or 0)
     for line in notes:
         log.info(line)
-    open_cache(config, accelerator, pairs, held_out)
+    with within_memory("try a smaller --train_batch_size or --resolution; what was written is kept"):
+        open_cache(config, accelerator, pairs, held_out)
     if config.verify:
         verify(Path(config.latent_cache), accelerator)
     accelerator.wait_for_everyone()

@@ -6,7 +6,8 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import field
 from typing import Any, NoReturn
 
@@ -49,6 +50,18 @@ def run_command(main: Callable[[], Any]) -> Any:
     sys.exit(2)  # as argparse does; in a multi-rank run every rank for itself
 
 
+@contextmanager
+def within_memory(fix: str) -> Iterator[None]:
+    """Say in an InputError that memory, the machine's or the GPU's, is exhausted, and what to do."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # of Python and numpy; of torch, on any device
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise
+        reason = str(error).strip().split("\n")[0].split(". ")[0] or "MemoryError"
+        raise InputError(f"memory is exhausted ({reason}): {fix}") from error
+
+
 def show(text: str) -> None:
     """Print results to standard output; what the terminal cannot show, which input may hold, is escaped."""
     sys.stdout.reconfigure(errors="backslashreplace")
@@ -79,7 +92,7 @@ def parse_flags(cls: type, description: str, command: str, arguments: list[str] 
     _, unknown = parser.parse_known_args(arguments)
     if unknown:
         parser.error(f"unknown flag {unknown[0]}")
-    return parser.parse_args_into_dataclasses(arguments)[0]
+    return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)[0]
 
 
 def parse_assignments(texts: Sequence[str], flag: str) -> list[tuple[str, str]]:

@@ -15,6 +15,7 @@ from sdpo.scoring import METRICS
 OFFICIAL_CHOICES = {"aesthetics": "aes", "hpsv2": "hps"}  # names of scorers in --choice_model
 CHOICE_MODELS = {OFFICIAL_CHOICES.get(row, row): row for row in METRICS.values()}  # row of sdpo.scorers.SCORERS
 POLYNOMIAL_END = 1e-7  # learning rate that diffusers' polynomial schedule ends with, whatever it began with
+PLACES = ("labels_file", "latent_cache", "reference_cache", "validation_data_dir", "validation_split")  # if given
 LIMITS = {  # flags -> what their value must satisfy, and how that is said
     "train_batch_size num_train_epochs gradient_accumulation_steps global_batch_size validation_steps logging_steps "
     "max_train_samples checkpoints_total_limit max_skipped_updates": (lambda value: value >= 1, "must be at least 1"),
@@ -197,6 +198,9 @@ class TrainConfig:
         for name, value in vars(self).items():
             if isinstance(value, int | float) and not abs(value) < 2**63:  # nor nan
                 raise InputError(f"--{name} must be a number below 2^63, got {value}")
+        for name in PLACES:
+            if getattr(self, name) == "":  # of a shell variable that is not set
+                raise InputError(f"--{name} is empty: give its value or leave the flag out")
         for names, (holds, demand) in LIMITS.items():
             for name in names.split():
                 value = getattr(self, name)

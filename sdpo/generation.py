@@ -31,7 +31,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import CLIPTokenizer, PreTrainedModel
 
-from sdpo.command import InputError, flag, parse_assignments
+from sdpo.command import InputError, flag, parse_assignments, within_memory
 from sdpo.families import StableDiffusion, find_family, load_family
 from sdpo.files import brief, write_file, write_json
 from sdpo.hub import DTYPES, WEIGHT_SUFFIXES, fetch
@@ -334,18 +334,12 @@ def sample_images(run: EvalRun, captions: list[str], seeds: list[int], steps: in
     Raises InputError where memory runs out or numbers overflow.
     """
     config, family = run.config, run.family
+    shape, fix = family.latent_shape(run.height, run.width), "run again with a smaller --batch_size or --resolution"
     try:
-        shape = family.latent_shape(run.height, run.width)
-        noise = draw_noise(shape, seeds, run.accelerator.device, DTYPES[config.dtype])
-        noise = noise.to(DTYPES[config.latents_dtype or config.dtype])
-        return sample(family, run.unet, captions, noise, steps, config.cfg, config.guidance)
-    except RuntimeError as error:  # of a GPU's memory or the machine's
-        if "allocate" not in str(error):
-            raise
-        raise InputError(
-            f"{len(captions)} images of {run.size} pixels at a time do not fit in memory; "
-            "what was made is kept, run again with a smaller --batch_size or --resolution, or on a larger GPU"
-        ) from error
+        with within_memory(f"{len(captions)} images of {run.size} at a time; what was made is kept, {fix}"):
+            noise = draw_noise(shape, seeds, run.accelerator.device, DTYPES[config.dtype])
+            noise = noise.to(DTYPES[config.latents_dtype or config.dtype])
+            return sample(family, run.unet, captions, noise, steps, config.cfg, config.guidance)
     except FloatingPointError as error:
         raise InputError(
             f"{error}: use --dtype bf16 or fp32 if it is fp16, other weights otherwise; what was made is kept"

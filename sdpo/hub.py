@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import zipfile
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -73,7 +74,7 @@ def load_part(cls, source: str, subfolder: str | None = None, **options):
 
 def check_finite(state: dict[str, Tensor], source: str) -> None:
     """Raises InputError, naming the source, unless all numbers of a state dict are finite."""
-    broken = next((name for name, value in state.items() if not value.isfinite().all()), None)
+    broken = next((name for name, value in state.items() if not value.float().isfinite().all()), None)
     if broken:
         raise InputError(f"{source} holds numbers that are not finite (in {broken}): its training diverged; use others")
 
@@ -83,6 +84,8 @@ def check_fit(state: Mapping[str, Tensor], own: Mapping[str, Tensor], source: st
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     resized = sorted(n for n in own.keys() & state.keys() if getattr(state[n], "shape", None) != own[n].shape)
     if missing or unknown or resized:
+        if any("lora" in name.lower() for name in unknown):
+            raise InputError(f"{source} holds LoRA weights, which are not read: merge them into the UNet and save that")
         raise InputError(
             f"{source} belongs to another architecture: {len(missing)} tensors missing, {len(unknown)} unknown, "
             f"{len(resized)} of another shape (e.g. {(missing or unknown or resized)[0]}); {fix}"
@@ -98,11 +101,22 @@ def load_tensors(path: str | Path) -> Any:
     try:
         if str(path).endswith(".safetensors"):
             return load_file(path)
+        check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except Exception as error:  # torch, zipfile, pickle and safetensors each have errors of their own
         raise InputError(
             f"{path} cannot be read as weights ({brief(error)}); download it again, or give a state dict by torch.save"
         ) from error
+
+
+def check_archive(path: str | Path) -> None:
+    """Raises InputError for a file of torch.save some byte of which has changed, which torch does not notice."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if (damaged := archive.testzip()) is not None:
+                raise InputError(f"{path} is damaged (CRC of {damaged}): download it again")
 
 
 def hash_part(cls, source: str, subfolder: str | None, **options) -> str:

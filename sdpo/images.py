@@ -15,7 +15,7 @@ def encoded(value: Any) -> Any:
     """The bytes or the path in an image record of `datasets`; anything else as it is."""
     if not isinstance(value, dict):
         return value
-    return value["bytes"] if value.get("bytes") is not None else value["path"]
+    return value["bytes"] if value.get("bytes") is not None else value.get("path")
 
 
 def decode(value: bytes | str | dict | Image.Image, min_side: int = 0) -> Image.Image:

@@ -10,7 +10,7 @@ import io
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,20 +63,30 @@ def read_table(config: TrainConfig, split: str, folder: str | None = None) -> da
     except InputError:
         raise
     except Exception as error:  # datasets, pyarrow and the hub each have errors of their own
-        damaged = next(filter(is_damaged, sorted(path.rglob("*.parquet"))), None)
-        fix = "give a local folder, or a hub data set where the hub can be reached"
-        raise InputError(
-            f"cannot read pairs from {source!r} ({brief(error.__cause__ or error)}); "
-            + (f"{damaged} is damaged or has no rows: replace or remove it" if damaged else fix)
-        ) from error
+        fix = find_fault(sorted(path.rglob("*.parquet"))) or (
+            "give a local folder, or a hub data set where the hub can be reached"
+        )
+        raise InputError(f"cannot read pairs from {source!r} ({brief(error.__cause__ or error)}); {fix}") from error
 
 
-def is_damaged(file: Path) -> bool:
-    """Whether a parquet file has no rows, or lacks its end, where it says what it holds."""
-    try:
-        return pq.read_metadata(file).num_rows == 0
-    except Exception:  # pyarrow has many
-        return True
+def find_fault(files: list[Path]) -> str | None:
+    """What to do about the first parquet file that is damaged or unlike the first one; None if none is."""
+    for file in files:
+        try:
+            content, first = pq.ParquetFile(file), pq.ParquetFile(files[0]).schema_arrow
+            differing = set(content.schema_arrow) ^ set(first)  # fields: name and type
+            if differing:
+                name = min(field.name for field in differing)
+                return f"{file} has another column {name} than {files[0]}: write both alike, or move one away"
+            if not content.metadata.num_rows:
+                return f"{file} has no rows: replace or remove it"
+            for _ in content.iter_batches():  # a damaged page shows when it is read
+                pass
+        except PermissionError as error:
+            return f"{file} cannot be read ({error.strerror}): correct its permissions"
+        except Exception:  # pyarrow has many
+            return f"{file} is damaged: replace or remove it"
+    return None
 
 
 def read_split(source: str, name: str | None, split: str, cache_dir: str | None) -> datasets.Dataset:
@@ -170,6 +180,8 @@ def read_pair_file(file: Path, caption_column: str) -> datasets.Dataset:
             paths.append(str(file.parent / record[name]))
             if not os.path.isfile(paths[-1]):  # Path.is_file raises for long names
                 raise InputError(f"{where}: image {paths[-1]} does not exist; paths are relative to {file.name}")
+        if winners[-1] == losers[-1]:
+            raise InputError(f"{where}: winner and loser are the same image, {winners[-1]}; correct or remove the row")
         check_captions([record[caption_column]], caption_column, str(file), first=number)
         captions.append(record[caption_column])
     if not captions:
@@ -185,7 +197,7 @@ def read_records(file: Path) -> list[tuple[int, dict]]:
     text = read_text(file)
     if file.suffix == ".csv":
         try:
-            return list(enumerate(csv.DictReader(io.StringIO(text, newline="")), 1))
+            return list(enumerate(csv.DictReader(io.StringIO(text, newline=""), strict=True), 1))
         except csv.Error as error:
             raise InputError(f"{file} is not valid CSV ({error}); write it anew, or as JSONL") from error
     fix = 'write {"caption": ..., "winner": ..., "loser": ...}'
@@ -260,9 +272,7 @@ class Pairs:
         Notices rows that were added, removed, moved or edited; not an image replaced by another one of the same size.
         """
         sizes = hashlib.sha256()
-        slim = self.table.select_columns(list(self.columns)).with_format("arrow")
-        for start in range(0, len(self.table), 10_000):
-            block = slim[start : start + 10_000]
+        for block in blocks(self.table, self.columns):
             for name in self.columns:
                 sizes.update(measure_images(block[name]).tobytes())
         return {
@@ -275,6 +285,13 @@ class Pairs:
     def select(self, keep: np.ndarray) -> Pairs:
         """The pairs at these indices or in this mask."""
         return dataclasses.replace(self, rows=self.rows[keep], first_won=self.first_won[keep])
+
+
+def blocks(table: datasets.Dataset, columns: Iterable[str]) -> Iterator[pa.Table]:
+    """10,000 rows at a time of some columns as they are on file, images undecoded."""
+    slim = table.select_columns(list(columns)).with_format("arrow")
+    for start in range(0, len(table), 10_000):
+        yield slim[start : start + 10_000]
 
 
 def measure_images(values: pa.ChunkedArray) -> np.ndarray:
@@ -291,9 +308,17 @@ def measure_images(values: pa.ChunkedArray) -> np.ndarray:
 
 
 def column(table: datasets.Dataset, name: str, rows: np.ndarray | None = None) -> list:
-    """Values of one column without touching the others."""
+    """Values of one column without touching the others; raises InputError for text that is not UTF-8."""
     table = table.select_columns([name])
-    return (table if rows is None else table.select(rows))[:][name]
+    try:
+        return (table if rows is None else table.select(rows))[:][name]
+    except UnicodeDecodeError as error:
+        for row in range(len(table)):
+            try:
+                table[row]
+            except UnicodeDecodeError:
+                break
+        raise InputError(f"row {row}: {name} is not UTF-8 text ({error.reason}): correct or remove the row") from error
 
 
 def as_list(caption: str | list[str]) -> list[str]:
@@ -318,6 +343,7 @@ def load_pairs(config: TrainConfig, split: str, folder: str | None = None) -> tu
         keep &= dreamlike
     if not keep.any():
         raise InputError(f"{source}: no pair is left after the filters ({'; '.join(notes)})")
+    require_images(table, columns, keep, config.max_unreadable_images, source)
     min_side = config.resolution if config.draft_decoding else 0
     rows, first_won = np.flatnonzero(keep), labels[keep] == 1
     return Pairs(table, rows, first_won, columns, config.caption_column, source, min_side), notes
@@ -374,6 +400,20 @@ def check_columns(
     check_captions(column(table, caption_column), caption_column, source)
     for name in image_columns:
         check_images(table, name, source)
+
+
+def require_images(
+    table: datasets.Dataset, columns: tuple[str, ...], keep: np.ndarray, limit: int, source: str
+) -> None:
+    """Raises InputError if more than `limit` of the rows to keep, a mask, have no image in one of the columns."""
+    for name in columns:
+        absent = np.concatenate([block[name].is_null().to_numpy() for block in blocks(table, columns)])
+        absent = np.flatnonzero(keep & absent)
+        if len(absent) > limit:
+            raise InputError(
+                f"{source} row {absent[0]}: {name} is empty; {len(absent)} such row(s) in all, more than "
+                f"--max_unreadable_images {limit}: fill them in or remove them"
+            )
 
 
 def name_dreamlike(table: datasets.Dataset, name: str, source: str) -> np.ndarray:

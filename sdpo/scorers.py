@@ -28,7 +28,7 @@ from torchvision import transforms as T
 
 from sdpo.command import InputError
 from sdpo.files import brief, sha256
-from sdpo.hub import check_fit, fetch, load_part, load_tensors
+from sdpo.hub import check_finite, check_fit, fetch, load_part, load_tensors
 from sdpo.images import to_rgb
 from sdpo.tiny import pictures
 
@@ -66,6 +66,7 @@ def load_state(module: nn.Module, source: str, rename: Callable[[str], str | Non
         raise InputError(f"{source} cannot be read as weights: {brief(error)}; download it again") from error
     state.pop(None, None)  # what `rename` drops
     check_fit(state, module.state_dict(), source, "give the file that the metric's part names")
+    check_finite(state, source)
     module.load_state_dict(state, assign=True)
 
 

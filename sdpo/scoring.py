@@ -191,7 +191,8 @@ def _compute(
     images = ((entry.path, entry.prompt) for entry in entries)
     rows = score_rows(images, scorers, device=device, batch_size=options.batch_size)
     models = {metric: options.model(metric) for metric in metrics}
-    for entry, row in zip(tqdm(entries, desc=f"scoring on {device}", unit="image", disable=quiet), rows, strict=True):
+    progress = tqdm(entries, desc=f"scoring on {device}", unit="image", disable=quiet)
+    for entry, row in zip(progress, rows, strict=True):
         values = {metric: row[METRICS[metric]] for metric in metrics}
         about = {"image": entry.image, "prompt": entry.prompt, "sha256": sha256(entry.path)}
         append_scores(path, [{**about, **values, "models": models}])

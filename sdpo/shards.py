@@ -110,7 +110,7 @@ def read_about(path: Path) -> dict:
         if rows != {len(set(about["names"]))} or not isinstance(about["notes"], dict):  # which are hashable
             raise ValueError("it does not describe its own rows")
         return {name: about[name] for name in ("names", "notes", "sha256", "key")}
-    except (SafetensorError, TypeError, LookupError, ValueError) as error:
+    except (OSError, SafetensorError, TypeError, LookupError, ValueError) as error:
         raise InputError(
             f"{path} is damaged ({brief(error)}): delete it and run the same command again, which makes it anew"
         ) from error

@@ -706,11 +706,36 @@ def test_a_parquet_file_that_was_cut_off_is_named(tmp_path):
     folder = as_parquet(tmp_path / "pairs", split="train-0")
     path = as_parquet(folder, split="train-1") / "train-1.parquet"
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(InputError, match=f"{path} is damaged or has no rows: replace or remove it"):
+    with pytest.raises(InputError, match=f"{path} is damaged: replace or remove it"):
         load(folder)
-    pq.write_table(pq.read_table(folder / "train-0.parquet").slice(0, 0), path)
-    with pytest.raises(InputError, match=f"{path} is damaged or has no rows: replace or remove it"):
+    whole = pq.read_table(folder / "train-0.parquet")
+    pq.write_table(whole.slice(0, 0), path)
+    with pytest.raises(InputError, match=f"{path} has no rows: replace or remove it"):
         load(folder)
+    pq.write_table(whole, path, compression="none")
+    path.write_bytes(b"PAR1" + bytes(60) + path.read_bytes()[64:])
+    with pytest.raises(InputError, match=f"{path} is damaged: replace or remove it"):  # in the middle of its data
+        load(folder)
+    pq.write_table(whole.append_column("score", whole["label_0"]), path)
+    with pytest.raises(InputError, match=f"{path} has another column score than {folder / 'train-0.parquet'}: write"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ["jpg_0", "jpg_1"])
+def test_rows_without_an_image_are_counted_before_training(tmp_path, name):
+    as_parquet(tmp_path, make_rows(**{name: lambda i: solid(winner(i)) if i < 3 else None}))
+    message = rf"row 3: {name} is empty; 3 such row\(s\) in all, more than --max_unreadable_images 2"
+    with pytest.raises(InputError, match=message):
+        load(tmp_path, max_unreadable_images=2)
+    load(tmp_path, max_unreadable_images=3)
+
+
+def test_captions_that_are_not_text_are_named(tmp_path):
+    broken = pa.Array.from_buffers(pa.string(), 2, [None, pa.py_buffer(np.int32([0, 1, 2])), pa.py_buffer(b"a\xff")])
+    whole = pa.Table.from_pylist(make_rows()[:2])
+    pq.write_table(whole.set_column(whole.column_names.index("caption"), "caption", broken), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match="row 1: caption is not UTF-8 text"):
+        load(tmp_path)
 
 
 def test_a_saved_table_with_a_format_is_read_like_one_without(tmp_path):

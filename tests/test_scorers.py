@@ -596,10 +596,14 @@ def test_the_official_head_is_known_by_its_hash(weights):
 
 def test_scores_that_are_not_finite_name_the_image(weights, tmp_path, rows):
     head = torch.load(weights / "head.pth", weights_only=True)
-    head["layers.7.bias"] = torch.tensor([torch.nan])
-    torch.save(head, tmp_path / "nan.pth")
-    broken = Aesthetics({"model": str(weights / "clip"), "head": str(tmp_path / "nan.pth")}, head_sha256=None)
-    refused(["aesthetics", rows[0][0], "nan"], list, score_rows(rows, {"aesthetics": broken}))
+    parts = {"model": str(weights / "clip"), "head": str(tmp_path / "head.pth")}
+    head["layers.7.weight"].fill_(3e38)  # finite, but sums are not
+    torch.save(head, parts["head"])
+    broken = Aesthetics(parts, head_sha256=None)
+    refused(["aesthetics", rows[0][0], "inf"], list, score_rows(rows, {"aesthetics": broken}))
+    head["layers.7.bias"].fill_(torch.nan)
+    torch.save(head, parts["head"])
+    refused([parts["head"], "not finite", "layers.7.bias"], Aesthetics, parts, head_sha256=None)
 
 
 @pytest.mark.parametrize("fault", ["cut", "text", "missing", "folder", "long", "float"])
