@@ -163,6 +163,7 @@ def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
         pairs, held_out_pairs = open_cache(config, accelerator, pairs, held_out_pairs)
 
     run = build_run(config, accelerator, family, plan, seed, references)
+    try_out(run)
     base = family.describe(config.unet_init) if accelerator.is_main_process else None
     run.data, run.base, run.prompts = data, broadcast_object_list([base])[0], prompts
     dataset = build_dataset(run, pairs, "train")
@@ -176,6 +177,15 @@ def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
     if config.gradient_checkpointing == "auto":
         log.info(choose_checkpointing(run, collate([dataset[run.step, 0]] * config.train_batch_size)))
     return run, dataset, hold_out(run, held_out_pairs)
+
+
+@torch.compiler.set_stance("force_eager")  # for an image of another size than those trained on
+def try_out(run: Run) -> None:
+    """Raises InputError, before data are encoded, for a base that cannot be trained or saved."""
+    run.family.check_pipeline()
+    if run.family.text_encoders:  # else a latent cache stands for them
+        with run.accelerator.autocast():
+            run.family.try_out(run.unet)
 
 
 def resume(run: Run, checkpoint: Path) -> None:

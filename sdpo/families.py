@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers import (
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sdpo.command import InputError
-from sdpo.files import parse_json, read_text, sha256
+from sdpo.files import brief, parse_json, read_text, sha256
 from sdpo.hub import fetch, hash_part, is_weight_file, load_part, load_weights
 
 Conditioning = dict[str, Tensor]  # every tensor has one row per sample
@@ -95,6 +95,8 @@ class StableDiffusion:
         defaults = self.scheduler.config.get("_use_default_values", ())
         if "beta_schedule" in defaults and not self.scheduler.config.trained_betas:
             raise InputError(f"the scheduler of {source} has no betas: it is of another kind of diffusion model")
+        if not ((self.scheduler.betas > 0) & (self.scheduler.betas <= 1)).all():
+            raise InputError(f"the scheduler of {source} has betas outside (0, 1]: correct its scheduler_config.json")
         if len(self.scheduler.alphas_cumprod) != self.scheduler.config.num_train_timesteps:
             raise InputError(
                 f"the scheduler of {source} has {len(self.scheduler.alphas_cumprod)} trained_betas for "
@@ -141,9 +143,10 @@ class StableDiffusion:
                     f"tokenizer of {self.source!r} has {len(tokenizer)} entries, its text encoder {size}: "
                     "files are missing or another model's; download it again"
                 )
-            if not 2 <= tokenizer.model_max_length <= encoder.config.max_position_embeddings:
+            most = tokenizer.model_max_length
+            if not (isinstance(most, int) and 2 <= most <= encoder.config.max_position_embeddings):
                 raise InputError(
-                    f"tokenizer of {self.source!r} makes {tokenizer.model_max_length:g} tokens, its text encoder takes "
+                    f"tokenizer of {self.source!r} makes {most!r:.12} tokens, its text encoder takes "
                     f"{encoder.config.max_position_embeddings}: correct model_max_length in tokenizer_config.json"
                 )
 
@@ -331,13 +334,48 @@ class StableDiffusion:
         """The model's prediction (N, C, h, w) in fp32."""
         return unet(noisy, timesteps, **conditioning).sample.float()
 
+    @torch.no_grad()
+    def try_out(self, unet: nn.Module) -> None:
+        """Encode, predict and decode a small image; raises InputError where that fails or numbers are not finite."""
+        side, draw = self.image_size(8), torch.full((1,), 0.5, device=self.device)
+        wrong = f"{self.source} cannot encode, predict and decode an image"
+        fix = "its config files do not go with its weights; download it again"
+        try:
+            moments = self.encode_moments(torch.zeros(1, 3, side, side, device=self.device))
+            latents = self.sample_posterior(moments, torch.ones_like(moments[:, 0]))
+            noisy, target = self.add_noise(latents, torch.ones_like(latents), self.timesteps(draw))
+            texts = {name: value.to(unet.dtype) for name, value in self.encode_captions([""], side).items()}
+            prediction = self.predict(unet, noisy.to(unet.dtype), self.timesteps(draw), texts)
+            pixels = self.decode_latents(latents)
+        except Exception as error:  # every wrong setting has one of its own
+            raise InputError(f"{wrong} ({brief(error)}): {fix}") from error
+        for name, value in {"latents": noisy, "target": target, "prediction": prediction, "pixels": pixels}.items():
+            if not value.isfinite().all():
+                raise InputError(f"{wrong} (its {name} have numbers that are not finite): {fix}")
+
+    def check_pipeline(self) -> None:
+        """Raises InputError unless save_pipeline will find what it reads from the base."""
+        parts = dict.fromkeys(["unet", "vae", *self.text_parts])
+        try:
+            index = self.pipeline_class.load_config(self.source, **self.options)
+        except OSError as error:
+            raise InputError(f"{self.source}: {brief(error)}; download the model again") from error
+        if missing := sorted({"scheduler", *parts} - index.keys()):
+            raise InputError(f"model_index.json of {self.source} does not list {missing[0]}: download the model again")
+        load_part(self.pipeline_class, self.source, **parts, **self._left_out, **self.options)
+
+    @property
+    def _left_out(self) -> dict[str, Any]:
+        """Options for optional parts of the pipeline that are not saved."""
+        if "safety_checker" not in self.pipeline_class._optional_components:
+            return {}
+        return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+
     def save_pipeline(self, config: dict, state: dict[str, Tensor], folder: str | Path) -> None:
         """Write a diffusers pipeline with a UNet of this config and state; its other parts are read again, in fp32."""
         unet = UNet2DConditionModel.from_config(config)
         unet.load_state_dict(state)
-        parts = {"unet": unet, "vae": self._load_vae()}
-        if "safety_checker" in self.pipeline_class._optional_components:
-            parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        parts = {"unet": unet, "vae": self._load_vae(), **self._left_out}
         load_part(self.pipeline_class, self.source, **parts, **self.options).to(torch.float32).save_pretrained(folder)
         for path in Path(folder).glob("*/*.safetensors"):
             shutil.copymode(Path(folder, "model_index.json"), path)  # safetensors lets nobody else read its files

@@ -320,6 +320,7 @@ def load_run(config: EvalConfig, accelerator: Accelerator) -> EvalRun:
     family.to(device, torch.float32)  # the VAE stays so
     for model in (unet, *family.text_encoders):
         model.to(device, dtype)
+    family.try_out(unet)
     run = EvalRun(config, accelerator, family, unet, Path(config.output_path or folder), height, width, made_with)
     run.batch_size = config.batch_size or choose_batch_size(run)
     return run

@@ -125,6 +125,17 @@ def cut(name, keep=0.5):
     return write
 
 
+def flip(name):
+    """A function that flips a bit in the middle of a file of a folder."""
+
+    def write(folder):
+        content = bytearray((folder / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (folder / name).write_bytes(content)
+
+    return write
+
+
 def base(*writers):
     """A function that copies the tiny base model to base/ and lets functions damage it."""
 
@@ -529,11 +540,31 @@ MODELS = {  # base model: (what writes it, message)
     "scheduler without betas": (base(text(SCHEDULER, {"num_train_timesteps": 1000})), r"scheduler of .*base has no betas"),
     "tokenizer without a length": (
         base(edit("tokenizer/tokenizer_config.json", model_max_length=None)),
-        r"tokenizer of .* makes 1e\+30 tokens, its text encoder takes \d+: correct model_max_length",
+        r"tokenizer of .* makes 1000\d+ tokens, its text encoder takes \d+: correct model_max_length",
     ),
+    "scale of nothing": (base(edit("vae/config.json", scaling_factor=0)), r"cannot encode, .*\(its pixels have numbers"),
+    "scale of text": (base(edit("vae/config.json", scaling_factor="x")), r"cannot encode, predict and decode an image"),
+    "norm without a number": (base(edit("unet/config.json", norm_eps=float("nan"))), r"cannot .*\(its prediction have"),
+    "more weights than layers": (base(edit("text_encoder/config.json", num_hidden_layers=1)), r"text_encoder of .* has 16 tensors"),
+    "betas too large": (base(edit(SCHEDULER, beta_end=3.0)), r"base has betas outside \(0, 1\]: correct its"),
     "VAE with a mean": (base(edit("vae/config.json", latents_mean=[0.1] * 4)), r"VAE .*base shifts its latents, which"),
     "prediction of samples": (base(edit(SCHEDULER, prediction_type="sample")), r"'sample' is not"),
 }  # fmt: skip
+
+SAVING = {  # what training alone needs of a base model: (what writes it, message)
+    "index without parts": (
+        base(text("model_index.json", {"_class_name": "StableDiffusionPipeline"})),
+        r"model_index.json of .*base does not list scheduler: download the model again",
+    ),
+    "index with a mark": (
+        base(text("model_index.json", '{"_class_name": "StableDiffusionPipeline"}', "utf-8-sig")),
+        r"base: .*model_index.json' is not a valid JSON file",
+    ),
+    "index of no such class": (
+        base(edit("model_index.json", scheduler=["diffusers", "FooScheduler"])),
+        r"cannot load StableDiffusionPipeline of .*FooScheduler",
+    ),
+}
 
 EIGHT_BITS = r"unet.pth: .* is torch.float8_e4m3fn, torch.strided, but must be plain numbers of fp16"
 UNETS = {  # weights of the UNet: (what writes them, file, message)
@@ -550,6 +581,9 @@ UNETS = {  # weights of the UNet: (what writes them, file, message)
     "code": (malicious("unet.pth"), "unet.pth", UNREADABLE),
     "lacks a tensor": (state(less), "unet.pth", r"unet.pth belongs to another architecture: 1 tensors missing"),
     "unknown tensor": (state(lambda s: s | {"x": torch.ones(1)}), "unet.pth", r"belongs .* 1 unknown.* give the"),
+    "LoRA": (state(lambda s: s | {"x.lora_A.weight": torch.ones(1)}), "unet.pth", r"unet.pth holds LoRA weights, which"),
+    "not finite in fp32": (state(lambda s: {k: v.double() * 1e300 for k, v in s.items()}), "unet.pth", r"not finite \(in"),
+    "a bit flipped": (both(state(), flip("unet.pth")), "unet.pth", r"unet.pth is damaged \(CRC of .*\): download it again"),
     "other shapes": (state(lambda s: {k: v[None] for k, v in s.items()}), "unet.pth", r"belongs .* of another shape"),
     "not finite": (state(nan), "unet.pth", r"unet.pth holds numbers that are not finite \(in .*\)"),
     "safetensors cut off": (both(safetensors, cut("u.safetensors")), "u.safetensors", UNREADABLE),
@@ -791,6 +825,13 @@ def test_base_models(refused, tmp_path, case, name, flag):
     write, message = MODELS[case]
     write(tmp_path)
     check(refused(name, flag + "={f}/base"), message)
+
+
+@pytest.mark.parametrize("case", SAVING)
+def test_base_models_that_could_not_be_saved(refused, tmp_path, case):
+    write, message = SAVING[case]
+    write(tmp_path)
+    check(refused("train", "--pretrained_model_name_or_path={f}/base"), message)
 
 
 @pytest.mark.parametrize("case", UNETS)
