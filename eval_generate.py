@@ -14,8 +14,8 @@ from accelerate import Accelerator
 from sdpo.command import InputError, parse_flags, run_command, show
 from sdpo.console import start_console
 from sdpo.generation import EvalConfig, find_groups, generate, prepare
-from sdpo.hub import PATIENCE
 from sdpo.manifest import read_scores
+from sdpo.ranks import PATIENCE, check_ranks
 from sdpo.report import write_report
 from sdpo.scoring import (
     Scored,
@@ -67,6 +67,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Path]:
     """Generate and score as the command line says; returns the manifest's path by group."""
     config = parse_flags(EvalConfig, __doc__.splitlines()[0], "python eval_generate.py", arguments)
     accelerator, metrics = Accelerator(kwargs_handlers=[PATIENCE]), config.score_metrics
+    check_ranks(accelerator)
     options = ScoringOptions(config.sources, config.score_dtype, str(accelerator.device), config.score_batch_size)
     options.check(metrics)
     start_console(accelerator.is_main_process)

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration
 from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers.integrations import unset_hf_deepspeed_config
 
 from sdpo import checkpoint as checkpoints
@@ -31,11 +32,12 @@ from sdpo.data import PairDataset, Transform, train_batches
 from sdpo.families import FAMILIES, load_family
 from sdpo.files import write_json
 from sdpo.heldout import HeldOutPairs
-from sdpo.hub import PATIENCE, check_precision
+from sdpo.hub import check_precision
 from sdpo.memory import choose_checkpointing, planned_memory
 from sdpo.metrics import MetricsLog
 from sdpo.pairs import Pairs, prepare_pairs
 from sdpo.prompts import read_prompts
+from sdpo.ranks import PATIENCE, check_ranks, on_main
 from sdpo.references import open_references
 from sdpo.rng import normal
 from sdpo.sampling import sample
@@ -67,6 +69,7 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     )
     if config.report_to not in ("all", "none") and not accelerator.log_with:
         raise InputError(f"--report_to {config.report_to}: it is not installed; pip install {config.report_to}")
+    check_ranks(accelerator)
     settle_engine(config, accelerator)
     start_console(accelerator.is_main_process)
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
@@ -97,12 +100,13 @@ def settle_engine(config: TrainConfig, accelerator: Accelerator) -> None:
         unset_hf_deepspeed_config()  # encoders and reference are loaded whole, also where the policy is shared out
 
 
-def choose_seed(config: TrainConfig, checkpoint: Path | None) -> int:
+def choose_seed(config: TrainConfig, accelerator: Accelerator, checkpoint: Path | None) -> int:
     """The seed given, else that of the checkpoint, else a fresh one shared by all ranks."""
-    seed = config.seed
-    if seed is None:
-        seed = checkpoints.read_state(checkpoint)["seed"] if checkpoint else secrets.randbits(32)
-    return broadcast_object_list([seed])[0]
+    if config.seed is not None:
+        return config.seed
+    if checkpoint:
+        return checkpoints.read_state(checkpoint)["seed"]
+    return on_main(accelerator, lambda: secrets.randbits(32))
 
 
 def build_dataset(run: Run, pairs: Pairs | CachedPairs, stream: str) -> PairDataset:
@@ -131,7 +135,8 @@ def announce(run: Run, notes: list[str]) -> None:
         log.info(line)
     precision = "fp32" if config.mixed_precision == "no" else config.mixed_precision
     log.info(f"method         {config.method}, beta {config.beta_dpo:g}, {precision}, seed {run.seed}")
-    log.info(f"parameters     {parameters:,}")
+    log.info(f"loser scale    {config.describe_loser_scale()}")
+    log.info(f"parameters     {parameters:,}, {optimizer_name(config, run.family)}")
     parts = ", ".join(f"{name} {size / 2**30:.3g}" for name, size in memory.items())
     log.info(f"memory         {sum(memory.values()) / 2**30:.3g} GiB per device before activations: {parts}")
 
@@ -141,6 +146,11 @@ def caution(run: Run) -> None:
     config, memory = run.config, planned_memory(run)
     cautions = config.without_effect(optimizer_name(config, run.family))
     cautions += config.cautions(loss_name(config, run.family))
+    if run.plan.global_batch > run.plan.pairs:
+        cautions.append(
+            f"an update takes {run.plan.global_batch} pairs and the data has {run.plan.pairs}, which repeat within it: "
+            "choose a smaller --global_batch_size"
+        )
     if config.checkpointing_steps:
         size = sum(memory.get(part, 0) for part in ("policy", "optimizer", "average"))
         cautions += checkpoints.space_cautions(config.output_dir, size)
@@ -152,7 +162,7 @@ def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
     """The run, resumed if there is a checkpoint, its training samples and its held-out pairs."""
     accelerator = start_accelerator(config)
     checkpoint = checkpoints.find_checkpoint(accelerator, config)
-    seed = choose_seed(config, checkpoint)
+    seed = choose_seed(config, accelerator, checkpoint)
     prompts = [prompt.text for prompt in read_prompts(config.validation_prompts)] if config.validation_prompts else []
     family = load_family(**config.base, encoders=not config.latent_cache or bool(prompts))
     with accelerator.main_process_first():
@@ -164,8 +174,8 @@ def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
 
     run = build_run(config, accelerator, family, plan, seed, references)
     try_out(run)
-    base = family.describe(config.unet_init) if accelerator.is_main_process else None
-    run.data, run.base, run.prompts = data, broadcast_object_list([base])[0], prompts
+    run.base = on_main(accelerator, lambda: family.describe(config.unet_init))
+    run.data, run.prompts = data, prompts
     dataset = build_dataset(run, pairs, "train")
     announce(run, notes)
     caution(run)
@@ -226,6 +236,8 @@ def hold_out(run: Run, pairs: Pairs | CachedPairs | None) -> HeldOutPairs | None
 
 def start_logs(run: Run) -> MetricsLog:
     """Trackers, config.json with settings and derived numbers, metrics.jsonl up to the step the run starts from."""
+    if run.step == 0:
+        checkpoints.set_results_aside(run)
     settings = {**dataclasses.asdict(run.config), "seed": run.seed}
     if run.accelerator.is_main_process:
         derived = dataclasses.asdict(run.plan)
@@ -244,7 +256,7 @@ def train(run: Run, dataset: PairDataset, held_out: HeldOutPairs | None) -> int:
     Returns 0, or the number of the signal that stopped the run early, with a checkpoint.
     """
     config, plan, metrics = run.config, run.plan, start_logs(run)
-    with StopRequest(run.accelerator) as request:
+    with StopRequest(run.accelerator) as request, logging_redirect_tqdm():
         if run.step == 0:
             metrics.write(0, validate(run, held_out))
         micro_batches = train_batches(config, dataset, plan, run.accelerator.process_index, run.step)
@@ -266,12 +278,14 @@ def train(run: Run, dataset: PairDataset, held_out: HeldOutPairs | None) -> int:
                 show_progress(progress, figures)
                 metrics.write(run.step, figures)
             if run.step % config.validation_steps == 0 or last:
-                metrics.write(run.step, validate(run, held_out))
+                figures = validate(run, held_out)
+                metrics.write(run.step, figures)
+                say_held_out(run, figures)
             due = config.checkpointing_steps and run.step % config.checkpointing_steps == 0
             if run.references and (due or stop or last):
                 run.references.write()
             if due or stop:
-                checkpoints.save_checkpoint(run)
+                log.info(f"saved          {checkpoints.save_checkpoint(run)}")
             if stop:
                 return stop
         progress.close()
@@ -289,6 +303,19 @@ def show_progress(progress: tqdm, figures: dict[str, float]) -> None:
     }
     shown = {label: f"{figures[name]:.3g}" for label, name in names.items() if name in figures}
     progress.set_postfix(shown, refresh=False)
+
+
+def say_held_out(run: Run, figures: dict[str, float]) -> None:
+    """Whether winners are preserved, so far: a line per kind of weights on the console."""
+    for name in ("heldout", "heldout_ema"):
+        if f"{name}/margin" in figures:
+            winner, loser, accuracy = (
+                figures[f"{name}/{key}"] for key in ("winner_error_change", "loser_error_change", "margin_accuracy")
+            )
+            log.info(
+                f"{name:14} after {run.step} updates: error of winners {winner:+.3g}, of losers {loser:+.3g}, "
+                f"margin accuracy {accuracy:.3f}"
+            )
 
 
 @torch.compiler.set_stance("force_eager")  # ranks and batches of other shapes would each be compiled
@@ -332,6 +359,8 @@ def save_model(run: Run) -> None:
     output = Path(run.config.output_dir)
     if run.average:
         checkpoints.save_average(run, output)
+    elif run.accelerator.is_main_process:
+        (output / "unet_ema.pth").unlink(missing_ok=True)  # of an earlier run
     state = run.accelerator.get_state_dict(run.unet)
     if run.accelerator.is_main_process:
         checkpoints.save_state_dict(state, output / "unet.pth")

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -29,10 +28,11 @@ from sdpo.config import TrainConfig
 from sdpo.console import start_console
 from sdpo.data import Transform
 from sdpo.families import Conditioning, StableDiffusion, load_family
-from sdpo.hub import DTYPES, PATIENCE, check_precision
+from sdpo.hub import DTYPES, check_precision
 from sdpo.images import decode
 from sdpo.inputs import normalise
 from sdpo.pairs import Pairs, prepare_pairs
+from sdpo.ranks import PATIENCE, check_ranks, on_main
 from sdpo.shards import SHARD_BYTES, Shards, is_intact, read_key, refuse_changes
 
 log = logging.getLogger("cache")
@@ -279,10 +279,7 @@ def open_cache(
 
 def open_stores(config: TrainConfig, accelerator: Accelerator, tables: dict[str, Pairs]) -> dict[str, Shards]:
     """The folders of the cache by name, none of them made from something else; every rank calls this."""
-    keys = [None]
-    if accelerator.is_main_process:
-        keys = [make_keys(config, load_family(**config.base, encoders=False), tables)]
-    keys = broadcast_object_list(keys)[0]
+    keys = on_main(accelerator, lambda: make_keys(config, load_family(**config.base, encoders=False), tables))
     stores = {name: Shards(Path(config.latent_cache, name), key) for name, key in keys.items()}
     refuse_changes(stores.values(), "--latent_cache")
     return stores
@@ -317,6 +314,7 @@ def main(arguments: list[str] | None = None) -> None:
     config = parse_flags(CacheConfig, __doc__.splitlines()[0], "python -m sdpo.cache", arguments)
     check_precision(config.mixed_precision)
     accelerator = Accelerator(kwargs_handlers=[PATIENCE])
+    check_ranks(accelerator)
     start_console(accelerator.is_main_process)
     with accelerator.main_process_first():
         pairs, held_out, notes = prepare_pairs(config, config.seed or 0)

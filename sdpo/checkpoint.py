@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import itertools
 import json
 import logging
 import os
@@ -16,10 +17,11 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -27,6 +29,7 @@ from sdpo.command import NO_ROOM, InputError
 from sdpo.config import TrainConfig
 from sdpo.files import FULL, brief, parse_json, read_text, sha256, sync, write_file, write_json
 from sdpo.hub import load_fitting_state, load_weights
+from sdpo.ranks import on_main
 from sdpo.step import Run, loss_name, optimizer_name
 
 log = logging.getLogger(__name__)
@@ -82,7 +85,12 @@ def alone_in(folder: str | Path) -> Iterator[None]:
 def save_state_dict(state: dict[str, Tensor], path: Path) -> None:
     """Write parameters as a plain fp32 state dict on the CPU."""
     state = {name: value.detach().float().cpu().contiguous() for name, value in state.items()}
-    write_file(path, lambda partial: torch.save(state, partial))
+
+    def write(partial: Path) -> None:
+        with open(partial, "wb") as file:  # given a path, torch would put its random name into the file
+            torch.save(state, file)
+
+    write_file(path, write)
 
 
 def save_average(run: Run, folder: Path) -> None:
@@ -219,16 +227,7 @@ def find_checkpoint(accelerator: Accelerator, config: TrainConfig) -> Path | Non
 
     Raises InputError if the named one is damaged, or if there are checkpoints and none is whole.
     """
-    answer: list = [None, None]  # checkpoint, what is wrong
-    if accelerator.is_main_process:
-        try:
-            answer[0] = choose_checkpoint(config)
-        except InputError as error:
-            answer[1] = str(error)
-    found, wrong = broadcast_object_list(answer)
-    if wrong:
-        raise InputError(wrong)
-    return found
+    return on_main(accelerator, lambda: choose_checkpoint(config))
 
 
 def choose_checkpoint(config: TrainConfig) -> Path | None:
@@ -277,6 +276,20 @@ def newest_whole(folder: str | Path) -> Path | None:
     return None
 
 
+def set_results_aside(run: Run) -> None:
+    """Move what an earlier run has left at its end out of the way of one that begins anew in its folder."""
+    folder = Path(run.config.output_dir)
+    if not run.accelerator.is_main_process or not (folder / "unet.pth").is_file():
+        return
+    number = next(number for number in itertools.count(1) if not (folder / f"earlier-{number}").exists())
+    aside = folder / f"earlier-{number}"
+    aside.mkdir()
+    for name in ("unet.pth", "unet_ema.pth", "config.json", "metrics.jsonl", "model_index.json", "unet"):
+        if (folder / name).exists():
+            os.replace(folder / name, aside / name)
+    log.warning(f"CAUTION: {folder} holds a trained model, which is now in {aside}: the run begins anew")
+
+
 def set_later_aside(run: Run) -> None:
     """Rename checkpoints beyond the one resumed from: they are not of the run that goes on from there."""
     if not run.accelerator.is_main_process:
@@ -323,7 +336,19 @@ FREE = {
     *("max_unreadable_images", "max_skipped_updates", "reference_cache"),
     *("gradient_checkpointing", "activation_memory", "compile", "channels_last"),
     *("gradient_accumulation_steps", "global_batch_size"),  # the plan says what they come to
+    *(
+        "pretrained_model_name_or_path",
+        "pretrained_vae_model_name_or_path",
+        "unet_init",
+        "revision",
+    ),  # as Run.base does
 }
+
+
+def resolve(name: str, value: Any) -> Any:
+    """A setting's value, but for local data where it really is."""
+    is_local = name in ("dataset_name", "train_data_dir") and value and Path(value).exists()
+    return os.path.realpath(value) if is_local else value
 
 
 def changed_settings(run: Run, checkpoint: Path) -> list[str]:
@@ -338,7 +363,7 @@ def changed_settings(run: Run, checkpoint: Path) -> list[str]:
     changes = [
         f"--{name} was {then['config'][name]!r}, is {value!r}"
         for name, value in now.items()
-        if name not in free and name in then["config"] and then["config"][name] != value
+        if name not in free and name in then["config"] and resolve(name, then["config"][name]) != resolve(name, value)
     ]
     if config.seed is not None and config.seed != then["seed"]:
         changes.append(f"--seed was {then['seed']}, is {config.seed}")

@@ -318,7 +318,7 @@ class TrainConfig:
         return {
             "name": "sdxl" if self.sdxl else "sd15",  # row of FAMILIES
             "source": self.pretrained_model_name_or_path,
-            "vae": self.pretrained_vae_model_name_or_path,
+            "vae": self.pretrained_vae_model_name_or_path or None,  # "" takes back a launcher's
             "revision": self.revision,
         }
 
@@ -326,6 +326,12 @@ class TrainConfig:
     def method(self) -> str:
         """The training method after --sft."""
         return "sft" if self.sft else self.train_method
+
+    def describe_loser_scale(self) -> str:
+        """What scales the loser's gradient, for the console."""
+        if self.use_winner_preserving:
+            return f"winner-preserving, mu {self.winner_preserving_mu:g}, per {self.winner_preserving_per}"
+        return f"constant, {self.constant_loser_scale:g}"
 
     @property
     def labels_path(self) -> Path | None:

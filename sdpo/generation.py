@@ -35,7 +35,7 @@ from sdpo.command import InputError, flag, parse_assignments, within_memory
 from sdpo.families import StableDiffusion, find_family, load_family
 from sdpo.files import brief, write_file, write_json
 from sdpo.hub import DTYPES, WEIGHT_SUFFIXES, fetch
-from sdpo.manifest import write_manifest
+from sdpo.manifest import MADE_WITH, write_manifest
 from sdpo.prompts import GROUPS, OFFICIAL, Prompt, read_prompts
 from sdpo.sampling import draw_noise, sample
 from sdpo.scoring import METRICS
@@ -177,9 +177,9 @@ def locate_unet(config: EvalConfig) -> tuple[str, Path]:
     if path.is_dir():
         if (path / "metrics.jsonl").is_file() and not (path / "unet.pth").is_file():
             raise InputError(f"training in {path} has not ended: name one of its checkpoint-N folders, or let it end")
-        return str(path / "unet.pth" if (path / "unet.pth").is_file() else path), path
+        return str(path / "unet.pth" if (path / "unet.pth").is_file() else path), results_folder(path)
     if path.is_file():
-        return reference, path.parent
+        return reference, results_folder(path.parent)
     repository, _, name = reference.partition(":")
     if repository.count("/") != 1 or repository.endswith(WEIGHT_SUFFIXES):
         raise InputError(f"--unet_path {reference} is neither a file nor a folder, nor base or one of {list(RELEASED)}")
@@ -187,10 +187,16 @@ def locate_unet(config: EvalConfig) -> tuple[str, Path]:
     return str(fetch(repository, name, cache_dir=config.cache_dir)) if name else reference, folder
 
 
+def results_folder(weights: Path) -> Path:
+    """Where the images of weights in this folder go: there, but for a checkpoint, which training may remove."""
+    checkpoint = (weights / "files.json").is_file()
+    return weights.with_name(f"eval-{weights.name}") if checkpoint else weights
+
+
 def load_base(config: EvalConfig) -> StableDiffusion:
     """The base model's frozen parts as the family whose pipeline it holds; raises InputError."""
     base, options = config.pretrain_path, {"revision": config.revision, "cache_dir": config.cache_dir}
-    return load_family(find_family(base, **options), base, vae=config.vae_path, **options)
+    return load_family(find_family(base, **options), base, vae=config.vae_path or None, **options)
 
 
 def hash_weights(models: Iterable[nn.Module]) -> str:
@@ -466,7 +472,7 @@ def write_results(run: EvalRun, group: str) -> None:
             f"{len(missing)} of {len(images)} images of {group} are not there, the first {missing[0]}: run again, on "
             "several machines with an --output_path on a disk that they share"
         )
-    about = {"guidance": run.config.guidance, "checkpoint": run.made_with["checkpoint"]}
+    about = {name: run.made_with[name] for name in (*MADE_WITH, "checkpoint") if name != "seed"}
     entries = [
         {
             "prompt": prompt.text,

@@ -1,6 +1,6 @@
 """Models and files in the hub's formats: from the hub or from a local folder, whole and finite or not at all.
 
-Also what flags and files call precisions and weights, and how long ranks wait for one of them to fetch data.
+Also what flags and files call precisions and weights.
 """
 
 from __future__ import annotations
@@ -9,12 +9,10 @@ import hashlib
 import re
 import zipfile
 from collections.abc import Mapping
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import InitProcessGroupKwargs
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -30,7 +28,6 @@ PART_FILES = {"config.json", "tokenizer_config.json", "vocab.json", "merges.txt"
 PART_FILES |= {"special_tokens_map.json", "added_tokens.json"}  # what a part consists of beside its weights
 UNUSED = ("position_ids", "logit_scale", "text_projection.weight", "visual_projection.weight")  # endings of names
 WRAPPERS = ("module.", "_orig_mod.")  # prefixes of names, from the outside in
-PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # of ranks, while the first one fetches and prepares data
 
 
 def check_precision(name: str) -> None:

@@ -21,7 +21,8 @@ from sdpo.command import InputError
 from sdpo.files import is_text, locked, parse_json, read_text, sha256, write_json, write_text
 
 ABOUT_A_ROW = {"image", "prompt", "models", "sha256"}  # keys of a row of scores that are not metrics
-MADE_WITH = ("seed", "guidance")  # keys of an entry by which images of two runs should not differ
+# Keys of an entry by which images of two runs should not differ
+MADE_WITH = ("seed", "guidance", "cfg", "steps", "noise", "dtype", "latents_dtype")
 MAX_SCORE = 1e100
 log = logging.getLogger(__name__)
 

@@ -392,6 +392,8 @@ def check_columns(
 ) -> None:
     """Raises InputError for a column that is missing, and for captions and images that cannot be any."""
     missing = [name for name in needed if name not in table.column_names]
+    if missing and missing[0].startswith("model_"):
+        raise InputError(f"{source}: column {missing[0]} missing: drop --dreamlike_pairs_only")
     if missing:
         raise InputError(
             f"{source}: column {', '.join(missing)} missing (it has {', '.join(table.column_names)}); "

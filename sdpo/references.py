@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from sdpo.command import InputError
@@ -20,6 +19,7 @@ from sdpo.config import Plan, TrainConfig
 from sdpo.families import StableDiffusion
 from sdpo.losses import PairTerms
 from sdpo.pairs import Pairs
+from sdpo.ranks import on_main
 from sdpo.shards import Shards, is_intact, refuse_changes
 
 FLAGS = (  # that decide what the reference is shown, or how its numbers are rounded
@@ -82,10 +82,8 @@ def open_references(
     """
     if not config.reference_cache:
         return None
-    keys = [None]
-    if accelerator.is_main_process:
-        keys = [make_key(config, accelerator, family, plan, seed, pairs)]
-    shards = Shards(Path(config.reference_cache), broadcast_object_list(keys)[0])
+    key = on_main(accelerator, lambda: make_key(config, accelerator, family, plan, seed, pairs))
+    shards = Shards(Path(config.reference_cache), key)
     refuse_changes([shards], "--reference_cache")
     if accelerator.is_main_process:
         shards.create()  # before another run does

@@ -19,7 +19,7 @@ import numpy as np
 
 from sdpo.command import InputError
 from sdpo.files import write_text
-from sdpo.winrates import Comparison, ScoredRun, mean_and_error, show_row
+from sdpo.winrates import Comparison, ScoredRun, list_cautions, mean_and_error, show_row
 
 TEMPLATE = Path(__file__).with_name("report.html")
 BINS = 30  # of a histogram
@@ -139,8 +139,10 @@ def _win_rates(comparison: Comparison) -> str:
         for label, prompts in ((a, summary["pairing"]["dropped_a"]), (b, summary["pairing"]["dropped_b"]))
         if prompts
     )
+    cautions = "".join(f'<p class="hint">{escape(text)}</p>' for text in list_cautions(comparison))
     title = f"Win rates of {escape(a)} over {escape(b)}"
-    return f'<section><h2>{title}</h2><div class="panel">{table}{dropped}{_win_bars(a, b, summary)}</div></section>'
+    content = f"{table}{cautions}{dropped}{_win_bars(a, b, summary)}"
+    return f'<section><h2>{title}</h2><div class="panel">{content}</div></section>'
 
 
 # Charts

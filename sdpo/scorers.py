@@ -385,7 +385,13 @@ def load_scorers(
     for name, source in sources.items():
         metric, part = name.split(".")
         parts[metric][part] = source
-    return {metric: SCORERS[metric](parts[metric], dtype) for metric in metrics}
+    scorers = {}
+    for metric in metrics:
+        try:
+            scorers[metric] = SCORERS[metric](parts[metric], dtype)
+        except InputError as error:
+            raise InputError(f"{metric}: {error}") from error
+    return scorers
 
 
 # The pass

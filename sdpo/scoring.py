@@ -69,7 +69,7 @@ class ScoringOptions:
                 load_scorers([METRICS[metric]], self.sources, DTYPES[self.dtype])
             except InputError as error:
                 raise InputError(
-                    f"{metric}: {error}; or choose other --metrics (none: images alone); no image was made"
+                    f"{error}; or choose other --metrics (none: images alone); no image was made"
                 ) from error
 
     def model(self, metric: str) -> str:

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sdpo.command import InputError
 from sdpo.files import brief, parse_json, read_text, write_file, write_json
+from sdpo.ranks import on_main
 
 SHARD_BYTES = 2**29  # a file is no larger, unless one row is
 
@@ -54,16 +54,17 @@ class Shards:
 
         The main process looks, so that ranks agree while others write; every rank calls this.
         """
-        if PartialState().is_main_process:
-            self.files = sorted(self.folder.glob("*.safetensors"))
-            for number, path in enumerate(self.files):
-                about = read_about(path)
-                if about["key"] != self.mark:
-                    raise InputError(f"{path} was made from something else than the files beside it: delete it")
-                self.places |= {name: (number, row) for row, name in enumerate(about["names"])}
-                self.notes |= about["notes"]
-        found = [self.files, self.places, self.notes]
-        self.files, self.places, self.notes = broadcast_object_list(found)
+        self.files, self.places, self.notes = on_main(PartialState(), self._find_rows)
+
+    def _find_rows(self) -> tuple[list[Path], dict, dict]:
+        files, places, notes = sorted(self.folder.glob("*.safetensors")), {}, {}
+        for number, path in enumerate(files):
+            about = read_about(path)
+            if about["key"] != self.mark:
+                raise InputError(f"{path} was made from something else than the files beside it: delete it")
+            places |= {name: (number, row) for row, name in enumerate(about["names"])}
+            notes |= about["notes"]
+        return files, places, notes
 
     def write(self, names: list[int | str], tensors: dict[str, Tensor], notes: dict[str, str]) -> None:
         """Write one file of len(names) rows; every tensor is (len(names), ...)."""

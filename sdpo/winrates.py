@@ -351,6 +351,16 @@ def write_matrix(matrix: dict[str, Any], outdir: str | Path, now: datetime | Non
     return path
 
 
+def list_cautions(comparison: Comparison) -> list[str]:
+    """What a reader of the figures should know: repeated prompts, and settings by which the runs' images differ."""
+    results, cautions = next(iter(comparison.details.values()))["results"], []
+    if (prompts := len({result["prompt"] for result in results})) < len(results):
+        cautions.append(f"only {prompts} prompts are distinct, but intervals and p count pairs as independent")
+    for name, count in comparison.summary["pairing"]["differing"].items():
+        cautions.append(f"the images of {count} pairs were made with another {name} for A than for B")
+    return cautions
+
+
 def format_comparison(comparison: Comparison) -> str:
     """Console text: a table in percent with a row per metric, and how many images were dropped, with some prompts."""
     summary = comparison.summary
@@ -364,11 +374,7 @@ def format_comparison(comparison: Comparison) -> str:
         f"average over metrics: macro {averages['macro_win_rate_a_over_b']:.1%}, "
         f"micro {averages['micro_win_rate_a_over_b']:.1%}",
     ]
-    results = next(iter(comparison.details.values()))["results"]
-    if (prompts := len({result["prompt"] for result in results})) < len(results):
-        lines.append(f"CAUTION: only {prompts} prompts are distinct, but intervals and p count pairs as independent")
-    for name, count in pairing["differing"].items():
-        lines.append(f"CAUTION: the images of {count} pairs were made with another {name} for A than for B")
+    lines += [f"CAUTION: {text}" for text in list_cautions(comparison)]
     for label, dropped in ((pair["model_a"], pairing["dropped_a"]), (pair["model_b"], pairing["dropped_b"])):
         if dropped:
             lines.append(f"{label}: {len(dropped)} without a partner dropped (all listed in summary.json):")

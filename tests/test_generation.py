@@ -308,6 +308,19 @@ def test_a_base_that_does_not_say_its_size_needs_a_resolution(arguments, bases, 
     eval_generate.main(arguments(f"--pretrain_path={copy}", "--resolution=32"))
 
 
+def test_images_of_a_checkpoint_are_kept_outside_of_it(arguments, bases, tmp_path):
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    checkpoint.mkdir(parents=True)
+    torch.save(change_weights(bases).state_dict(), checkpoint / "unet.pth")
+    (checkpoint / "files.json").touch()
+    for path in (checkpoint, checkpoint / "unet.pth"):
+        flags = [flag for flag in arguments() if not flag.startswith("--output_path")]
+        (manifest,) = eval_generate.main([*flags, f"--unet_path={path}"]).values()
+        assert manifest.parent == tmp_path / "run" / "eval-checkpoint-2"
+    (entry, *_) = json.loads(manifest.read_text())
+    assert (entry["steps"], entry["cfg"], entry["guidance"], entry["dtype"]) == (4, 7.5, "official", "fp32")
+
+
 def test_images_that_overflow_are_not_kept(arguments, bases, tmp_path):
     unet = change_weights(bases)
     unet.conv_out.weight.data *= 1e38
@@ -523,7 +536,7 @@ def test_launchers_say_what_is_missing(tmp_path):
 def test_scorers_are_tried_out_before_images_are_made(arguments, tmp_path):
     (tmp_path / "clip").mkdir()
     flags = ["--metrics", "Pixels", "PickScore", "--weights", f"pickscore.model={tmp_path / 'clip'}"]
-    with pytest.raises(InputError, match=r"PickScore: cannot load CLIPModel of .*clip.*no image was made"):
+    with pytest.raises(InputError, match=r"pickscore: cannot load CLIPModel of .*clip.*no image was made"):
         eval_generate.main(arguments(*flags))
     assert not list(tmp_path.rglob("*.png"))
 

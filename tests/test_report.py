@@ -104,12 +104,22 @@ def test_hostile_prompts_and_labels_stay_text(tmp_path):
     labels = ['<i>"a"&', "b' onload='x"]
     runs = [make_run(tmp_path, label, HOSTILE, seed, metrics=["<u>m"]) for seed, label in enumerate(labels)]
     page = Page(write_report(tmp_path / "report.html", runs, [compare(*runs)]))
-    harmless = make_run(tmp_path, "a", ["x"] * 4, 0, ["m"]), make_run(tmp_path, "b", ["x"] * 4, 1, ["m"])
+    harmless = make_run(tmp_path, "a", [*"wxyz"], 0, ["m"]), make_run(tmp_path, "b", [*"wxyz"], 1, ["m"])
     expected = Page(write_report(tmp_path / "plain.html", harmless, [compare(*harmless)]))
     assert [tag for tag, _ in page.tags] == [tag for tag, _ in expected.tags]
     assert [list(attributes) for _, attributes in page.tags] == [list(attributes) for _, attributes in expected.tags]
     assert sorted(card["prompt"] for card in page.views[0]["cards"]) == sorted(HOSTILE)
     assert page.views[0]["labels"] == labels
+
+
+def test_what_the_console_cautions_of_is_on_the_page(tmp_path):
+    runs = [make_run(tmp_path, label, ["x", "x", "y"], seed) for seed, label in enumerate("ab")]
+    for run, steps in zip(runs, (20, 50), strict=True):
+        for entry in run.entries:
+            entry.made_with["steps"] = steps
+    page = write_report(tmp_path / "report.html", runs, compare_all(runs)).read_text()
+    assert "only 2 prompts are distinct, but intervals and p count pairs as independent" in page
+    assert "the images of 3 pairs were made with another steps for A than for B" in page
 
 
 def test_nothing_is_fetched_and_tables_are_labelled(tmp_path):

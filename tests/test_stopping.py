@@ -368,6 +368,14 @@ def test_the_switch_of_dspo_depends_on_the_micro_batch(arguments):
         train.main(arguments(*flags, "--train_batch_size=4"))
 
 
+def test_resuming_finds_base_and_data_in_another_place(arguments, bases, pairs_folder, tmp_path, monkeypatch):
+    train.main(arguments("--checkpointing_steps=1", "--max_train_steps=1"))
+    moved = shutil.copytree(bases["sd15", "epsilon"], tmp_path / "moved")
+    data = os.path.relpath(pairs_folder)
+    train.main(arguments(f"--pretrained_model_name_or_path={moved}", f"--train_data_dir={data}", "--max_train_steps=2"))
+    assert dict(read_metrics(tmp_path / "run", "train_loss")).keys() == {1, 2}
+
+
 def test_resuming_may_split_the_same_batch_otherwise(arguments, tmp_path):
     per_pair = ["--use_winner_preserving", "--winner_preserving_mu=0.5", "--winner_preserving_per=pair"]
     train.main(arguments("--checkpointing_steps=1", "--max_train_steps=1", *per_pair))
@@ -375,7 +383,8 @@ def test_resuming_may_split_the_same_batch_otherwise(arguments, tmp_path):
     assert dict(read_metrics(tmp_path / "run", "train_loss")).keys() == {1, 2}
 
 
-SRUN = """for rank in 0 1; do
+SRUN = """shift  # --cpus-per-task
+for rank in 0 1; do
   SLURM_PROCID=$rank SLURM_LOCALID=$rank SLURM_NTASKS=2 "$@" &
   echo $! >>tasks
 done

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import shutil
 import sys
 from contextlib import nullcontext
@@ -183,10 +184,55 @@ def test_without_a_seed_the_checkpoints_is_used(arguments, tmp_path):
     assert json.loads((tmp_path / "run" / "checkpoint-3" / "state.json").read_text())["seed"] == seed
 
 
+def test_a_trained_model_is_neither_overwritten_nor_mixed_with_another(arguments, tmp_path, capsys):
+    run, flags = tmp_path / "run", arguments("--checkpointing_steps=0", "--max_train_steps=2")
+    train.main([*flags, "--use_ema"])
+    first, ema = (run / "unet.pth").read_bytes(), (run / "unet_ema.pth").read_bytes()
+    train.main([*flags, "--seed=8"])
+    assert (
+        f"{run} holds a trained model, which is now in {run / 'earlier-1'}: the run begins" in capsys.readouterr().err
+    )
+    assert (run / "earlier-1" / "unet.pth").read_bytes() == first
+    assert (run / "earlier-1" / "unet_ema.pth").read_bytes() == ema and not (run / "unet_ema.pth").exists()
+    assert (run / "unet.pth").read_bytes() != first and (run / "earlier-1" / "config.json").exists()
+    train.main(flags)
+    assert (run / "unet.pth").read_bytes() == first  # the same run is the same file
+    assert (run / "earlier-2" / "metrics.jsonl").exists()
+
+
+def test_averaged_weights_of_an_earlier_run_do_not_stay_beside_others(arguments, tmp_path):
+    train.main(arguments("--checkpointing_steps=1", "--max_train_steps=1", "--use_ema"))
+    train.main(arguments("--checkpointing_steps=1", "--max_train_steps=2", "--resume_with_changes"))
+    assert (tmp_path / "run" / "unet.pth").exists() and not (tmp_path / "run" / "unet_ema.pth").exists()
+
+
+def test_processes_that_did_not_join_are_refused(arguments, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="2 processes were started, but 1 found each other"):
+        train.main(arguments())
+
+
+def test_the_console_says_what_the_run_is_about(arguments, capsys):
+    guarded = [
+        "--use_winner_preserving",
+        "--winner_preserving_mu=0.9",
+        "--checkpointing_steps=2",
+        "--validation_pairs=2",
+    ]
+    train.main(arguments(*guarded, "--max_train_samples=3", "--max_train_steps=2"))
+    said = capsys.readouterr().err
+    assert "loser scale    winner-preserving, mu 0.9, per batch" in said
+    assert re.search(
+        r"heldout +after 2 updates: error of winners [+-]\d\S*, of losers [+-]\d\S*, margin accuracy \d", said
+    )
+    assert re.search(r"saved +\S*run/checkpoint-2\n", said)
+    assert "an update takes 4 pairs and the data has 3, which repeat" in said
+
+
 def test_seeds_that_are_not_given_differ(arguments):
     config = configure([flag for flag in arguments() if not flag.startswith("--seed")])
-    train.start_accelerator(config)
-    seeds = {train.choose_seed(config, None) for _ in range(8)}
+    accelerator = train.start_accelerator(config)
+    seeds = {train.choose_seed(config, accelerator, None) for _ in range(8)}
     assert len(seeds) == 8 and min(seeds) >= 0
 
 
