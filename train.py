@@ -45,7 +45,7 @@ from sdpo.step import AUTOCAST, SHARDING, Run, build_run, loss_name, optimizer_n
 from sdpo.stopping import Skips, StopRequest
 
 log = logging.getLogger("train")
-SAVE_MEMORY = (
+LESS_MEMORY = (
     "try --gradient_checkpointing full, fewer pairs in --train_batch_size with as many more in "
     "--gradient_accumulation_steps, --latent_cache, --optimizer adamw8bit, or a smaller --resolution"
 )
@@ -285,7 +285,8 @@ def train(run: Run, dataset: PairDataset, held_out: HeldOutPairs | None) -> int:
             if run.references and (due or stop or last):
                 run.references.write()
             if due or stop:
-                log.info(f"saved          {checkpoints.save_checkpoint(run)}")
+                folder = checkpoints.save_checkpoint(run)
+                log.info(f"saved          {folder}")
             if stop:
                 return stop
         progress.close()
@@ -372,7 +373,7 @@ def save_model(run: Run) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Train as the command line says."""
     config = parse_flags(TrainConfig, __doc__.splitlines()[0], "python train.py", arguments)
-    with checkpoints.alone_in(config.output_dir), within_memory(SAVE_MEMORY):
+    with checkpoints.alone_in(config.output_dir), within_memory(LESS_MEMORY):
         run, dataset, held_out = set_up(config)
         with checkpoints.writing_to(config.output_dir):
             stopped_by = train(run, dataset, held_out)

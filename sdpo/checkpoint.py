@@ -284,7 +284,8 @@ def set_results_aside(run: Run) -> None:
     number = next(number for number in itertools.count(1) if not (folder / f"earlier-{number}").exists())
     aside = folder / f"earlier-{number}"
     aside.mkdir()
-    for name in ("unet.pth", "unet_ema.pth", "config.json", "metrics.jsonl", "model_index.json", "unet"):
+    results = ("unet.pth", "unet_ema.pth", "config.json", "metrics.jsonl", "model_index.json", "unet")
+    for name in (*results, "validation", "logs"):
         if (folder / name).exists():
             os.replace(folder / name, aside / name)
     log.warning(f"CAUTION: {folder} holds a trained model, which is now in {aside}: the run begins anew")

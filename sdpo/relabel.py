@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from sdpo.command import InputError, flag, parse_assignments, parse_flags, run_command
 from sdpo.config import CHOICE_MODELS, TrainConfig
-from sdpo.files import parse_json, read_text, write_file, write_text
+from sdpo.files import brief, parse_json, read_text, write_file, write_text
 from sdpo.images import encoded
 from sdpo.manifest import check_score
 from sdpo.pairs import IMAGES, LABELS_ABOUT, as_list, check_columns, column, hash_captions, read_table
@@ -117,7 +117,7 @@ def relabel(config: RelabelConfig) -> str:
     out.parent.mkdir(parents=True, exist_ok=True)
     kept = out.with_name(out.name + ".scores.jsonl")
     if then and then | {"margin": config.margin} == about:
-        scores = np.column_stack([pq.read_table(out)[name].to_numpy() for name in SCORES])
+        scores = read_scored(out, len(table))
     else:
         scores = np.array(score_table(config, table, scored, kept), float).reshape(-1, 2)  # (n, 2), nan if unreadable
     labels = make_labels(scores, config.margin)
@@ -149,6 +149,18 @@ def read_about(path: Path) -> dict | None:
         return json.loads(pq.read_schema(path).metadata[LABELS_ABOUT])
     except (OSError, ValueError, TypeError, KeyError):
         return None
+
+
+def read_scored(out: Path, rows: int) -> np.ndarray:
+    """Scores (rows, 2) that a label file holds beside its labels; raises InputError where it is damaged."""
+    try:
+        table = pq.read_table(out)
+        scores = np.column_stack([table[name].to_numpy().astype(float) for name in SCORES])
+    except Exception as error:  # pyarrow has many
+        raise InputError(f"{out} is damaged ({brief(error)}): remove it to score the data again") from error
+    if len(scores) != rows:
+        raise InputError(f"{out} has {len(scores):,} rows, the data {rows:,}: remove it to score the data again")
+    return scores
 
 
 def score_table(config: RelabelConfig, table: datasets.Dataset, about: dict, kept: Path) -> list[list[float | None]]:

@@ -22,7 +22,8 @@ import eval_vs
 import train
 from sdpo import relabel
 from sdpo.checkpoint import seal
-from sdpo.command import run_command
+from sdpo.command import InputError, parse_flags, run_command, within_memory
+from sdpo.config import TrainConfig
 from sdpo.families import load_family
 from sdpo.pairs import read_table
 from sdpo.tiny import compare, make_pairs, pictures
@@ -218,7 +219,7 @@ TRAIN_FLAGS = {
     "--validation_steps=0": r"--validation_steps must be at least 1, got 0",
     "--validation_prompts=/nowhere.txt": r"--validation_prompts /nowhere.txt is not a file; give one prompt per line",
     "--caption_column=text": r"column text missing \(it has caption, .* give --caption_column",
-    "--dreamlike_pairs_only": r"column model_0, model_1 missing",
+    "--dreamlike_pairs_only": r"column model_0 missing: drop --dreamlike_pairs_only",
     "--max_train_samples=0": r"--max_train_samples must be at least 1, got 0",
     "--max_unreadable_images=-1": r"--max_unreadable_images must not be negative, got -1",
     "--dataloader_num_workers=-1": r"--dataloader_num_workers must not be negative, got -1",
@@ -478,6 +479,8 @@ DATA = {  # pairs: (what writes them, flags of train.py, message)
     "CSV, row too long": (table(HEAD, "x, y,a.png,b.png"), "", r"row 1: more values than columns; .* double quotes"),
     "CSV with semicolons": (table("caption;winner;loser", "x;a.png;b.png"), "", r"row 1: caption, .* missing"),
     "CSV without header": (table("x,a.png,b.png", "x,a.png,b.png"), "", r"row 1: caption, winner, loser missing"),
+    "CSV with a quote within": (table(HEAD, '"a" cat,a.png,b.png'), "", r"pairs.csv is not valid CSV \(.*\); write it"),
+    "one image twice": (jsonl(ROW, ROW | {"loser": "a.png"}), "", r"pairs.jsonl row 2: winner and loser are the same image"),
     "CSV without rows": (table(HEAD), "", r"pairs.csv has no rows; write"),
     "CSV of nothing": (text("pairs.csv", ""), "", r"pairs.csv has no rows; write"),
     "CSV, endless field": (table(HEAD, f"{'x' * 140_000},a.png,b.png"), "", r"is not valid CSV \(.*\); write"),
@@ -680,6 +683,7 @@ SCORES = {  # scores.jsonl of run B: (its second line, message)
     "a list": ("[1]", r'B/scores.jsonl, line 2: not an object with "image" and "prompt"; delete'),
     "no prompt": ('{"image": "0.png"}', r'B/scores.jsonl, line 2: not an object with "image" and "prompt"; delete'),
     "models of text": (score('0.1, "models": "x"'), r'B/scores.jsonl, line 2: "models" is not an object .*; delete'),
+    "digest a list": (score('0.1, "sha256": ["x"]'), r'line 2: "sha256" is not a text; delete'),
     "models of numbers": (score('0.1, "models": {"CLIP": 1}'), r'line 2: "models" is not an object .*; delete'),
     "NaN": (score("NaN"), r"B/scores.jsonl, line 2: CLIP of 0.png is nan, not a finite number; .*scored again"),
     "infinite": (score("-Infinity"), r"B/scores.jsonl, line 2: CLIP of 0.png is -inf, not a finite"),
@@ -908,6 +912,43 @@ def test_scores(refused, tmp_path, case):
     path = tmp_path / "B" / "scores.jsonl"
     path.write_bytes(path.read_bytes() + (line if isinstance(line, bytes) else line.encode()) + b"\n{}\n")
     check(refused("eval_vs"), message)
+
+
+def test_a_list_in_place_of_scores_is_not_overwritten(refused, tmp_path):
+    (tmp_path / "B" / "scores.jsonl").write_text('[{"image": "0.png"}]')
+    check(refused("eval_vs"), r'B/scores.jsonl, line 1: not an object with "image" and "prompt"; delete')
+    assert (tmp_path / "B" / "scores.jsonl").read_text() == '[{"image": "0.png"}]'
+
+
+@pytest.mark.parametrize("name", ["labels_file", "latent_cache", "reference_cache", "validation_data_dir"])
+def test_a_shell_variable_that_is_not_set_is_not_taken_for_a_flag_left_out(refused, name):
+    check(refused("train", f"--{name}="), rf"--{name} is empty: give its value or leave the flag out")
+
+
+def test_flags_are_not_read_from_files_beside_the_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        sys, "argv", [str(tmp_path / "train.py"), "--dataset_name=x", "--pretrained_model_name_or_path=x"]
+    )
+    (tmp_path / "train.args").write_text("--seed 3")
+    assert parse_flags(TrainConfig, "", "train.py").seed is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("CUDA out of memory. Tried to allocate 2 GiB."),
+        RuntimeError("can't allocate memory"),
+    ],
+)
+def test_exhausted_memory_is_one_sentence(error):
+    with pytest.raises(InputError, match=r"memory is exhausted \(.+\): try less"), within_memory("try less"):
+        raise error
+
+
+def test_other_errors_are_not_taken_for_exhausted_memory():
+    with pytest.raises(RuntimeError, match="shape"), within_memory("try less"):
+        raise RuntimeError("shape mismatch")
 
 
 def test_runs_without_a_common_prompt(refused, tmp_path):

@@ -75,6 +75,26 @@ def picture_run(folder, faulty):
     return folder / "manifest.json"
 
 
+@pytest.mark.parametrize("fault", ["manifest", "image", "prompts"])
+def test_nothing_is_scored_before_all_runs_are_known_to_be_comparable(tmp_path, fault):
+    a, b = (picture_run(tmp_path / label, 0) for label in "ab")
+    if fault == "manifest":
+        b.write_text("[")
+    elif fault == "image":
+        (tmp_path / "b" / "3.png").unlink()
+    else:
+        b.write_text(json.dumps([row | {"prompt": "x"} for row in json.loads(b.read_text())]))
+    message = {
+        "manifest": "not valid JSON",
+        "image": "image 3.png is neither .* lacks its Pixels; generate it again",
+        "prompts": "no prompt in common",
+    }
+    named = [f"--json_a={a}", f"--json_b={b}", "--label_a=a", "--label_b=b"]
+    with pytest.raises(InputError, match=message[fault]):
+        eval_vs.main([*named, "--metrics", "Pixels", f"--outdir={tmp_path / 'out'}"])
+    assert not list(tmp_path.rglob("scores.jsonl"))
+
+
 def test_missing_scores_are_computed_once_and_several_runs_give_a_matrix(tmp_path, capsys):
     manifests = {
         label: picture_run(tmp_path / label, faulty) for label, faulty in (("good", 0), ("fair", 3), ("bad", 6))

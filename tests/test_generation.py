@@ -541,6 +541,14 @@ def test_scorers_are_tried_out_before_images_are_made(arguments, tmp_path):
     assert not list(tmp_path.rglob("*.png"))
 
 
+def test_a_damaged_score_file_is_named_before_images_are_made(arguments, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "scores.jsonl").write_text("[1]\n")
+    with pytest.raises(InputError, match=r"scores\.jsonl, line 1: not an object"):
+        eval_generate.main(arguments())
+    assert not list(tmp_path.rglob("*.png"))
+
+
 def test_generated_images_are_scored_and_summed_up(tmp_path, capsys):
     """The tiny base end to end: images, scores on file, summary; a second run computes nothing anew."""
     flags = ["--unet_path=base", f"--pretrain_path={compare.BASE}", "--groups", "tiny", "--steps=4", "--dtype=fp32"]

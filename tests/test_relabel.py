@@ -79,6 +79,20 @@ def test_labels_are_made_again_only_for_something_else(pairs_folder, tmp_path, m
     assert made(pairs_folder, out, "--split=validation").num_rows == 24
 
 
+def test_another_margin_over_a_damaged_label_file(pairs_folder, tmp_path):
+    out = tmp_path / "labels.parquet"
+    made(pairs_folder, out)
+    table = pq.read_table(out)
+    for damaged, message in (
+        (table.slice(0, 2), "has 2 rows, the data 120: remove it"),
+        (table.drop_columns(["score_1"]), "is damaged .*: remove it to score"),
+        (table.set_column(1, "score_0", pa.array(["x"] * 120)), "is damaged .*: remove it to score"),
+    ):
+        pq.write_table(damaged, out)
+        with pytest.raises(InputError, match=f"{out} {message}"):
+            made(pairs_folder, out, "--margin=0.6")
+
+
 def test_another_margin_needs_no_new_scores(pairs_folder, tmp_path, monkeypatch):
     plain = made(pairs_folder, tmp_path / "labels.parquet")
     wide = made(pairs_folder, tmp_path / "wide.parquet", "--margin=0.6")
