@@ -165,6 +165,7 @@ def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
     seed = choose_seed(config, accelerator, checkpoint)
     prompts = [prompt.text for prompt in read_prompts(config.validation_prompts)] if config.validation_prompts else []
     family = load_family(**config.base, encoders=not config.latent_cache or bool(prompts))
+    family.check_pipeline()
     with accelerator.main_process_first():
         pairs, held_out_pairs, notes = prepare_pairs(config, seed)
     plan = Plan.of(config, accelerator.num_processes, len(pairs))
@@ -182,6 +183,8 @@ def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
     run.prepare()
 
     checkpoints.register_hooks(accelerator, run.unet)
+    if checkpoint is None or not checkpoint.resolve().is_relative_to(Path(config.output_dir).resolve()):
+        checkpoints.set_results_aside(run)
     if checkpoint:
         resume(run, checkpoint)
     if config.gradient_checkpointing == "auto":
@@ -191,8 +194,7 @@ def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
 
 @torch.compiler.set_stance("force_eager")  # for an image of another size than those trained on
 def try_out(run: Run) -> None:
-    """Raises InputError, before data are encoded, for a base that cannot be trained or saved."""
-    run.family.check_pipeline()
+    """Raises InputError, before training, for a base whose parts do not work together."""
     if run.family.text_encoders:  # else a latent cache stands for them
         with run.accelerator.autocast():
             run.family.try_out(run.unet)
@@ -236,8 +238,6 @@ def hold_out(run: Run, pairs: Pairs | CachedPairs | None) -> HeldOutPairs | None
 
 def start_logs(run: Run) -> MetricsLog:
     """Trackers, config.json with settings and derived numbers, metrics.jsonl up to the step the run starts from."""
-    if run.step == 0:
-        checkpoints.set_results_aside(run)
     settings = {**dataclasses.asdict(run.config), "seed": run.seed}
     if run.accelerator.is_main_process:
         derived = dataclasses.asdict(run.plan)

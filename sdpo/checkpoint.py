@@ -13,6 +13,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -284,8 +285,10 @@ def set_results_aside(run: Run) -> None:
     number = next(number for number in itertools.count(1) if not (folder / f"earlier-{number}").exists())
     aside = folder / f"earlier-{number}"
     aside.mkdir()
-    results = ("unet.pth", "unet_ema.pth", "config.json", "metrics.jsonl", "model_index.json", "unet")
-    for name in (*results, "validation", "logs"):
+    results = ["unet.pth", "unet_ema.pth", "unet", "config.json", "metrics.jsonl", "validation"]
+    if re.fullmatch(r"[\w-]+", run.config.logging_dir):  # a folder of the output folder's own
+        results.append(run.config.logging_dir)
+    for name in results:
         if (folder / name).exists():
             os.replace(folder / name, aside / name)
     log.warning(f"CAUTION: {folder} holds a trained model, which is now in {aside}: the run begins anew")

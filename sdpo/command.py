@@ -13,6 +13,8 @@ from typing import Any, NoReturn
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a full disk
 
+NO_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # in errors of torch
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used; the message names it and the fix. Shown without a traceback."""
@@ -50,13 +52,18 @@ def run_command(main: Callable[[], Any]) -> Any:
     sys.exit(2)  # as argparse does; in a multi-rank run every rank for itself
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory is exhausted, the machine's or the GPU's: Python and numpy say so by type, torch in words."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY)
+
+
 @contextmanager
 def within_memory(fix: str) -> Iterator[None]:
-    """Say in an InputError that memory, the machine's or the GPU's, is exhausted, and what to do."""
+    """Say in an InputError that memory is exhausted, and what to do."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:  # of Python and numpy; of torch, on any device
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         reason = str(error).strip().split("\n")[0].split(". ")[0] or "MemoryError"
         raise InputError(f"memory is exhausted ({reason}): {fix}") from error
@@ -64,8 +71,8 @@ def within_memory(fix: str) -> Iterator[None]:
 
 def show(text: str) -> None:
     """Print results to standard output; what the terminal cannot show, which input may hold, is escaped."""
-    sys.stdout.reconfigure(errors="backslashreplace")
-    print(text, flush=True)
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 class FlagErrors:

@@ -357,7 +357,7 @@ class TrainConfig:
                 not self.use_winner_preserving,
                 "without --use_winner_preserving",
             ),
-            "beta_dpo": (self.method == "sft", "on sft"),
+            "beta_dpo": (self.method == "sft" and not self.holds_out, "on sft"),
             "dmpo_alpha": (self.method != "dmpo", f"on {self.method}"),
             "dspo_form": (self.method != "dspo", f"on {self.method}"),
             "official_reference_errors": (self.mixed_precision == "no", "with --mixed_precision no"),
@@ -367,7 +367,6 @@ class TrainConfig:
             "ema_decay": (not self.use_ema, "without --use_ema"),
             "shared_flip": (self.no_hflip, "with --no_hflip"),
             "latent_cache_dtype": (not self.latent_cache, "without --latent_cache"),
-            "checkpoints_total_limit": (not self.checkpointing_steps, "with --checkpointing_steps 0"),
         }
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
         return [

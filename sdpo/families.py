@@ -25,7 +25,7 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from sdpo.command import InputError
+from sdpo.command import InputError, is_out_of_memory
 from sdpo.files import brief, parse_json, read_text, sha256
 from sdpo.hub import fetch, hash_part, is_weight_file, load_part, load_weights
 
@@ -348,10 +348,16 @@ class StableDiffusion:
             prediction = self.predict(unet, noisy.to(unet.dtype), self.timesteps(draw), texts)
             pixels = self.decode_latents(latents)
         except Exception as error:  # every wrong setting has one of its own
+            if is_out_of_memory(error) or "CUDA error" in str(error):
+                raise
             raise InputError(f"{wrong} ({brief(error)}): {fix}") from error
-        for name, value in {"latents": noisy, "target": target, "prediction": prediction, "pixels": pixels}.items():
+        for name, value in {"latents": noisy, "target": target, "pixels": pixels}.items():
             if not value.isfinite().all():
                 raise InputError(f"{wrong} (its {name} have numbers that are not finite): {fix}")
+        if not prediction.isfinite().all():
+            raise InputError(
+                f"the UNet's prediction for {self.source} is not finite: use bf16 or fp32 if it is fp16, or others"
+            )
 
     def check_pipeline(self) -> None:
         """Raises InputError unless save_pipeline will find what it reads from the base."""

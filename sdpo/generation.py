@@ -13,6 +13,7 @@ import inspect
 import json
 import logging
 import math
+import os
 import zipfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -190,7 +191,8 @@ def locate_unet(config: EvalConfig) -> tuple[str, Path]:
 def results_folder(weights: Path) -> Path:
     """Where the images of weights in this folder go: there, but for a checkpoint, which training may remove."""
     checkpoint = (weights / "files.json").is_file()
-    return weights.with_name(f"eval-{weights.name}") if checkpoint else weights
+    whole = Path(os.path.abspath(weights))
+    return whole.with_name(f"eval-{whole.name}") if checkpoint else weights
 
 
 def load_base(config: EvalConfig) -> StableDiffusion:
@@ -323,10 +325,11 @@ def load_run(config: EvalConfig, accelerator: Accelerator) -> EvalRun:
         ) from error
     height, width = choose_size(config, family, unet)
     made_with = describe_images(config, family, unet, device) | {"height": height, "width": width}
-    family.to(device, torch.float32)  # the VAE stays so
-    for model in (unet, *family.text_encoders):
-        model.to(device, dtype)
-    family.try_out(unet)
+    with within_memory("use --dtype bf16, or a GPU with more memory"):
+        family.to(device, torch.float32)  # the VAE stays so
+        for model in (unet, *family.text_encoders):
+            model.to(device, dtype)
+        family.try_out(unet)
     run = EvalRun(config, accelerator, family, unet, Path(config.output_path or folder), height, width, made_with)
     run.batch_size = config.batch_size or choose_batch_size(run)
     return run

@@ -26,7 +26,8 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of wei
 WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")  # what files that load_tensors reads are called
 PART_FILES = {"config.json", "tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.json"}
 PART_FILES |= {"special_tokens_map.json", "added_tokens.json"}  # what a part consists of beside its weights
-UNUSED = ("position_ids", "logit_scale", "text_projection.weight", "visual_projection.weight")  # endings of names
+# Names of tensors that published files have and a part does not need
+UNUSED = r"position_ids$|logit_scale$|text_projection\.weight$|visual_projection\.weight$|vision_model\.|^loss\."
 WRAPPERS = ("module.", "_orig_mod.")  # prefixes of names, from the outside in
 
 
@@ -66,8 +67,8 @@ def load_part(cls, source: str, subfolder: str | None = None, **options):
     model, report = loaded
     if missing := sorted(report["missing_keys"]):  # the libraries fill gaps with random weights or none
         raise InputError(f"{part} lacks {len(missing)} tensors (e.g. {missing[0]}); download it again")
-    unused = (name for name in report["unexpected_keys"] if not name.endswith(UNUSED) and "vision_model" not in name)
-    if unknown := sorted(unused):
+    unknown = sorted(name for name in report["unexpected_keys"] if not re.search(UNUSED, name))
+    if unknown:
         raise InputError(f"{part} has {len(unknown)} tensors that its config.json has no place for (e.g. {unknown[0]})")
     check_finite(model.state_dict(), part)
     return model
@@ -117,7 +118,7 @@ def check_archive(path: str | Path) -> None:
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if (damaged := archive.testzip()) is not None:
-                raise InputError(f"{path} is damaged (CRC of {damaged}): download it again")
+                raise InputError(f"{path} is damaged, or saved without checksums (CRC of {damaged}): download it again")
 
 
 def hash_part(cls, source: str, subfolder: str | None, **options) -> str:

@@ -63,10 +63,12 @@ def read_table(config: TrainConfig, split: str, folder: str | None = None) -> da
     except InputError:
         raise
     except Exception as error:  # datasets, pyarrow and the hub each have errors of their own
-        fix = find_fault(sorted(path.rglob("*.parquet"))) or (
-            "give a local folder, or a hub data set where the hub can be reached"
-        )
-        raise InputError(f"cannot read pairs from {source!r} ({brief(error.__cause__ or error)}); {fix}") from error
+        cause, fault = error.__cause__ or error, None
+        if not getattr(cause, "errno", None):  # of the system, not of the files' content
+            files = sorted(path.rglob("*.parquet"))
+            fault = find_fault([file for file in files if split in str(file.relative_to(path))] or files)
+        fix = fault or "give a local folder, or a hub data set where the hub can be reached"
+        raise InputError(f"cannot read pairs from {source!r} ({brief(cause)}); {fix}") from error
 
 
 def find_fault(files: list[Path]) -> str | None:
@@ -80,7 +82,7 @@ def find_fault(files: list[Path]) -> str | None:
                 return f"{file} has another column {name} than {files[0]}: write both alike, or move one away"
             if not content.metadata.num_rows:
                 return f"{file} has no rows: replace or remove it"
-            for _ in content.iter_batches():  # a damaged page shows when it is read
+            for _ in content.iter_batches(batch_size=64):  # a damaged page shows when it is read
                 pass
         except PermissionError as error:
             return f"{file} cannot be read ({error.strerror}): correct its permissions"
@@ -343,7 +345,6 @@ def load_pairs(config: TrainConfig, split: str, folder: str | None = None) -> tu
         keep &= dreamlike
     if not keep.any():
         raise InputError(f"{source}: no pair is left after the filters ({'; '.join(notes)})")
-    require_images(table, columns, keep, config.max_unreadable_images, source)
     min_side = config.resolution if config.draft_decoding else 0
     rows, first_won = np.flatnonzero(keep), labels[keep] == 1
     return Pairs(table, rows, first_won, columns, config.caption_column, source, min_side), notes
@@ -404,18 +405,24 @@ def check_columns(
         check_images(table, name, source)
 
 
-def require_images(
-    table: datasets.Dataset, columns: tuple[str, ...], keep: np.ndarray, limit: int, source: str
-) -> None:
-    """Raises InputError if more than `limit` of the rows to keep, a mask, have no image in one of the columns."""
-    for name in columns:
-        absent = np.concatenate([block[name].is_null().to_numpy() for block in blocks(table, columns)])
-        absent = np.flatnonzero(keep & absent)
-        if len(absent) > limit:
+def require_images(pairs: Pairs, limit: int) -> None:
+    """Raises InputError if more than `limit` of the pairs' rows have no image in one of the columns."""
+    for name in pairs.columns:
+        absent = np.concatenate([lacks_image(block[name]) for block in blocks(pairs.table, pairs.columns)])
+        rows = pairs.rows[absent[pairs.rows]]
+        if len(rows) > limit:
             raise InputError(
-                f"{source} row {absent[0]}: {name} is empty; {len(absent)} such row(s) in all, more than "
+                f"{pairs.source} row {rows[0]}: {name} is empty; {len(rows)} such row(s) in all, more than "
                 f"--max_unreadable_images {limit}: fill them in or remove them"
             )
+
+
+def lacks_image(values: pa.ChunkedArray) -> np.ndarray:
+    """Mask (n,) of the rows that have neither an encoded image nor a path."""
+    if not pa.types.is_struct(values.type):
+        return values.is_null().to_numpy()
+    parts = [pc.struct_field(values, field.name) for field in values.type if field.name in ("bytes", "path")]
+    return np.logical_and.reduce([part.is_null().to_numpy() for part in parts])
 
 
 def name_dreamlike(table: datasets.Dataset, name: str, source: str) -> np.ndarray:
@@ -560,7 +567,11 @@ def prepare_pairs(config: TrainConfig, seed: int) -> tuple[Pairs, Pairs | None, 
             f"held out {len(held_out):,} pairs by prompt"
             + (f" ({unused:,} more share their captions and are left out)" if unused else "")
         )
-    return draw_subset(pairs, config.max_train_samples, seed, "max-train-samples"), held_out, notes
+    pairs = draw_subset(pairs, config.max_train_samples, seed, "max-train-samples")
+    for part in (pairs, held_out):
+        if part is not None:
+            require_images(part, config.max_unreadable_images)
+    return pairs, held_out, notes
 
 
 def draw_subset(pairs: Pairs, count: int | None, seed: int, stream: str) -> Pairs:

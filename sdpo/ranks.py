@@ -18,7 +18,7 @@ PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # while the main 
 
 def check_ranks(accelerator: Accelerator) -> None:
     """Raises InputError where a launcher started processes that did not join: each would do the whole work alone."""
-    started = int(os.environ.get("WORLD_SIZE", 1))
+    started = int(os.environ.get("WORLD_SIZE") or 1) if "LOCAL_RANK" in os.environ else 1  # as launchers set both
     if started != accelerator.num_processes:
         raise InputError(
             f"{started} processes were started, but {accelerator.num_processes} found each other, as where there are "

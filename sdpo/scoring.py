@@ -111,6 +111,7 @@ def score_manifest(manifest: str | Path, metrics: Sequence[str], options: Scorin
 
 def check_manifest(manifest: str | Path, metrics: Sequence[str], options: ScoringOptions) -> list[Entry]:
     """Entries of a manifest; raises InputError where a score is missing and its image too."""
+    take_in_shares(_beside(manifest))
     return _plan(manifest, metrics, options)[0]
 
 

@@ -1,6 +1,8 @@
 """The command line against the official one, what it refuses, warns about and computes, and the launchers."""
 
+import contextlib
 import errno
+import io
 import json
 import os
 import subprocess
@@ -9,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sdpo.command import InputError, parse_flags, run_command
+from sdpo.command import InputError, parse_flags, run_command, show
 from sdpo.config import Plan, TrainConfig
 from sdpo.families import FAMILIES
 from sdpo.step import loss_name, optimizer_name
@@ -259,7 +261,6 @@ WITHOUT_EFFECT = {
     "--ema_decay=0.9": "without --use_ema",
     "--shared_flip --no_hflip": "with --no_hflip",
     "--latent_cache_dtype=fp32": "without --latent_cache",
-    "--checkpoints_total_limit=2 --checkpointing_steps=0": "with --checkpointing_steps 0",
 }
 
 
@@ -284,6 +285,17 @@ def test_flags_without_effect_say_so(flags):
 )
 def test_flags_with_an_effect_do_not_say_so(flags):
     assert parse(*flags.split()).without_effect("adamw") == []
+
+
+def test_results_are_shown_on_any_stream():
+    for encoding in ("ascii", "utf-8"):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        with contextlib.redirect_stdout(stream):
+            show("Ému \udce9")
+        assert stream.buffer.getvalue() == "Ému \udce9\n".encode(encoding, "backslashreplace")
+    with contextlib.redirect_stdout(io.StringIO()) as stream:
+        show("x")
+    assert stream.getvalue() == "x\n"
 
 
 def test_a_full_disk_is_one_sentence(capsys):

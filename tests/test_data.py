@@ -721,13 +721,16 @@ def test_a_parquet_file_that_was_cut_off_is_named(tmp_path):
         load(folder)
 
 
+@pytest.mark.parametrize("empty", [None, {"bytes": None, "path": None}])
 @pytest.mark.parametrize("name", ["jpg_0", "jpg_1"])
-def test_rows_without_an_image_are_counted_before_training(tmp_path, name):
-    as_parquet(tmp_path, make_rows(**{name: lambda i: solid(winner(i)) if i < 3 else None}))
+def test_rows_without_an_image_are_counted_before_training(tmp_path, name, empty):
+    whole = (lambda i: solid(winner(i))) if empty is None else (lambda i: {"bytes": solid(winner(i)), "path": None})
+    as_parquet(tmp_path, make_rows(**{name: lambda i: whole(i) if i < 3 else empty}))
     message = rf"row 3: {name} is empty; 3 such row\(s\) in all, more than --max_unreadable_images 2"
     with pytest.raises(InputError, match=message):
-        load(tmp_path, max_unreadable_images=2)
-    load(tmp_path, max_unreadable_images=3)
+        prepare_pairs(settings(tmp_path, max_unreadable_images=2), seed=0)
+    assert len(prepare_pairs(settings(tmp_path, max_unreadable_images=3), seed=0)[0]) == 5
+    prepare_pairs(settings(tmp_path, max_unreadable_images=2, max_train_samples=2), seed=0)  # which never sees three
 
 
 def test_captions_that_are_not_text_are_named(tmp_path):

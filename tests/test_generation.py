@@ -33,6 +33,7 @@ from sdpo.generation import (
     find_groups,
     hash_weights,
     locate_unet,
+    results_folder,
 )
 from sdpo.manifest import read_manifest, require_images
 from sdpo.sampling import draw_noise, sample
@@ -319,6 +320,14 @@ def test_images_of_a_checkpoint_are_kept_outside_of_it(arguments, bases, tmp_pat
         assert manifest.parent == tmp_path / "run" / "eval-checkpoint-2"
     (entry, *_) = json.loads(manifest.read_text())
     assert (entry["steps"], entry["cfg"], entry["guidance"], entry["dtype"]) == (4, 7.5, "official", "fp32")
+
+
+def test_the_folder_of_a_checkpoint_is_known_from_within_it(tmp_path, monkeypatch):
+    (tmp_path / "checkpoint-2").mkdir()
+    monkeypatch.chdir(tmp_path / "checkpoint-2")
+    assert results_folder(Path()) == Path()
+    Path("files.json").touch()
+    assert results_folder(Path()) == tmp_path / "eval-checkpoint-2"
 
 
 def test_images_that_overflow_are_not_kept(arguments, bases, tmp_path):

@@ -200,6 +200,15 @@ def test_a_trained_model_is_neither_overwritten_nor_mixed_with_another(arguments
     assert (run / "earlier-2" / "metrics.jsonl").exists()
 
 
+def test_a_run_resumed_from_elsewhere_leaves_what_is_in_its_folder(arguments, tmp_path):
+    train.main(arguments("--checkpointing_steps=1", "--max_train_steps=1", out="first"))
+    train.main(arguments("--checkpointing_steps=0", "--max_train_steps=1", "--seed=8", out="second"))
+    checkpoint = tmp_path / "first" / "checkpoint-1"
+    train.main(arguments("--checkpointing_steps=0", f"--resume_from_checkpoint={checkpoint}", out="second"))
+    assert (tmp_path / "second" / "earlier-1" / "unet.pth").exists()
+    assert [step for step, _ in read_metrics(tmp_path / "second", "train_loss")] == [2, 3]
+
+
 def test_averaged_weights_of_an_earlier_run_do_not_stay_beside_others(arguments, tmp_path):
     train.main(arguments("--checkpointing_steps=1", "--max_train_steps=1", "--use_ema"))
     train.main(arguments("--checkpointing_steps=1", "--max_train_steps=2", "--resume_with_changes"))
@@ -207,7 +216,9 @@ def test_averaged_weights_of_an_earlier_run_do_not_stay_beside_others(arguments,
 
 
 def test_processes_that_did_not_join_are_refused(arguments, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("WORLD_SIZE", "2")  # alone it says nothing: schedulers set it for programs of any kind
+    train.start_accelerator(configure(arguments()))
+    monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(InputError, match="2 processes were started, but 1 found each other"):
         train.main(arguments())
 
