@@ -6,13 +6,12 @@ Scores are read from scores.jsonl beside each manifest and computed only where t
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 
 from sdpo.command import FlagErrors, parse_assignments, run_command, show
 from sdpo.report import write_report
-from sdpo.scoring import METRICS, ScoringOptions, check_manifest, check_models, score_manifest
+from sdpo.scoring import METRICS, ScoringOptions, check_models, complete_scores, plan_scores
 from sdpo.winrates import (
     OFFICIAL_METRICS,
     PAIRINGS,
@@ -52,15 +51,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def check_comparable(
-    named: Sequence[tuple[str, str]], metrics: Sequence[str], options: ScoringOptions, pair_by: str
-) -> None:
-    """Raises InputError for manifests that cannot be scored or paired, before any is scored."""
-    runs = [ScoredRun(label, check_manifest(manifest, metrics, options), {}) for label, manifest in named]
-    for a, b in combinations(runs, 2):
-        pair_runs(a, b, pair_by)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Score what is missing, compare every pair of runs, write and print the results."""
     args = parse_arguments(arguments)
@@ -69,9 +59,12 @@ def main(arguments: list[str] | None = None) -> None:
     sources = dict(parse_assignments(args.weights, "--weights"))
     options = ScoringOptions(sources, args.score_dtype, args.device, args.batch_size)
     options.check(args.metrics)
-    check_comparable(named, args.metrics, options, args.pair_by)
+    # what cannot be scored, paired or written is found before hours of scoring
+    pending = {label: plan_scores(manifest, args.metrics, options) for label, manifest in named}
+    for a, b in combinations([ScoredRun(label, plan.entries, {}) for label, plan in pending.items()], 2):
+        pair_runs(a, b, args.pair_by)
     Path(args.outdir).mkdir(parents=True, exist_ok=True)
-    scored = {label: score_manifest(manifest, args.metrics, options) for label, manifest in named}
+    scored = {label: complete_scores(plan, args.metrics, options) for label, plan in pending.items()}
     check_models(scored, args.metrics)
     runs = [collect_run(label, *pair, args.metrics) for label, pair in scored.items()]
     ties = "loss_for_a" if args.ties_as_loss_for_a else "half"

@@ -40,6 +40,16 @@ METRICS = {
 
 
 @dataclass(frozen=True)
+class Pending:
+    """A manifest whose scores are not complete yet."""
+
+    entries: list[Entry]
+    path: Path  # of its score file
+    scores: Scores  # that are there
+    todo: Todo
+
+
+@dataclass(frozen=True)
 class ScoringOptions:
     """How scores are computed where they are missing."""
 
@@ -95,11 +105,21 @@ def score_manifest(manifest: str | Path, metrics: Sequence[str], options: Scorin
     was cut off goes on where it was. Raises InputError for missing images, weights or unusable scores.
     """
     options = options or ScoringOptions()
+    return complete_scores(plan_scores(manifest, metrics, options), metrics, options)
+
+
+def plan_scores(manifest: str | Path, metrics: Sequence[str], options: ScoringOptions) -> Pending:
+    """The first half of score_manifest: raises InputError for what would stop the second, but for weights."""
     take_in_shares(_beside(manifest))
-    entries, path, scores, todo = _plan(manifest, metrics, options)
-    for lacking, missing in todo.items():
+    return _plan(manifest, metrics, options)
+
+
+def complete_scores(pending: Pending, metrics: Sequence[str], options: ScoringOptions) -> Scored:
+    """The second half of score_manifest."""
+    entries, path, scores = pending.entries, pending.path, pending.scores
+    for lacking, missing in pending.todo.items():
         _compute(missing, lacking, path, options)
-    if todo:
+    if pending.todo:
         compact_scores(path)
         scores = match_scores(entries, read_scores(path))
     for metric in metrics:
@@ -107,12 +127,6 @@ def score_manifest(manifest: str | Path, metrics: Sequence[str], options: Scorin
         if model not in (None, OFFICIAL_MODEL) and options.accepts(metric) is None:
             log.warning(f"CAUTION: scores of {metric} in {path} are not of the official model in fp32, but of {model}")
     return entries, scores
-
-
-def check_manifest(manifest: str | Path, metrics: Sequence[str], options: ScoringOptions) -> list[Entry]:
-    """Entries of a manifest; raises InputError where a score is missing and its image too."""
-    take_in_shares(_beside(manifest))
-    return _plan(manifest, metrics, options)[0]
 
 
 def read_complete(manifest: str | Path, metrics: Sequence[str], options: ScoringOptions) -> Scored | None:
@@ -123,9 +137,10 @@ def read_complete(manifest: str | Path, metrics: Sequence[str], options: Scoring
 
 def score_share(manifest: str | Path, metrics: Sequence[str], options: ScoringOptions, rank: int, ranks: int) -> None:
     """Compute one rank's share of the missing scores into scores.rank{N}.jsonl, which score_manifest takes in."""
-    _, path, _, todo = _plan(manifest, metrics, options)
-    for lacking, missing in todo.items():
-        _compute(missing[rank::ranks], lacking, path.with_name(f"scores.rank{rank}.jsonl"), options, quiet=rank > 0)
+    pending = _plan(manifest, metrics, options)
+    share = pending.path.with_name(f"scores.rank{rank}.jsonl")
+    for lacking, missing in pending.todo.items():
+        _compute(missing[rank::ranks], lacking, share, options, quiet=rank > 0)
 
 
 def take_in_shares(path: Path) -> None:
@@ -147,15 +162,13 @@ def _read(manifest: str | Path) -> tuple[list[Entry], Path, Scores]:
     return entries, path, match_scores(entries, read_scores(path))
 
 
-def _plan(
-    manifest: str | Path, metrics: Sequence[str], options: ScoringOptions
-) -> tuple[list[Entry], Path, Scores, Todo]:
-    """What _read gives, and what _missing does; raises InputError where a score is missing and its image too."""
+def _plan(manifest: str | Path, metrics: Sequence[str], options: ScoringOptions) -> Pending:
+    """What there is and what is missing; raises InputError where a score is missing and its image too."""
     entries, path, scores = _read(manifest)
     todo = _missing(entries, scores, metrics, options)
     for lacking, missing in todo.items():
         require_images(missing, f"{path} lacks its {', '.join(lacking)}")
-    return entries, path, scores, todo
+    return Pending(entries, path, scores, todo)
 
 
 def _missing(entries: Sequence[Entry], scores: Scores, metrics: Sequence[str], options: ScoringOptions) -> Todo:
