@@ -340,12 +340,8 @@ FREE = {
     *("max_unreadable_images", "max_skipped_updates", "reference_cache"),
     *("gradient_checkpointing", "activation_memory", "compile", "channels_last"),
     *("gradient_accumulation_steps", "global_batch_size"),  # the plan says what they come to
-    *(
-        "pretrained_model_name_or_path",
-        "pretrained_vae_model_name_or_path",
-        "unet_init",
-        "revision",
-    ),  # as Run.base does
+    # Run.base says what these come to
+    *("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "unet_init", "revision"),
 }
 
 

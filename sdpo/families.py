@@ -435,6 +435,12 @@ class StableDiffusionXL(StableDiffusion):
 
 
 FAMILIES = {"sd15": StableDiffusion, "sdxl": StableDiffusionXL}
+HUB = "AIDC-AI/Diffusion-SDPO"
+RELEASED = {  # short names of the published checkpoints
+    f"sdpo-{base}-{method}": f"{HUB}:{base}/{method}/unet.pth"
+    for base in ("sd1.5", "sdxl")
+    for method in ("diffusion-dpo", "dspo", "dmpo")
+}
 
 
 def find_family(source: str, **options: str | None) -> str:

@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPTokenizer, PreTrainedModel
 
 from sdpo.command import InputError, flag, parse_assignments, within_memory
-from sdpo.families import StableDiffusion, find_family, load_family
+from sdpo.families import RELEASED, StableDiffusion, find_family, load_family
 from sdpo.files import brief, write_file, write_json
 from sdpo.hub import DTYPES, WEIGHT_SUFFIXES, fetch
 from sdpo.manifest import MADE_WITH, write_manifest
@@ -42,12 +42,6 @@ from sdpo.sampling import draw_noise, sample
 from sdpo.scoring import METRICS
 from sdpo.winrates import OFFICIAL_METRICS
 
-HUB = "AIDC-AI/Diffusion-SDPO"
-RELEASED = {  # short names of the published checkpoints
-    f"sdpo-{base}-{method}": f"{HUB}:{base}/{method}/unet.pth"
-    for base in ("sd1.5", "sdxl")
-    for method in ("diffusion-dpo", "dspo", "dmpo")
-}
 CPU_PIXELS = 128 * 128  # batch on a CPU: larger ones only pay for tiny images
 GPU_SHARE, GPU_IMAGES = 0.8, 32  # batch on a GPU: share of its free memory, and what is enough to keep it busy
 FINGERPRINT = "fingerprint.json"

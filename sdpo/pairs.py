@@ -405,7 +405,7 @@ def check_columns(
         check_images(table, name, source)
 
 
-def require_images(pairs: Pairs, limit: int) -> None:
+def check_rows_have_images(pairs: Pairs, limit: int) -> None:
     """Raises InputError if more than `limit` of the pairs' rows have no image in one of the columns."""
     for name in pairs.columns:
         absent = np.concatenate([lacks_image(block[name]) for block in blocks(pairs.table, pairs.columns)])
@@ -570,7 +570,7 @@ def prepare_pairs(config: TrainConfig, seed: int) -> tuple[Pairs, Pairs | None, 
     pairs = draw_subset(pairs, config.max_train_samples, seed, "max-train-samples")
     for part in (pairs, held_out):
         if part is not None:
-            require_images(part, config.max_unreadable_images)
+            check_rows_have_images(part, config.max_unreadable_images)
     return pairs, held_out, notes
 
 

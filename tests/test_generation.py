@@ -23,9 +23,8 @@ from safetensors.torch import save_file
 import eval_generate
 from sdpo import generation
 from sdpo.command import InputError
-from sdpo.families import load_family
+from sdpo.families import RELEASED, load_family
 from sdpo.generation import (
-    RELEASED,
     EvalConfig,
     EvalRun,
     describe_images,
