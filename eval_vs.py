@@ -9,9 +9,9 @@ import argparse
 from itertools import combinations
 from pathlib import Path
 
-from sdpo.command import FlagErrors, parse_assignments, run_command, show
+from sdpo.command import Parser, parse_assignments, run_command, show
 from sdpo.report import write_report
-from sdpo.scoring import METRICS, ScoringOptions, check_models, complete_scores, plan_scores
+from sdpo.scoring import add_flags, check_models, complete_scores, plan_scores, read_flags
 from sdpo.winrates import (
     OFFICIAL_METRICS,
     PAIRINGS,
@@ -28,10 +28,6 @@ from sdpo.winrates import (
 )
 
 
-class Parser(FlagErrors, argparse.ArgumentParser):
-    """Says what is wrong with flags as the other commands do."""
-
-
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The official flags, and ours for further runs, metrics and weights."""
     parser = Parser(prog="python eval_vs.py", description=__doc__.splitlines()[0], allow_abbrev=False)
@@ -40,14 +36,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--label_a", required=True, help="name of run A in the results")
     parser.add_argument("--label_b", required=True, help="name of run B in the results")
     parser.add_argument("--more", nargs="*", default=[], metavar="LABEL=JSON", help="further runs, for a matrix")
-    parser.add_argument("--device", help="where missing scores are computed: cpu, cuda, ...; on a GPU if there is one")
-    parser.add_argument("--batch_size", type=int, default=64, help="images per step of a scorer")
     parser.add_argument("--outdir", default="output/vs_eval", help="folder of the results")
     parser.add_argument("--ties_as_loss_for_a", action="store_true", help="a tie counts zero for A, not one half")
     parser.add_argument("--pair_by", choices=PAIRINGS, default="prompt", help="how images of two runs are paired")
-    parser.add_argument("--metrics", nargs="+", choices=METRICS, default=list(OFFICIAL_METRICS), help="what to compare")
-    parser.add_argument("--weights", nargs="*", default=[], metavar="METRIC.PART=SOURCE", help="local path or hub file")
-    parser.add_argument("--score_dtype", choices=["fp32", "bf16"], default="fp32", help="of the scorers' backbones")
+    add_flags(parser, OFFICIAL_METRICS)
     return parser.parse_args(arguments)
 
 
@@ -56,16 +48,14 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     named = [(args.label_a, args.json_a), (args.label_b, args.json_b), *parse_assignments(args.more, "--more")]
     check_labels([label for label, _ in named])
-    sources = dict(parse_assignments(args.weights, "--weights"))
-    options = ScoringOptions(sources, args.score_dtype, args.device, args.batch_size)
-    options.check(args.metrics)
+    options = read_flags(args)
     # what cannot be scored, paired or written is found before hours of scoring
     pending = {label: plan_scores(manifest, args.metrics, options) for label, manifest in named}
+    check_models({label: plan.expected(options) for label, plan in pending.items()}, args.metrics)
     for a, b in combinations([ScoredRun(label, plan.entries, {}) for label, plan in pending.items()], 2):
         pair_runs(a, b, args.pair_by)
     Path(args.outdir).mkdir(parents=True, exist_ok=True)
     scored = {label: complete_scores(plan, args.metrics, options) for label, plan in pending.items()}
-    check_models(scored, args.metrics)
     runs = [collect_run(label, *pair, args.metrics) for label, pair in scored.items()]
     ties = "loss_for_a" if args.ties_as_loss_for_a else "half"
     comparisons, said = compare_all(runs, ties=ties, pair_by=args.pair_by), []

@@ -35,13 +35,14 @@ from sdpo.heldout import HeldOutPairs
 from sdpo.hub import check_precision
 from sdpo.memory import choose_checkpointing, planned_memory
 from sdpo.metrics import MetricsLog
+from sdpo.optimizers import OPTIMIZERS, optimizer_name
 from sdpo.pairs import Pairs, prepare_pairs
 from sdpo.prompts import read_prompts
 from sdpo.ranks import PATIENCE, check_ranks, on_main
 from sdpo.references import open_references
 from sdpo.rng import normal
 from sdpo.sampling import sample
-from sdpo.step import AUTOCAST, SHARDING, Run, build_run, loss_name, optimizer_name, update
+from sdpo.step import AUTOCAST, SHARDING, Run, build_run, loss_name, update
 from sdpo.stopping import Skips, StopRequest
 
 log = logging.getLogger("train")
@@ -80,7 +81,7 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
 def settle_engine(config: TrainConfig, accelerator: Accelerator) -> None:
     """Make FSDP2 or DeepSpeed compute what a single process does; InputError for settings they do not support."""
     optimizer = optimizer_name(config, FAMILIES[config.base["name"]])
-    if accelerator.distributed_type in SHARDING and optimizer != "adamw":
+    if accelerator.distributed_type in SHARDING and not OPTIMIZERS[optimizer].shards:
         raise InputError(f"--optimizer {optimizer} does not go with FSDP2 or DeepSpeed: use --optimizer adamw")
     if accelerator.distributed_type == DistributedType.FSDP:
         if not accelerator.is_fsdp2:
@@ -120,36 +121,37 @@ def build_dataset(run: Run, pairs: Pairs | CachedPairs, stream: str) -> PairData
             "empty_captions": config.proportion_empty_prompts,
             "noise_offset": config.noise_offset,
             "input_perturbation": config.input_perturbation,
-            "references": run.references,
+            "references": run.references.known if run.references else None,
         }
     options["max_unreadable"] = config.max_unreadable_images
     shape = run.family.latent_shape(run.resolution)
     return PairDataset(pairs, transform, shape, run.seed, stream, run.plan.global_batch, **options)
 
 
-def announce(run: Run, notes: list[str]) -> None:
-    """Say what is about to happen and what memory it needs."""
-    config = run.config
-    parameters, memory = sum(p.numel() for p in run.unet.parameters()), planned_memory(run)
+def announce(run: Run, notes: list[str], memory: dict[str, int]) -> None:
+    """Say what is about to happen and what memory it needs, planned_memory(run)."""
+    config, parameters = run.config, sum(p.numel() for p in run.policy.parameters())
     for line in (*notes, *run.plan.lines(config)):
         log.info(line)
     precision = "fp32" if config.mixed_precision == "no" else config.mixed_precision
-    log.info(f"method         {config.method}, beta {config.beta_dpo:g}, {precision}, seed {run.seed}")
-    log.info(f"loser scale    {config.describe_loser_scale()}")
+    beta = "" if config.method == "sft" else f", beta {config.beta_dpo:g}"
+    log.info(f"method         {config.method}{beta}, {precision}, seed {run.seed}")
+    if config.method != "sft":
+        log.info(f"loser scale    {config.describe_loser_scale()}")
     log.info(f"parameters     {parameters:,}, {optimizer_name(config, run.family)}")
     parts = ", ".join(f"{name} {size / 2**30:.3g}" for name, size in memory.items())
     log.info(f"memory         {sum(memory.values()) / 2**30:.3g} GiB per device before activations: {parts}")
 
 
-def caution(run: Run) -> None:
+def caution(run: Run, memory: dict[str, int]) -> None:
     """Warn of flags without effect, of what is known to be unwise, and of too little room for a checkpoint."""
-    config, memory = run.config, planned_memory(run)
+    config = run.config
     cautions = config.without_effect(optimizer_name(config, run.family))
-    cautions += config.cautions(loss_name(config, run.family))
+    cautions += config.cautions(loss_name(config, run.family), run.plan.steps)
     if run.plan.global_batch > run.plan.pairs:
         cautions.append(
             f"an update takes {run.plan.global_batch} pairs and the data has {run.plan.pairs}, which repeat within it: "
-            "choose a smaller --global_batch_size"
+            "choose a smaller --global_batch_size or --train_batch_size"
         )
     if config.checkpointing_steps:
         size = sum(memory.get(part, 0) for part in ("policy", "optimizer", "average"))
@@ -161,7 +163,7 @@ def caution(run: Run) -> None:
 def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
     """The run, resumed if there is a checkpoint, its training samples and its held-out pairs."""
     accelerator = start_accelerator(config)
-    checkpoint = checkpoints.find_checkpoint(accelerator, config)
+    checkpoint = on_main(accelerator, lambda: checkpoints.choose_checkpoint(config))
     seed = choose_seed(config, accelerator, checkpoint)
     prompts = [prompt.text for prompt in read_prompts(config.validation_prompts)] if config.validation_prompts else []
     family = load_family(**config.base, encoders=not config.latent_cache or bool(prompts))
@@ -178,13 +180,13 @@ def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
     run.base = on_main(accelerator, lambda: family.describe(config.unet_init))
     run.data, run.prompts = data, prompts
     dataset = build_dataset(run, pairs, "train")
-    announce(run, notes)
-    caution(run)
+    memory = planned_memory(run)
+    announce(run, notes, memory)
+    caution(run, memory)
     run.prepare()
 
-    checkpoints.register_hooks(accelerator, run.unet)
-    if checkpoint is None or not checkpoint.resolve().is_relative_to(Path(config.output_dir).resolve()):
-        checkpoints.set_results_aside(run)
+    checkpoints.register_hooks(accelerator, run.policy)
+    checkpoints.set_results_aside(run, checkpoint)
     if checkpoint:
         resume(run, checkpoint)
     if config.gradient_checkpointing == "auto":
@@ -197,7 +199,7 @@ def try_out(run: Run) -> None:
     """Raises InputError, before training, for a base whose parts do not work together."""
     if run.family.text_encoders:  # else a latent cache stands for them
         with run.accelerator.autocast():
-            run.family.try_out(run.unet)
+            run.family.try_out(run.policy)
 
 
 def resume(run: Run, checkpoint: Path) -> None:
@@ -205,8 +207,8 @@ def resume(run: Run, checkpoint: Path) -> None:
     changes = checkpoints.changed_settings(run, checkpoint)
     if changes and not run.config.resume_with_changes:
         raise InputError(
-            f"{checkpoint} was made with other settings, so this would be another run: {'; '.join(changes)}. Take them "
-            "back, choose another --output_dir, or say --resume_with_changes"
+            f"{checkpoint} was made with other settings, so this would be another run: {'; '.join(changes)}. Restore "
+            "them, choose another --output_dir, or add --resume_with_changes"
         )
     for change in changes:
         log.warning(f"CAUTION: resuming with a change: {change}")
@@ -285,7 +287,7 @@ def train(run: Run, dataset: PairDataset, held_out: HeldOutPairs | None) -> int:
             if run.references and (due or stop or last):
                 run.references.write()
             if due or stop:
-                folder = checkpoints.save_checkpoint(run)
+                folder = checkpoints.save_checkpoint(run, prune=not skipped.in_a_row)  # may hold broken weights
                 log.info(f"saved          {folder}")
             if stop:
                 return stop
@@ -323,7 +325,7 @@ def say_held_out(run: Run, figures: dict[str, float]) -> None:
 def validate(run: Run, held_out: HeldOutPairs | None) -> dict[str, float]:
     """Held-out errors of the raw and of the averaged weights; sampled images if there are validation prompts."""
     figures: dict[str, float] = {}
-    unet = run.accelerator.unwrap_model(run.unet)
+    unet = run.accelerator.unwrap_model(run.policy)
     if held_out:
         figures |= held_out.measure(unet, run.config.beta_dpo, "heldout")
         if run.average:
@@ -362,10 +364,10 @@ def save_model(run: Run) -> None:
         checkpoints.save_average(run, output)
     elif run.accelerator.is_main_process:
         (output / "unet_ema.pth").unlink(missing_ok=True)  # of an earlier run
-    state = run.accelerator.get_state_dict(run.unet)
+    state = run.accelerator.get_state_dict(run.policy)
     if run.accelerator.is_main_process:
         checkpoints.save_state_dict(state, output / "unet.pth")
-        run.family.save_pipeline(run.accelerator.unwrap_model(run.unet).config, state, output)
+        run.family.save_pipeline(run.accelerator.unwrap_model(run.policy).config, state, output)
         names = "unet.pth, unet_ema.pth" if run.average else "unet.pth"
         log.info(f"saved          {names} and the pipeline in {output}")
 

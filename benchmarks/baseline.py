@@ -47,7 +47,7 @@ class OfficialLoop:
             else torch.optim.AdamW(unet.parameters(), betas=(0.9, 0.999), eps=1e-8, **decay)
         )
         schedule = get_scheduler("constant_with_warmup", optimizer, num_warmup_steps=500)
-        self.unet, self.optimizer, self.schedule = self.accelerator.prepare(unet, optimizer, schedule)
+        self.policy, self.optimizer, self.schedule = self.accelerator.prepare(unet, optimizer, schedule)
         self.pixels = batch.pixels.float() / 127.5 - 1  # (2B, 3, H, W), winners first
         self.captions, self.tokens = batch.captions, family.tokenize(batch.captions)
         family.tokenize = lambda captions: self.tokens
@@ -61,15 +61,15 @@ class OfficialLoop:
 
     def micro_step(self) -> None:
         """Encode, predict twice, fetch the figures, differentiate; step where the accumulation ends."""
-        with self.accelerator.accumulate(self.unet):
+        with self.accelerator.accumulate(self.policy):
             noisy, noise, timesteps, conditioning = self.make_inputs()
-            prediction = self.family.predict(self.unet, noisy, timesteps, conditioning)
+            prediction = self.family.predict(self.policy, noisy, timesteps, conditioning)
             with torch.no_grad():
                 reference = self.family.predict(self.reference, noisy, timesteps, conditioning).to(self.dtype)
             loss = self.log(*self.loss(prediction, reference, noise))
             self.accelerator.backward(loss)
             if self.accelerator.sync_gradients:
-                self.accelerator.clip_grad_norm_(self.unet.parameters(), self.config.max_grad_norm)
+                self.accelerator.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
             self.optimizer.step()
             self.schedule.step()
             self.optimizer.zero_grad()

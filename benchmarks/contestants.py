@@ -64,9 +64,9 @@ def choose_activations(run: Run, batch: Batch) -> Batch:
     chosen = CHOSEN.setdefault((run.config, run.reference is None), {})
     if not chosen:
         choose_checkpointing(run, batch)
-        chosen |= {name: unit.gradient_checkpointing for name, unit in checkpoint_units(run.unet).items()}
-    run.unet.enable_gradient_checkpointing()
-    for name, unit in checkpoint_units(run.unet).items():
+        chosen |= {name: unit.gradient_checkpointing for name, unit in checkpoint_units(run.policy).items()}
+    run.policy.enable_gradient_checkpointing()
+    for name, unit in checkpoint_units(run.policy).items():
         unit.gradient_checkpointing = chosen[name]
     return batch
 
@@ -80,7 +80,7 @@ def unfuse_optimizer(run: Run, batch: Batch) -> Batch:
 
 def unfuse_attention(run: Run, batch: Batch) -> Batch:
     """Attention in several operations, with its scores in memory, for policy and reference."""
-    for unet in (run.unet, run.reference):
+    for unet in (run.policy, run.reference):
         unet.set_attn_processor(AttnProcessor())
     return batch
 
@@ -174,7 +174,7 @@ class Ours:
         for change in variant.changes:
             batch = change(self.run, batch)
         self.run.prepare()
-        self.unet, self.reference, self.optimizer = self.run.unet, self.run.reference, self.run.optimizer
+        self.policy, self.reference, self.optimizer = self.run.policy, self.run.reference, self.run.optimizer
         self.batches = itertools.repeat(batch)
         self.first_margin: float | None = None  # of the first update, whose policy and reference are equal
 

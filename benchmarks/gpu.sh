@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The training benchmark on one GPU, in under 9 minutes and without a network: bash benchmarks/gpu.sh
-# Needs torch, transformers and accelerate. DIFFUSERS_WHEEL=FILE.whl brings diffusers along where it is not installed; OUT=FOLDER takes the results;
-# PYTHON=... names the interpreter. Flags are those of benchmarks/train.py and override the ones below.
+# Needs torch, transformers and accelerate. DIFFUSERS_WHEEL=FILE.whl brings diffusers along where it is not installed;
+# OUT=FOLDER takes the results; PYTHON=... names the interpreter. Flags are those of benchmarks/train.py and override the
+# ones below.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}

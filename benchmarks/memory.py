@@ -28,7 +28,11 @@ ROWS = (
     ("sdxl", "adamw8bit", 4),
     ("sdxl", "adamw", 4),
 )
-COLUMNS = ("base", "optimizer", "pairs per GPU", "before activations", "activations", "all recomputed", "total")
+COLUMNS = (
+    *("base, optimizer", "pairs per GPU", "before activations"),
+    *("activations, none recomputed", "all recomputed", "total"),
+)
+NAMES = {"sd15": "SD1.5", "sdxl": "SDXL", "adamw": "AdamW", "adamw8bit": "AdamW in 8 bits", "adafactor": "Adafactor"}
 
 
 def gibibytes(name: str, optimizer: str, pairs: int) -> tuple[float, float, float]:
@@ -36,7 +40,7 @@ def gibibytes(name: str, optimizer: str, pairs: int) -> tuple[float, float, floa
     config = BASES[name].config(mixed_precision="bf16", optimizer=optimizer, train_batch_size=pairs)
     family = BASES[name].build("meta")
     unet, shape = family.load_unet(), family.latent_shape(config.resolution)
-    run = SimpleNamespace(config=config, family=family, unet=unet, reference=unet)  # as far as planned_memory looks
+    run = SimpleNamespace(config=config, family=family, policy=unet, reference=unet)  # as far as planned_memory looks
     conditioning = family.encode_captions([""] * 2 * pairs, config.resolution)
     with FakeTensorMode():
         noisy = torch.empty(2 * pairs, *shape, device="cuda")
@@ -47,12 +51,13 @@ def gibibytes(name: str, optimizer: str, pairs: int) -> tuple[float, float, floa
 
 def main() -> None:
     """Print the table."""
-    print("| " + " | ".join(COLUMNS) + " |\n|---|---" + "|---:" * 5 + "|")
+    print("| " + " | ".join(COLUMNS) + " |\n|---" + "|---:" * 5 + "|")
     with like_a_gpu():
         for name, optimizer, pairs in ROWS:
             before, most, least = gibibytes(name, optimizer, pairs)
             total = f"{before + least:.1f} to {before + most:.1f}"
-            print(f"| {name} | {optimizer} | {pairs} | {before:.1f} | {most:.1f} | {least:.1f} | {total} |", flush=True)
+            row = (f"{NAMES[name]}, {NAMES[optimizer]}", pairs, f"{before:.1f}", f"{most:.1f}", f"{least:.1f}", total)
+            print("| " + " | ".join(map(str, row)) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Without GPU, hub or data set: install into .venv, train plain Diffusion-DPO, the safeguard and two controls on the embedded tiny model and compare
-# them; then generate, score and compare pictures of the first two with the evaluation scripts. Results: output/quickstart/. Training and
-# evaluation take the same path as the launchers for SD1.5 and SDXL.
+# Without GPU, hub or data set: install into .venv, train plain Diffusion-DPO, the safeguard and two controls on the
+# embedded tiny model and compare them; then generate, score and compare pictures of the first two with the evaluation
+# scripts. Results: output/quickstart/. Training and evaluation take the same path as the launchers for SD1.5 and SDXL.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh
@@ -9,18 +9,20 @@ out=output/quickstart
 mkdir -p "$out"
 rm -rf "$out/references"
 began=$SECONDS
-trap 'kill $(jobs -p) 2>/dev/null || true' EXIT # where one training fails, the one beside it ends too
+trap 'kill $(jobs -p) 2>/dev/null && wait || true' EXIT # where one training fails, the one beside it ends too
 
-run() { # NAME FLAGS...: one training run, its console output in a file; the later two read the reference's errors from the first two
+# NAME FLAGS...: one training run, its console output in a file; the later two read the reference's errors of the first
+run() {
   local name=$1
   shift
   echo "training $name"
   rm -rf "${out:?}/$name" # of an earlier quickstart
   bash scripts/train/tiny_diffusion_dpo.sh --output_dir "$out/$name" --reference_cache "$out/references" "$@" \
-    >"$out/$name.log" 2>&1 ||
-    { echo "training $name failed:"; tail -n 20 "$out/$name.log"; exit 1; }
+    >"$out/$name.log" 2>&1 &
+  trap "kill $!; wait; exit 1" TERM # of the trap above
+  wait $! || { echo "training $name failed:"; tail -n 20 "$out/$name.log"; exit 1; }
 }
-export OMP_NUM_THREADS=1 # on so small a model one thread per run and two runs side by side are faster than one run with two threads
+export OMP_NUM_THREADS=1 # on so small a model two runs side by side are faster than one with two threads
 source scripts/train/launch.sh && tiny_pairs
 run plain --use_winner_preserving false --winner_preserving_mu 0 &
 run safeguard &
@@ -42,6 +44,6 @@ for name in plain safeguard; do
     { echo "evaluating $name failed:"; tail -n 20 "$out/$name-eval.log"; exit 1; }
 done
 group=tiny_seed0_32x32_20s_1.0cfg.json
-bash scripts/eval/test_vs.sh --json_a "$out/safeguard/eval/$group" --json_b "$out/plain/eval/$group" --label_a safeguard --label_b plain \
-  --metrics Pixels --outdir "$out/vs"
+bash scripts/eval/test_vs.sh --json_a "$out/safeguard/eval/$group" --json_b "$out/plain/eval/$group" \
+  --label_a safeguard --label_b plain --metrics Pixels --outdir "$out/vs"
 echo "took $((SECONDS - began)) s after the installation"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Install into .venv and run every check: linter, then tests (no GPU, no network beyond pip; those of the report need Chromium).
+# Install into .venv and run every check: linter, then tests. No GPU and no network beyond pip; those of the report need
+# Chromium.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh

@@ -33,7 +33,7 @@ from sdpo.images import decode
 from sdpo.inputs import normalise
 from sdpo.pairs import Pairs, prepare_pairs
 from sdpo.ranks import PATIENCE, check_ranks, on_main
-from sdpo.shards import SHARD_BYTES, Shards, is_intact, read_key, refuse_changes
+from sdpo.shards import SHARD_BYTES, Shards, read_key, refuse_changes, refuse_damaged
 
 log = logging.getLogger("cache")
 
@@ -303,9 +303,7 @@ def verify(folder: Path, accelerator: Accelerator) -> None:
     """Read every file of a cache, dealt out to the ranks; raises InputError naming those that are damaged."""
     paths = sorted(folder.glob("*/*.safetensors"))[accelerator.process_index :: accelerator.num_processes]
     progress = tqdm(paths, desc="verifying", unit="file", disable=not accelerator.is_local_main_process)
-    damaged = [str(path) for path in progress if not is_intact(path)]
-    if damaged:
-        raise InputError(f"damaged: {', '.join(damaged)}; delete and run the same command again")
+    refuse_damaged(progress)
     log.info(f"verified       {len(paths):,} files")
 
 

@@ -30,8 +30,8 @@ from sdpo.command import NO_ROOM, InputError
 from sdpo.config import TrainConfig
 from sdpo.files import FULL, brief, parse_json, read_text, sha256, sync, write_file, write_json
 from sdpo.hub import load_fitting_state, load_weights
-from sdpo.ranks import on_main
-from sdpo.step import Run, loss_name, optimizer_name
+from sdpo.optimizers import OPTIMIZERS, optimizer_name
+from sdpo.step import Run, loss_name
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def save_state_dict(state: dict[str, Tensor], path: Path) -> None:
 def save_average(run: Run, folder: Path) -> None:
     """Write the averaged weights as unet_ema.pth; every rank calls this."""
     with run.average.in_place():
-        state = run.accelerator.get_state_dict(run.unet)
+        state = run.accelerator.get_state_dict(run.policy)
         if run.accelerator.is_main_process:
             save_state_dict(state, folder / "unet_ema.pth")
 
@@ -120,10 +120,11 @@ def register_hooks(accelerator: Accelerator, unet: nn.Module) -> None:
     accelerator.register_load_state_pre_hook(load)
 
 
-def save_checkpoint(run: Run) -> Path:
+def save_checkpoint(run: Run, prune: bool = True) -> Path:
     """Write checkpoint-{step}; every rank calls this. The folder has its name only when it is complete and on the disk.
 
-    Raises InputError, and leaves older checkpoints as they were, if it cannot be written.
+    Older ones beyond --checkpoints_total_limit are removed then, unless `prune` is False. Raises InputError, and leaves
+    them as they were, if it cannot be written.
     """
     accelerator, config, state = run.accelerator, run.config, run.state()
     folder = Path(config.output_dir, f"checkpoint-{run.step}")
@@ -141,7 +142,7 @@ def save_checkpoint(run: Run) -> Path:
                 write_json(partial / "state.json", state)
                 seal(partial)
                 put_in_place(partial, folder)
-                if config.checkpoints_total_limit:
+                if config.checkpoints_total_limit and prune:
                     remove_older(folder, keep=config.checkpoints_total_limit)
             accelerator.wait_for_everyone()
     except BaseException:
@@ -223,14 +224,6 @@ def number_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
-def find_checkpoint(accelerator: Accelerator, config: TrainConfig) -> Path | None:
-    """The checkpoint to resume from, if any; the main process checks it and every rank gets its answer.
-
-    Raises InputError if the named one is damaged, or if there are checkpoints and none is whole.
-    """
-    return on_main(accelerator, lambda: choose_checkpoint(config))
-
-
 def choose_checkpoint(config: TrainConfig) -> Path | None:
     """The checkpoint that --resume_from_checkpoint means.
 
@@ -277,21 +270,27 @@ def newest_whole(folder: str | Path) -> Path | None:
     return None
 
 
-def set_results_aside(run: Run) -> None:
-    """Move what an earlier run has left at its end out of the way of one that begins anew in its folder."""
+def set_results_aside(run: Run, checkpoint: Path | None) -> None:
+    """Move what another run has left in the output folder out of the way of one that does not go on from there.
+
+    `checkpoint` is what the run goes on from, None if it begins anew.
+    """
     folder = Path(run.config.output_dir)
-    if not run.accelerator.is_main_process or not (folder / "unet.pth").is_file():
+    if not run.accelerator.is_main_process or (checkpoint and checkpoint.parent.resolve() == folder.resolve()):
         return
+    names = ["unet.pth", "unet_ema.pth", "unet", "config.json", "metrics.jsonl", "validation"]
+    if re.fullmatch(r"[\w-]+", run.config.logging_dir):  # a folder of the output folder's own
+        names.append(run.config.logging_dir)
+    results = [folder / name for name in names if (folder / name).exists()] + list_checkpoints(folder)
+    if not checkpoint and folder / "unet.pth" not in results:
+        return  # it ended before its first checkpoint
     number = next(number for number in itertools.count(1) if not (folder / f"earlier-{number}").exists())
     aside = folder / f"earlier-{number}"
-    aside.mkdir()
-    results = ["unet.pth", "unet_ema.pth", "unet", "config.json", "metrics.jsonl", "validation"]
-    if re.fullmatch(r"[\w-]+", run.config.logging_dir):  # a folder of the output folder's own
-        results.append(run.config.logging_dir)
-    for name in results:
-        if (folder / name).exists():
-            os.replace(folder / name, aside / name)
-    log.warning(f"CAUTION: {folder} holds a trained model, which is now in {aside}: the run begins anew")
+    for path in results:
+        aside.mkdir(exist_ok=True)
+        os.replace(path, aside / path.name)
+    if results:
+        log.warning(f"CAUTION: {folder} held the results of another run, which are now in {aside}")
 
 
 def set_later_aside(run: Run) -> None:
@@ -339,16 +338,19 @@ FREE = {
     *("logging_steps", "validation_steps", "validation_prompts", "dataloader_num_workers"),
     *("max_unreadable_images", "max_skipped_updates", "reference_cache"),
     *("gradient_checkpointing", "activation_memory", "compile", "channels_last"),
+    *("hub_model_id", "local_rank", "hard_skip_resume"),  # without effect
     *("gradient_accumulation_steps", "global_batch_size"),  # the plan says what they come to
     # Run.base says what these come to
     *("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "unet_init", "revision"),
 }
 
 
+DATA_PLACES = {"dataset_name", "train_data_dir", "validation_data_dir", "labels_file", "latent_cache"}  # may be local
+
+
 def resolve(name: str, value: Any) -> Any:
-    """A setting's value, but for local data where it really is."""
-    is_local = name in ("dataset_name", "train_data_dir") and value and Path(value).exists()
-    return os.path.realpath(value) if is_local else value
+    """A setting's value, but for a local file or folder where it really is."""
+    return os.path.realpath(value) if name in DATA_PLACES and value and os.path.exists(value) else value
 
 
 def changed_settings(run: Run, checkpoint: Path) -> list[str]:
@@ -387,6 +389,7 @@ def load_checkpoint(run: Run, checkpoint: Path) -> None:
         run.accelerator.step = 0  # micro-steps, of which this run may make another number per update
         run.meter.load(state["meter"])
         if run.accelerator.distributed_type != DistributedType.DEEPSPEED:
+            refuse_other_optimizer(run, own, checkpoint)
             check_restored(run)
     except InputError:
         raise
@@ -399,32 +402,34 @@ def load_checkpoint(run: Run, checkpoint: Path) -> None:
             raise InputError(f"{checkpoint} has no unet_ema.pth: it was trained without --use_ema; resume without it")
         run.average.load(load_fitting_state(run.average.model, checkpoint / "unet_ema.pth"))
     if run.accelerator.distributed_type != DistributedType.DEEPSPEED:
-        keep_settings(run, own, checkpoint)
+        keep_settings(run, own)
     run.step = state["step"]
+
+
+def refuse_other_optimizer(run: Run, own: list[dict], checkpoint: Path) -> None:
+    """Raises InputError if the state that was put back is another optimizer's: its groups lack settings of `own`."""
+    groups = run.optimizer.param_groups
+    if any(settings.keys() - group.keys() for group, settings in zip(groups, own, strict=True)):
+        raise InputError(
+            f"{checkpoint} holds the state of another optimizer: go on with that one, or start a new run from its "
+            f"weights with --unet_init {checkpoint}/unet.pth"
+        )
 
 
 def check_restored(run: Run) -> None:
     """Raises ValueError for state that accelerate puts back without a look, and that would end the process later."""
     if type(run.schedule.scheduler.last_epoch) is not int:
         raise ValueError("the schedule's epoch is no number")
-    moments = ("exp_avg", "exp_avg_sq") if optimizer_name(run.config, run.family) == "adamw" else ()
+    moments = OPTIMIZERS[optimizer_name(run.config, run.family)].moments
     for parameter, state in run.optimizer.state.items():
         for name in moments if state else ():
             if getattr(state.get(name), "shape", None) != parameter.shape:
                 raise ValueError(f"{name} of the optimizer does not have the shape of its parameter")
 
 
-def keep_settings(run: Run, own: list[dict], checkpoint: Path) -> None:
-    """Have optimizer and schedule go on with the run's own settings: those of then came back with their state.
-
-    Raises InputError if the state is another optimizer's.
-    """
+def keep_settings(run: Run, own: list[dict]) -> None:
+    """Keep this run's own settings of optimizer and schedule, in place of the checkpoint's that were just restored."""
     groups, schedule = run.optimizer.param_groups, run.schedule.scheduler
-    if any(settings.keys() - group.keys() for group, settings in zip(groups, own, strict=True)):
-        raise InputError(
-            f"{checkpoint} holds the state of another optimizer: go on with that one, or start a new run from its "
-            f"weights with --unet_init {checkpoint}/unet.pth"
-        )
     schedule.base_lrs = [run.plan.learning_rate] * len(groups)
     for group, settings, factor in zip(groups, own, schedule.lr_lambdas, strict=True):
         group.update(settings | {"lr": run.plan.learning_rate * factor(schedule.last_epoch)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import os
 import signal
@@ -81,6 +82,10 @@ class FlagErrors:
     def error(self, message: str) -> NoReturn:
         """Instead of printing the usage and leaving."""
         raise InputError(f"{message}; `{self.prog} --help` lists the flags")
+
+
+class Parser(FlagErrors, argparse.ArgumentParser):
+    """For commands whose flags are not those of a dataclass."""
 
 
 def flag(default: Any, text: str) -> Any:

@@ -34,6 +34,16 @@ LIMITS = {  # flags -> what their value must satisfy, and how that is said
 }
 
 
+def check_data_source(dataset_name: str | None, train_data_dir: str | None) -> None:
+    """Raises InputError unless one of two flags says where the pairs are."""
+    if not (dataset_name or train_data_dir):
+        raise InputError("no data: give --dataset_name (hub id or folder) or --train_data_dir (local folder)")
+    if dataset_name and train_data_dir:
+        raise InputError(
+            "--dataset_name and --train_data_dir exclude each other: give one of them (the launchers take DATA=FOLDER)"
+        )
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Flags of train.py. Names and defaults of the official implementation are kept where they exist."""
@@ -144,7 +154,9 @@ class TrainConfig:
     max_skipped_updates: int = flag(10, "stop after this many skipped updates in a row")
     skip_grad_norm_above: float | None = flag(None, "also skip updates whose gradient norm is above this value")
     mixed_precision: Literal["no", "fp16", "bf16"] = flag("fp16", "autocast precision; weights of the policy stay fp32")
-    allow_tf32: bool = flag(False, "allow TF32 in fp32 matrix products on GPUs that have it")
+    allow_tf32: bool = flag(
+        False, "allow TF32 in fp32 matrix products on GPUs that have it; PyTorch allows it in convolutions anyway"
+    )
     gradient_checkpointing: Literal["none", "full", "auto"] | None = field(
         default=None,
         metadata={
@@ -212,22 +224,16 @@ class TrainConfig:
 
     def _conflicts(self):
         """Pairs (is wrong, what to do about it) of what is missing or does not go together."""
+        yield from self._place_conflicts()
         yield from self._data_conflicts()
         yield from self._training_conflicts()
 
-    def _data_conflicts(self):
+    def _place_conflicts(self):
         yield (
             not self.pretrained_model_name_or_path,
             "--pretrained_model_name_or_path is missing: give a hub id or a local diffusers folder",
         )
-        yield (
-            not (self.dataset_name or self.train_data_dir),
-            "no data: give --dataset_name (hub id or folder) or --train_data_dir (local folder)",
-        )
-        yield (
-            self.dataset_name and self.train_data_dir,
-            "--dataset_name and --train_data_dir exclude each other: give one of them (the launchers take DATA=FOLDER)",
-        )
+        check_data_source(self.dataset_name, self.train_data_dir)
         yield not self.output_dir, "--output_dir is empty: name a folder"
         output = os.path.realpath(self.output_dir)
         models = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "unet_init")
@@ -238,6 +244,8 @@ class TrainConfig:
                 getattr(self, name) and output == str(place.parent if part else place),
                 f"--output_dir {self.output_dir} holds --{name}, which training would write over: name another folder",
             )
+
+    def _data_conflicts(self):
         yield (
             self.choice_model and self.choice_model not in CHOICE_MODELS,
             f"--choice_model {self.choice_model!r}: choose from {', '.join(CHOICE_MODELS)}, "
@@ -300,14 +308,6 @@ class TrainConfig:
             + ": drop it",
         )
         yield (
-            self.method == "sft" and self.official_reference_errors,
-            "sft has no reference: drop --official_reference_errors",
-        )
-        yield (
-            self.method == "sft" and (self.use_winner_preserving or self.constant_loser_scale != 1),
-            "sft has no loser: drop --use_winner_preserving and --constant_loser_scale",
-        )
-        yield (
             self.use_winner_preserving and self.constant_loser_scale != 1,
             "--use_winner_preserving and --constant_loser_scale exclude each other: both set the loser's scale",
         )
@@ -345,14 +345,15 @@ class TrainConfig:
         return bool(self.validation_pairs or self.validation_split or self.validation_data_dir)
 
     def without_effect(self, optimizer: str) -> list[str]:
-        """A sentence for every flag that was given and has no effect; `optimizer` is the row of OPTIMIZER_BYTES."""
+        """A sentence for every flag that was given and has no effect; `optimizer` is the row of OPTIMIZERS."""
         reasons = {  # flags -> (whether they have none, why)
             "hub_model_id": (
                 True,
-                "since the official code never uploaded: run `hf upload REPO OUTPUT_DIR` after training",
+                "(nor in the official code): run `hf upload REPO OUTPUT_DIR` after training",
             ),
-            "local_rank": (True, "since the launcher sets the rank"),
-            "hard_skip_resume": (True, "since resuming never replays data"),
+            "local_rank": (True, "(the launcher sets the rank)"),
+            "hard_skip_resume": (True, "(resuming never replays data)"),
+            "use_winner_preserving constant_loser_scale": (self.method == "sft", "on sft, which has no loser"),
             "winner_preserving_mu winner_preserving_per": (
                 not self.use_winner_preserving,
                 "without --use_winner_preserving",
@@ -360,7 +361,10 @@ class TrainConfig:
             "beta_dpo": (self.method == "sft" and not self.holds_out, "on sft"),
             "dmpo_alpha": (self.method != "dmpo", f"on {self.method}"),
             "dspo_form": (self.method != "dspo", f"on {self.method}"),
-            "official_reference_errors": (self.mixed_precision == "no", "with --mixed_precision no"),
+            "official_reference_errors": (
+                self.method == "sft" or self.mixed_precision == "no",
+                "on sft or with --mixed_precision no",
+            ),
             "adam_beta1 adam_beta2 adam_epsilon": (optimizer == "adafactor", "on Adafactor"),
             "lr_warmup_steps": (self.lr_scheduler == "constant", "with --lr_scheduler constant"),
             "num_train_epochs": (self.max_train_steps > 0, "unless --max_train_steps is 0"),
@@ -376,11 +380,14 @@ class TrainConfig:
             if idle and getattr(self, name) != defaults[name]
         ]
 
-    def cautions(self, loss: str) -> list[str]:
-        """A sentence for every combination that is known to be inert or harmful; `loss` is the row of PAIR_LOSSES."""
-        return [text for applies, text in self._cautions(loss) if applies]
+    def cautions(self, loss: str, steps: int) -> list[str]:
+        """A sentence for every combination that is known to be inert or harmful in a run of so many updates.
 
-    def _cautions(self, loss: str):
+        `loss` is the row of PAIR_LOSSES.
+        """
+        return [text for applies, text in self._cautions(loss, steps) if applies]
+
+    def _cautions(self, loss: str, steps: int):
         alpha = min(max(self.dmpo_alpha, 1e-6), 1 - 1e-6)  # as the loss has it
         turn = math.log1p(-alpha) - math.log(alpha)
         yield (
@@ -407,20 +414,20 @@ class TrainConfig:
             "the held-out errors are measured without the input perturbation",
         )
         yield (
-            any(name in self.pretrained_model_name_or_path.lower() for name in ("turbo", "refiner")),
+            "turbo" in self.pretrained_model_name_or_path.lower(),
             f"{self.pretrained_model_name_or_path} is trained on all timesteps of its own noise schedule; the official "
-            "code has others for bases called turbo or refiner",
+            "code has others for bases called turbo",
         )
         yield (
             self.latent_cache and self.validation_prompts,
             "--validation_prompts needs VAE and text encoders, so they are loaded in spite of --latent_cache",
         )
         yield (
-            self.lr_scheduler != "constant" and 0 < self.max_train_steps <= self.lr_warmup_steps,
+            self.lr_scheduler != "constant" and steps <= self.lr_warmup_steps,
             f"--lr_warmup_steps {self.lr_warmup_steps} is no shorter than the run: the learning rate is never reached",
         )
         yield (
-            self.use_ema and self.max_train_steps and 1 / (1 - self.ema_decay) > self.max_train_steps,
+            self.use_ema and 1 / (1 - self.ema_decay) > steps,
             f"--ema_decay {self.ema_decay} remembers {1 / (1 - self.ema_decay):.0f} updates, more than the run has: "
             "unet_ema.pth will hardly move",
         )
@@ -458,8 +465,9 @@ class Plan:
         rate = config.learning_rate * (batch if config.scale_lr else 1)
         if config.lr_scheduler == "polynomial" and (rate <= POLYNOMIAL_END or steps == config.lr_warmup_steps):
             raise InputError(
-                f"--lr_scheduler polynomial falls from the learning rate to {POLYNOMIAL_END:g} after the warm-up: it "
-                f"cannot from {rate:g}, with {steps - config.lr_warmup_steps} updates left; linear falls to 0"
+                f"--lr_scheduler polynomial decays to {POLYNOMIAL_END:g} after the warm-up, which needs a higher "
+                f"learning rate (got {rate:g}) and updates left after the warm-up ({steps - config.lr_warmup_steps} "
+                "are); use linear, which decays to 0"
             )
         return cls(processes, pairs, accumulation, batch, steps, pairs / batch, rate)
 

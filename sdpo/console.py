@@ -14,6 +14,11 @@ def start_console(main_process: bool) -> None:
     logging.basicConfig(format="%(message)s", level=logging.INFO if main_process else logging.ERROR, force=True)
     for name in ("httpx", "httpx2", "accelerate", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)  # what fails in the end is said once, by InputError
+    quiet_libraries()
+
+
+def quiet_libraries() -> None:
+    """No progress bars of the libraries, and of their messages errors only."""
     for library in (datasets, diffusers, transformers):
         library.utils.logging.disable_progress_bar()
         library.utils.logging.set_verbosity_error()

@@ -25,7 +25,7 @@ from sdpo.rng import draw, normal
 
 if TYPE_CHECKING:  # reading pairs needs packages that batches do not
     from sdpo.pairs import Pairs
-    from sdpo.references import ReferenceErrors
+    from sdpo.references import KnownErrors
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -85,7 +85,7 @@ class PairDataset(Dataset):
     noise_offset: float = 0.0
     input_perturbation: float = 0.0
     max_unreadable: int = 100
-    references: ReferenceErrors | None = None
+    references: KnownErrors | None = None
 
     def __getitem__(self, place: tuple[int, int]) -> dict:
         """One sample: what collate stacks into the fields of Batch, for the members of one pair."""

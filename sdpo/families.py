@@ -128,10 +128,10 @@ class StableDiffusion:
         return load_part(cls, self.source, name, **self.options)
 
     def _check_pipeline_class(self) -> None:
-        found = read_pipeline_class(self.source, **self.options)
-        if found != self.pipeline_class.__name__:
+        found = FAMILIES[find_family(self.source, **self.options)].pipeline_class
+        if found is not self.pipeline_class:
             raise InputError(
-                f"{self.source} holds a {found}, not a {self.pipeline_class.__name__}: "
+                f"{self.source} holds a {found.__name__}, not a {self.pipeline_class.__name__}: "
                 "SDXL models need --sdxl, SD1.x models run without it"
             )
 
@@ -356,7 +356,8 @@ class StableDiffusion:
                 raise InputError(f"{wrong} (its {name} have numbers that are not finite): {fix}")
         if not prediction.isfinite().all():
             raise InputError(
-                f"the UNet's prediction for {self.source} is not finite: use bf16 or fp32 if it is fp16, or others"
+                f"the UNet's prediction for {self.source} is not finite: use bf16 or fp32 instead of fp16, or other "
+                "weights"
             )
 
     def check_pipeline(self) -> None:

@@ -131,10 +131,6 @@ class EvalConfig:
         for metric in self.metrics:
             yield metric not in (*METRICS, "none"), f"--metrics {metric}: known are {', '.join(METRICS)}, or none"
         yield "none" in self.metrics and len(self.metrics) > 1, "--metrics none goes with no other: drop one of them"
-        yield (
-            not {self.height, self.width} <= {self.resolution, None} and self.resolution is not None,
-            "--resolution is the side of square images: give --height and --width without it",
-        )
         for name in ("resolution", "height", "width", "steps", "batch_size", "score_batch_size"):
             value = getattr(self, name)
             yield value is not None and value < 1, f"--{name} must be at least 1, got {value}"
@@ -338,7 +334,7 @@ def sample_images(run: EvalRun, captions: list[str], seeds: list[int], steps: in
     Raises InputError where memory runs out or numbers overflow.
     """
     config, family = run.config, run.family
-    shape, fix = family.latent_shape(run.height, run.width), "run again with a smaller --batch_size or --resolution"
+    shape, fix = family.latent_shape(run.height, run.width), "run again with a smaller --batch_size or smaller images"
     try:
         with within_memory(f"{len(captions)} images of {run.size} at a time; what was made is kept, {fix}"):
             noise = draw_noise(shape, seeds, run.accelerator.device, DTYPES[config.dtype])
@@ -346,7 +342,7 @@ def sample_images(run: EvalRun, captions: list[str], seeds: list[int], steps: in
             return sample(family, run.unet, captions, noise, steps, config.cfg, config.guidance)
     except FloatingPointError as error:
         raise InputError(
-            f"{error}: use --dtype bf16 or fp32 if it is fp16, other weights otherwise; what was made is kept"
+            f"{error}: use --dtype bf16 or fp32 instead of fp16, or other weights; what was made is kept"
         ) from error
 
 

@@ -25,7 +25,7 @@ DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of weights
 WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")  # what files that load_tensors reads are called
 PART_FILES = {"config.json", "tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.json"}
-PART_FILES |= {"special_tokens_map.json", "added_tokens.json"}  # what a part consists of beside its weights
+PART_FILES |= {"special_tokens_map.json", "added_tokens.json"}  # what a part consists of besides its weights
 # Names of tensors that published files have and a part does not need
 UNUSED = r"position_ids$|logit_scale$|text_projection\.weight$|visual_projection\.weight$|vision_model\.|^loss\."
 WRAPPERS = ("module.", "_orig_mod.")  # prefixes of names, from the outside in

@@ -143,9 +143,10 @@ def require_images(entries: Sequence[Entry], why: str = "") -> None:
     missing = [entry for entry in entries if not os.path.isfile(entry.path)]  # Path.is_file raises for long names
     if missing:
         first, more = missing[0], f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        why = f", and {why}" if why else ""
         raise InputError(
             f"{first.where}: image {first.image}{more} is neither in the working directory nor in the manifest's "
-            f"folder{', and ' * bool(why)}{why}; generate it again or correct gen_image_path"
+            f"folder{why}; generate it again or correct gen_image_path"
         )
 
 

@@ -19,15 +19,16 @@ from sdpo.command import InputError
 from sdpo.families import StableDiffusion
 from sdpo.hub import DTYPES
 from sdpo.inputs import Inputs, make_inputs
-from sdpo.step import AUTOCAST, OPTIMIZER_BYTES, Run, optimizer_name
+from sdpo.optimizers import OPTIMIZERS, optimizer_name
+from sdpo.step import AUTOCAST, Run
 
 FREE_SHARE = 0.85  # of the free memory that activations may take; the rest is for temporaries
 
 
 def planned_memory(run: Run) -> dict[str, int]:
     """Bytes per device of everything but activations, by what they hold, before an engine shares any of it out."""
-    parameters = sum(p.numel() for p in run.unet.parameters())
-    state = OPTIMIZER_BYTES[optimizer_name(run.config, run.family)]
+    parameters = sum(p.numel() for p in run.policy.parameters())
+    state = OPTIMIZERS[optimizer_name(run.config, run.family)].state_bytes
     sizes = {"policy": 4, "gradients": 4, "optimizer": state, "average": 4 * run.config.use_ema}  # bytes per parameter
     sizes["reference"] = 0 if run.reference is None else DTYPES[run.config.mixed_precision].itemsize
     encoders = (p for model in (run.family.vae, *run.family.text_encoders) for p in model.parameters())
@@ -50,7 +51,7 @@ def choose_checkpointing(run: Run, batch: Batch) -> str:
         rooms = run.accelerator.gather(torch.tensor([room / 2**30], device=device))
         budget = rooms.min().item()  # ranks that recompute other units would wait for each other
     inputs = make_inputs(run.family, batch.to(device))
-    unet, dtype = run.accelerator.unwrap_model(run.unet), DTYPES[config.mixed_precision]
+    unet, dtype = run.accelerator.unwrap_model(run.policy), DTYPES[config.mixed_precision]
     units, kept = choose_units(run.family, unet, inputs, dtype, budget * 2**30)
     unet.enable_gradient_checkpointing()
     for name, unit in checkpoint_units(unet).items():

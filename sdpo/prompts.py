@@ -127,5 +127,5 @@ def parse_prompt(row: Any, where: str) -> Prompt:
     if not isinstance(prompt.metadata, dict):
         raise InputError(f'{where}: "metadata" must be an object')
     if not is_text(prompt.text):
-        raise InputError(f"{where}: the prompt holds half a surrogate pair, which is no character; write it again")
+        raise InputError(f"{where}: the prompt holds an unpaired surrogate, which is no character; correct it")
     return prompt

@@ -8,19 +8,21 @@ per pair, and the others read them bit for bit and do without the reference's fo
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
+import diffusers
 import torch
+import transformers
 from accelerate import Accelerator
 from torch import Tensor
 
-from sdpo.command import InputError
 from sdpo.config import Plan, TrainConfig
 from sdpo.families import StableDiffusion
 from sdpo.losses import PairTerms
 from sdpo.pairs import Pairs
 from sdpo.ranks import on_main
-from sdpo.shards import Shards, is_intact, refuse_changes
+from sdpo.shards import Shards, refuse_changes, refuse_damaged
 
 FLAGS = (  # that decide what the reference is shown, or how its numbers are rounded
     *("random_crop", "no_hflip", "shared_flip", "draft_decoding", "proportion_empty_prompts"),
@@ -30,23 +32,31 @@ FLAGS = (  # that decide what the reference is shown, or how its numbers are rou
 log = logging.getLogger(__name__)
 
 
-class ReferenceErrors:
-    """Errors of the reference by update: those that are on file, and this run's until they are."""
+@dataclass(frozen=True)
+class KnownErrors:
+    """Errors of the reference that were on file when the run began; what loader workers get."""
 
-    def __init__(self, shards: Shards, accelerator: Accelerator, plan: Plan):
-        self.shards, self.accelerator, self.plan = shards, accelerator, plan
-        self.places = dict(shards.places)  # update: file, row in it
-        self.new: dict[int, list[Tensor]] = {}  # update: (2B,) per micro-step of this rank, winners first
-
-    @property
-    def complete(self) -> bool:
-        """Whether the errors of every update of the run are on file."""
-        return all(step in self.places for step in range(self.plan.steps))
+    shards: Shards
+    places: dict[int, tuple[int, int]]  # update: file, row in it
 
     def read(self, step: int, position: int) -> Tensor | None:
         """Errors (2,) of winner and loser at a position in the global batch; None if they are not on file."""
         place = self.places.get(step)
         return None if place is None else self.shards.read(place)["errors"][position]
+
+
+class ReferenceErrors:
+    """Errors of the reference by update: those that are on file, and this run's until they are."""
+
+    def __init__(self, shards: Shards, accelerator: Accelerator, plan: Plan):
+        self.shards, self.accelerator, self.plan = shards, accelerator, plan
+        self.known = KnownErrors(shards, dict(shards.places))
+        self.new: dict[int, list[Tensor]] = {}  # update: (2B,) per micro-step of this rank, winners first
+
+    @property
+    def complete(self) -> bool:
+        """Whether the errors of every update of the run are on file."""
+        return all(step in self.known.places for step in range(self.plan.steps))
 
     def add(self, step: int, terms: PairTerms) -> None:
         """Take in the errors of this rank's next micro-step."""
@@ -88,10 +98,9 @@ def open_references(
     if accelerator.is_main_process:
         shards.create()  # before another run does
     shards.scan()
-    if damaged := [str(path) for path in shards.files if not is_intact(path)]:
-        raise InputError(f"damaged: {', '.join(damaged)}; delete and run the same command again")
+    refuse_damaged(shards.files)
     references = ReferenceErrors(shards, accelerator, plan)
-    known = sum(step in references.places for step in range(plan.steps))
+    known = sum(step in references.known.places for step in range(plan.steps))
     log.info(f"reference      errors of {known:,} of {plan.steps:,} updates are in {config.reference_cache}")
     return references
 
@@ -107,9 +116,9 @@ def make_key(
         "pairs per update": plan.global_batch,
         "resolution": config.resolution or family.resolution,
         **{f"--{name}": getattr(config, name) for name in FLAGS},
-        "latents": f"cached in {config.latent_cache_dtype}" if config.latent_cache else "encoded",
+        "latents": f"of --latent_cache in {config.latent_cache_dtype}" if config.latent_cache else "encoded",
         "captions, rows and labels": pairs.fingerprint(),
         **pairs.describe(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "torch": torch.__version__,
+        **{library.__name__: library.__version__ for library in (torch, diffusers, transformers)},
     }

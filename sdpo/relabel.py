@@ -21,8 +21,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
-from sdpo.command import InputError, flag, parse_assignments, parse_flags, run_command
-from sdpo.config import CHOICE_MODELS, TrainConfig
+from sdpo.command import InputError, flag, parse_assignments, parse_flags, run_command, within_memory
+from sdpo.config import CHOICE_MODELS, TrainConfig, check_data_source
+from sdpo.console import quiet_libraries
 from sdpo.files import brief, parse_json, read_text, write_file, write_text
 from sdpo.images import encoded
 from sdpo.manifest import check_score
@@ -50,12 +51,11 @@ class RelabelConfig:
     )
     device: str | None = flag(None, "where scores are computed: cpu, cuda, cuda:1, ...; on a GPU if there is one")
     batch_size: int = flag(64, "images per step of the scorer")
-    max_unreadable_images: int = flag(100, "take up to this many rows with an unreadable image for ties, then stop")
+    max_unreadable_images: int = flag(100, "count up to this many rows with an unreadable image as ties, then stop")
     out: str = flag("labels.parquet", "label file to write")
 
     def __post_init__(self):
-        if not (self.dataset_name or self.train_data_dir):
-            raise InputError("no data: give --dataset_name (hub id or folder) or --train_data_dir (local folder)")
+        check_data_source(self.dataset_name, self.train_data_dir)
         if self.metric not in CHOICE_MODELS:
             raise InputError(f"--metric {self.metric!r}: choose from {', '.join(CHOICE_MODELS)}")
         if not 0 <= self.margin < float("inf"):
@@ -179,7 +179,7 @@ def score_table(config: RelabelConfig, table: datasets.Dataset, about: dict, kep
     scorers = load_scorers([name], config.sources)
     results = score_rows(images, scorers, batch_size=config.batch_size, device=device, tolerant=True)
     progress = tqdm(desc=config.metric, unit="pair", initial=len(scores), total=len(table))
-    with progress, kept.open("a") as file:
+    with progress, kept.open("a") as file, within_memory("use a smaller --batch_size; scores made so far are kept"):
         for pair in zip(results, results, strict=True):
             scores.append([None if isinstance(result, InputError) else result[name] for result in pair])
             file.write(json.dumps(scores[-1]) + "\n")
@@ -223,7 +223,7 @@ def iterate_images(table: datasets.Dataset, caption_column: str, first: int) -> 
 def main(arguments: list[str] | None = None) -> None:
     """Label as the command line says."""
     config = parse_flags(RelabelConfig, __doc__.splitlines()[0], "python -m sdpo.relabel", arguments)
-    datasets.utils.logging.disable_progress_bar()
+    quiet_libraries()
     print(relabel(config))
 
 

@@ -357,13 +357,16 @@ def check_names(names: Iterable[str], known: Collection[str]) -> None:
     """Raises InputError for the first name that is not known."""
     for name in names:
         if name not in known:
-            raise InputError(f"there is no {name!r}; choose from {', '.join(known) or 'nothing: remove it'}")
+            raise InputError(f"there is no {name!r}; choose from {', '.join(known)}")
 
 
-def check_parts(sources: Mapping[str, str], metrics: Iterable[str] = SCORERS) -> None:
+def check_parts(sources: Mapping[str, str], metrics: Collection[str] = SCORERS) -> None:
     """Raises InputError unless names are "metric.part" of one of the metrics, and weights files exist."""
-    official = {f"{metric}.{part}": source for metric in metrics for part, source in SCORERS[metric].official.items()}
+    official = {f"{metric}.{part}": source for metric in SCORERS for part, source in SCORERS[metric].official.items()}
     check_names(sources, official)
+    for name in sources:
+        if name.partition(".")[0] not in metrics:
+            raise InputError(f"{name} belongs to a metric that is not scored: add that to --metrics, or drop the flag")
     for name, source in sources.items():
         if ":" in official[name]:  # a file, not a folder
             check_file(source)

@@ -1,14 +1,18 @@
-"""Scores of a manifest's images: read from scores.jsonl beside it, computed and kept there where they are missing."""
+"""Scores of a manifest's images: read from scores.jsonl beside it, computed and kept there where they are missing.
+
+`python -m sdpo.scoring MANIFEST.json` does that and prints their means, also for images that the official code made.
+"""
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sdpo.command import InputError
+from sdpo.command import InputError, Parser, parse_assignments, run_command, show, within_memory
 from sdpo.files import locked, sha256
 from sdpo.manifest import (
     Entry,
@@ -47,6 +51,15 @@ class Pending:
     path: Path  # of its score file
     scores: Scores  # that are there
     todo: Todo
+
+    def expected(self, options: ScoringOptions) -> Scored:
+        """The entries, with scores that say which model gave each or will give it."""
+        scores = {key: {"models": dict(row.get("models", {}))} for key, row in self.scores.items()}
+        for lacking, missing in self.todo.items():
+            for entry in missing:
+                models = scores.setdefault(entry.key, {"models": {}})["models"]
+                models |= {metric: options.model(metric) for metric in lacking}
+        return self.entries, scores
 
 
 @dataclass(frozen=True)
@@ -111,7 +124,10 @@ def score_manifest(manifest: str | Path, metrics: Sequence[str], options: Scorin
 def plan_scores(manifest: str | Path, metrics: Sequence[str], options: ScoringOptions) -> Pending:
     """The first half of score_manifest: raises InputError for what would stop the second, but for weights."""
     take_in_shares(_beside(manifest))
-    return _plan(manifest, metrics, options)
+    pending = _plan(manifest, metrics, options)
+    for metric in metrics:
+        find_model(*pending.expected(options), metric, str(pending.path))
+    return pending
 
 
 def complete_scores(pending: Pending, metrics: Sequence[str], options: ScoringOptions) -> Scored:
@@ -206,10 +222,11 @@ def _compute(
     rows = score_rows(images, scorers, device=device, batch_size=options.batch_size)
     models = {metric: options.model(metric) for metric in metrics}
     progress = tqdm(entries, desc=f"scoring on {device}", unit="image", disable=quiet)
-    for entry, row in zip(progress, rows, strict=True):
-        values = {metric: row[METRICS[metric]] for metric in metrics}
-        about = {"image": entry.image, "prompt": entry.prompt, "sha256": sha256(entry.path)}
-        append_scores(path, [{**about, **values, "models": models}])
+    with within_memory("score fewer images at a time, or with --score_dtype bf16; scores made so far are kept"):
+        for entry, row in zip(progress, rows, strict=True):
+            values = {metric: row[METRICS[metric]] for metric in metrics}
+            about = {"image": entry.image, "prompt": entry.prompt, "sha256": sha256(entry.path)}
+            append_scores(path, [{**about, **values, "models": models}])
 
 
 def check_models(scored: Mapping[str, Scored], metrics: Sequence[str]) -> None:
@@ -223,3 +240,41 @@ def check_models(scored: Mapping[str, Scored], metrics: Sequence[str]) -> None:
                 f"scores of {metric} come from different models ({said}); score all runs alike with --weights or "
                 "--score_dtype"
             )
+
+
+def add_flags(parser: argparse.ArgumentParser, default: Sequence[str]) -> None:
+    """The flags that say which metrics are scored and how, for read_flags."""
+    parser.add_argument("--metrics", nargs="+", choices=METRICS, default=list(default), help="what to score")
+    parser.add_argument("--device", help="where missing scores are computed: cpu, cuda, ...; on a GPU if there is one")
+    parser.add_argument("--batch_size", type=int, default=64, help="images per step of a scorer")
+    parser.add_argument("--weights", nargs="*", default=[], metavar="METRIC.PART=SOURCE", help="local path or hub file")
+    parser.add_argument("--score_dtype", choices=["fp32", "bf16"], default="fp32", help="of the scorers' backbones")
+
+
+def read_flags(args: argparse.Namespace) -> ScoringOptions:
+    """Options of the flags of add_flags; raises InputError for those that cannot be used."""
+    options = ScoringOptions(
+        dict(parse_assignments(args.weights, "--weights")), args.score_dtype, args.device, args.batch_size
+    )
+    options.check(args.metrics)
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Score manifests as the command line says and print the means."""
+    from sdpo.summary import format_summary, summarise
+    from sdpo.winrates import OFFICIAL_METRICS, collect_run
+
+    parser = Parser(prog="python -m sdpo.scoring", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("manifests", nargs="+", metavar="MANIFEST.json", help="the file beside a folder of images")
+    add_flags(parser, OFFICIAL_METRICS)
+    args = parser.parse_args(arguments)
+    options = read_flags(args)
+    pending = {manifest: plan_scores(manifest, args.metrics, options) for manifest in args.manifests}
+    scored = {manifest: complete_scores(plan, args.metrics, options) for manifest, plan in pending.items()}
+    runs = [collect_run(manifest, *run, args.metrics) for manifest, run in scored.items()]
+    show(format_summary(summarise(runs)))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -90,6 +90,12 @@ def is_intact(path: Path) -> bool:
     return hash_content(about["names"], about["notes"], tensors) == about["sha256"]
 
 
+def refuse_damaged(files: Iterable[Path]) -> None:
+    """Raises InputError naming all files that no longer have the content that was written."""
+    if damaged := [str(path) for path in files if not is_intact(path)]:
+        raise InputError(f"damaged: {', '.join(damaged)}; delete and run the same command again")
+
+
 def read_key(folder: Path) -> dict:
     """The key in a folder's index.json; empty for a new folder, InputError where files lack a readable index."""
     index = folder / "index.json"

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, DistributedType
 from diffusers.optimization import get_scheduler
@@ -29,6 +28,7 @@ from sdpo.hub import DTYPES
 from sdpo.inputs import make_inputs
 from sdpo.losses import PAIR_LOSSES, PairTerms, dmpo, pair_terms, sample_mean, sft
 from sdpo.metrics import Meter, pair_metrics
+from sdpo.optimizers import OPTIMIZERS, optimizer_name
 
 if TYPE_CHECKING:  # the benchmark trains without the packages that data on file need
     from sdpo.references import ReferenceErrors
@@ -36,7 +36,6 @@ if TYPE_CHECKING:  # the benchmark trains without the packages that data on file
 # A pass uses every weight once, so autocast gains nothing by keeping its copies until the end of the pass
 AUTOCAST = AutocastKwargs(cache_enabled=False)
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)  # engines that may share out weights over ranks
-OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 0}  # of state per parameter, to the next whole number
 
 
 @dataclass
@@ -48,7 +47,7 @@ class Run:
     family: StableDiffusion
     plan: Plan
     seed: int
-    unet: nn.Module  # the policy: fp32 weights, prepared by accelerate
+    policy: nn.Module  # fp32 weights, prepared by accelerate
     reference: nn.Module | None  # frozen; None where nothing is compared with it
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
@@ -61,7 +60,7 @@ class Run:
     step: int = 0  # updates made or skipped
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint says about the run beside weights and optimizer; every rank calls this."""
+        """What a checkpoint says about the run besides weights and optimizer; every rank calls this."""
         shape = {"config": dataclasses.asdict(self.config), "plan": dataclasses.asdict(self.plan)}
         made_from = {"data": self.data, "base": self.base}
         return {"step": self.step, "seed": self.seed, **made_from, **shape, "meter": self.meter.state()}
@@ -74,9 +73,10 @@ class Run:
                 "gradient_accumulation_steps": self.plan.accumulation,
                 "gradient_clipping": self.config.max_grad_norm,
             }
-        self.unet, self.optimizer, self.schedule = self.accelerator.prepare(self.unet, self.optimizer, self.schedule)
+        parts = self.accelerator.prepare(self.policy, self.optimizer, self.schedule)
+        self.policy, self.optimizer, self.schedule = parts
         if self.config.use_ema:
-            self.average = AveragedWeights(self.accelerator.unwrap_model(self.unet), self.config.ema_decay)
+            self.average = AveragedWeights(self.accelerator.unwrap_model(self.policy), self.config.ema_decay)
 
     @property
     def resolution(self) -> int:
@@ -100,8 +100,8 @@ def build_run(
     """A run before its first update, not yet prepared."""
     accelerator.gradient_accumulation_steps = plan.accumulation
     compares = config.method != "sft" and not (references and references.complete)
-    unet, reference = build_models(config, family, accelerator, with_reference=compares or config.holds_out)
-    optimizer = build_optimizer(config, family, unet, plan.learning_rate)
+    policy, reference = build_models(config, family, accelerator, with_reference=compares or config.holds_out)
+    optimizer = OPTIMIZERS[optimizer_name(config, family)].build(policy.parameters(), config, plan.learning_rate)
     lengths = {"num_warmup_steps": config.lr_warmup_steps, "num_training_steps": plan.steps}
     schedule = get_scheduler(config.lr_scheduler, optimizer, **lengths)
     return Run(
@@ -110,7 +110,7 @@ def build_run(
         family=family,
         plan=plan,
         seed=seed,
-        unet=unet,
+        policy=policy,
         reference=reference,
         optimizer=optimizer,
         schedule=schedule,
@@ -142,32 +142,6 @@ def build_models(
     return unet, reference
 
 
-def optimizer_name(config: TrainConfig, family: StableDiffusion | type[StableDiffusion]) -> str:
-    """Row of OPTIMIZER_BYTES that the config asks for."""
-    if config.use_adafactor:
-        return "adafactor"
-    return family.optimizer if config.optimizer == "auto" else config.optimizer
-
-
-def build_optimizer(
-    config: TrainConfig, family: StableDiffusion, unet: nn.Module, learning_rate: float
-) -> torch.optim.Optimizer:
-    """AdamW, AdamW with 8-bit state, or Adafactor; raises InputError if its package is missing."""
-    settings = {"lr": learning_rate, "weight_decay": config.adam_weight_decay}
-    name = optimizer_name(config, family)
-    if name == "adafactor":
-        settings |= {"clip_threshold": 1.0, "scale_parameter": False, "relative_step": False}
-        return transformers.Adafactor(unet.parameters(), **settings)
-    settings |= {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
-    if name == "adamw":
-        return torch.optim.AdamW(unet.parameters(), fused=True, **settings)
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError as error:
-        raise InputError("--optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes") from error
-    return AdamW8bit(unet.parameters(), **settings)
-
-
 def loss_name(config: TrainConfig, family: StableDiffusion | type[StableDiffusion]) -> str:
     """Row of PAIR_LOSSES that the config asks for."""
     form = family.dspo_form if config.dspo_form == "auto" else config.dspo_form
@@ -188,7 +162,7 @@ def compute_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         with run.accelerator.autocast(), torch.no_grad():
             reference = family.predict(run.reference, inputs.noisy, inputs.timesteps, inputs.conditioning)
     with run.accelerator.autocast():
-        prediction = family.predict(run.unet, inputs.noisy, inputs.timesteps, inputs.conditioning)
+        prediction = family.predict(run.policy, inputs.noisy, inputs.timesteps, inputs.conditioning)
     if config.method == "sft":
         loss = sft(prediction, inputs.target).mean()
         return loss, {"train_loss": loss.detach()}
@@ -223,17 +197,19 @@ def update(run: Run, micro_batches: Iterator[Batch]) -> Skipped | None:
     for _ in range(run.plan.accumulation):
         batch = next(micro_batches)
         run.meter.count_unreadable(batch.unreadable, run.config.max_unreadable_images)
-        with run.accelerator.accumulate(run.unet):
+        with run.accelerator.accumulate(run.policy):
             loss, values = compute_loss(run, batch.to(run.accelerator.device))
             measured.append(values)
             one_or_nan = 1 + 0 * loss.detach()  # nan for a loss that is not finite: every rank's gradient shows it
             run.accelerator.backward(loss * one_or_nan)
             if run.accelerator.sync_gradients:
                 limit = run.config.max_grad_norm or float("inf")
-                norm = run.accelerator.clip_grad_norm_(run.unet.parameters(), limit)
+                norm = run.accelerator.clip_grad_norm_(run.policy.parameters(), limit)
                 norm = norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm)
                 made = make_step(run, norm)
-            run.optimizer.zero_grad(set_to_none=not isinstance(run.unet, DistributedDataParallel))  # keeps its buckets
+            run.optimizer.zero_grad(
+                set_to_none=not isinstance(run.policy, DistributedDataParallel)
+            )  # keeps its buckets
     run.step += 1
     if not made:
         run.meter.skipped += 1

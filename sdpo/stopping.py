@@ -10,7 +10,7 @@ import signal
 import torch
 from accelerate import Accelerator
 
-from sdpo.checkpoint import save_checkpoint
+from sdpo.checkpoint import list_checkpoints, save_checkpoint
 from sdpo.command import InputError
 from sdpo.data import STOP_SIGNALS, PairDataset, micro_batch_places
 from sdpo.step import Run, Skipped
@@ -72,16 +72,20 @@ class Skips:
             log.error(report)
         if self.in_a_row < config.max_skipped_updates:
             return
-        folder = save_checkpoint(self.run)
+        folder = save_checkpoint(self.run, prune=False)
+        earlier = list_checkpoints(folder.parent)[:-1]
         raise InputError(
-            f"{self.in_a_row} updates in a row skipped, the last: {report}. {folder} holds the last good weights. Look "
-            "at these pairs, lower --learning_rate, or try --mixed_precision bf16 or no; then --resume_with_changes"
+            f"{self.in_a_row} updates in a row skipped, the last: {report}. {folder} holds the weights that the last "
+            "update left. Look at these pairs, lower --learning_rate, or try --mixed_precision bf16 or no; then "
+            "--resume_with_changes"
+            + (f", with --resume_from_checkpoint {earlier[-1]} if that update broke the weights" if earlier else "")
         )
 
     def sum_up(self) -> None:
         """Say at the end what was skipped since the start or the last resume."""
         if self.in_all:
-            ending = f", the last {self.in_a_row} among them" if self.in_a_row else ""
+            last = f", the last {self.in_a_row} among them: the one before may have broken the weights"
+            ending = last if self.in_a_row else ""
             log.warning(f"CAUTION: {self.in_all} of {self.run.step} updates were skipped{ending}")
 
     def _describe(self, skipped: Skipped) -> str:

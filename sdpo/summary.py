@@ -28,10 +28,11 @@ def summarise(groups: Sequence[ScoredRun]) -> list[dict]:
 
 def format_summary(rows: Sequence[dict]) -> str:
     """The table, then the official `FinalResults` lines and their Markdown table."""
-    lines = [f"{'group':<16}{'metric':<14}{'mean':>10}{'std. error':>12}{'n':>7}"]
+    width = max(16, *(len(row["group"]) + 2 for row in rows))
+    lines = [f"{'group':<{width}}{'metric':<14}{'mean':>10}{'std. error':>12}{'n':>7}"]
     for row in rows:
         error = "" if row["standard_error"] is None else f"{row['standard_error']:.4f}"
-        lines.append(f"{row['group']:<16}{row['metric']:<14}{row['mean']:>10.4f}{error:>12}{row['n']:>7}")
+        lines.append(f"{row['group']:<{width}}{row['metric']:<14}{row['mean']:>10.4f}{error:>12}{row['n']:>7}")
     named = [(row["group"], OFFICIAL_NAMES.get(row["metric"], row["metric"]), f"{row['mean']:.4f}") for row in rows]
     lines += ["", *(f"FinalResults {name} for {group} : {mean}" for group, name, mean in named)]
     lines += ["", "| Prompt | Predictor | Score |", "|---|---|---|"]

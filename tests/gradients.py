@@ -15,7 +15,7 @@ if __name__ == "__main__":
     batches = train.train_batches(run.config, dataset, run.plan, run.accelerator.process_index, 0)
     for _ in range(run.plan.steps):
         update(run, batches)
-    gradients = [parameter.grad for parameter in run.unet.parameters()]
+    gradients = [parameter.grad for parameter in run.policy.parameters()]
     storages = {gradient.untyped_storage().data_ptr() for gradient in gradients}
     counts = [len(gradients), len(storages)]
     Path(folder, f"rank-{run.accelerator.process_index}.json").write_text(json.dumps(counts))

@@ -83,7 +83,7 @@ class Recorder:
 
     def update(self, original, run, *given):
         if self.teacher and run.step:
-            unet = run.accelerator.unwrap_model(run.unet)
+            unet = run.accelerator.unwrap_model(run.policy)
             load_weights(unet, Path(self.teacher, f"checkpoint-{run.step}", "unet.pth"))
         self.updates.append({"step": run.step, "draws": [], "losses": [], "exchanges": [], "gradient": None})
         original(run, *given)
@@ -96,7 +96,7 @@ class Recorder:
     def compute_loss(self, original, run, *given):
         loss, values = original(run, *given)
         self.updates[-1]["losses"].append(loss.item())
-        self.updates[-1]["exchanges"].append(getattr(run.unet, "require_backward_grad_sync", None))  # of DDP
+        self.updates[-1]["exchanges"].append(getattr(run.policy, "require_backward_grad_sync", None))  # of DDP
         return loss, values
 
     def clip_grad_norm(self, original, accelerator, parameters, limit):

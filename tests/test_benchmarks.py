@@ -144,11 +144,11 @@ def test_the_baseline_computes_the_same_loss_and_gradient_as_we_do():
 
 def test_the_baseline_updates_the_policy_and_fetches_seven_figures_per_micro_step():
     baseline = build(MICRO, "baseline", CPU)
-    before = [p.detach().clone() for p in baseline.unet.parameters()]
+    before = [p.detach().clone() for p in baseline.policy.parameters()]
     baseline.update()  # the first step of the warm-up has learning rate 0
     baseline.micro_step()
     assert len(baseline.figures) == 7 and all(isinstance(figure, float) for figure in baseline.figures)
-    assert any(not torch.equal(a, b) for a, b in zip(before, baseline.unet.parameters(), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(before, baseline.policy.parameters(), strict=True))
 
 
 def test_an_update_that_is_skipped_is_an_error_and_no_fast_update():
@@ -285,7 +285,7 @@ def test_the_official_loop_has_all_weights_of_the_reference_in_the_training_prec
     config, family = base.config(mixed_precision="bf16"), base.build(CPU)
     baseline = OfficialLoop(config, family, make_batch(family, config))
     assert {p.dtype for p in baseline.reference.parameters()} == {torch.bfloat16}
-    assert {p.dtype for p in baseline.unet.parameters()} == {torch.float32}
+    assert {p.dtype for p in baseline.policy.parameters()} == {torch.float32}
     noisy, noise, timesteps, conditioning = baseline.make_inputs()
     assert {noisy.dtype, noise.dtype, conditioning["encoder_hidden_states"].dtype} == {torch.bfloat16}
     with torch.no_grad():

@@ -14,7 +14,8 @@ import pytest
 from sdpo.command import InputError, parse_flags, run_command, show
 from sdpo.config import Plan, TrainConfig
 from sdpo.families import FAMILIES
-from sdpo.step import loss_name, optimizer_name
+from sdpo.optimizers import optimizer_name
+from sdpo.step import loss_name
 
 LAUNCHERS = Path(__file__).parents[1] / "scripts" / "train"
 NEEDED = ("--pretrained_model_name_or_path=model", "--dataset_name=pairs")
@@ -245,15 +246,18 @@ def test_draft_decoding_needs_to_know_how_far():
 
 
 WITHOUT_EFFECT = {
-    "--hub_model_id=someone/model": "since the official code never uploaded: run `hf upload",
-    "--local_rank=0": "since the launcher sets the rank",
-    "--hard_skip_resume": "since resuming never replays data",
+    "--hub_model_id=someone/model": "(nor in the official code): run `hf upload",
+    "--local_rank=0": "(the launcher sets the rank)",
+    "--hard_skip_resume": "(resuming never replays data)",
+    "--use_winner_preserving --sft": "on sft, which has no loser",
+    "--constant_loser_scale=0.5 --train_method=sft": "on sft, which has no loser",
     "--winner_preserving_mu=0.5": "without --use_winner_preserving",
     "--winner_preserving_per=pair": "without --use_winner_preserving",
     "--beta_dpo=7 --sft": "on sft",
     "--dmpo_alpha=0.01": "on diffusion-dpo",
     "--dspo_form=score --train_method=dmpo": "on dmpo",
-    "--official_reference_errors": "with --mixed_precision no",
+    "--official_reference_errors": "on sft or with --mixed_precision no",
+    "--official_reference_errors --sft": "on sft or with --mixed_precision no",
     "--adam_epsilon=1e-6 --sdxl": "on Adafactor",
     "--adam_beta1=0.8 --use_adafactor": "on Adafactor",
     "--lr_warmup_steps=5 --lr_scheduler=constant": "with --lr_scheduler constant",
@@ -428,7 +432,7 @@ GUARDED = "--use_winner_preserving --winner_preserving_mu="
 
 def cautions(flags):
     config = parse(*flags.split())
-    return config.cautions(loss_name(config, FAMILIES[config.base["name"]]))
+    return config.cautions(loss_name(config, FAMILIES[config.base["name"]]), Plan.of(config, 1, pairs=10).steps)
 
 
 @pytest.mark.parametrize(
@@ -444,6 +448,7 @@ def cautions(flags):
         ("--input_perturbation=0.1 --validation_pairs=8", "input perturbation held-out"),
         ("--use_ema --ema_decay=0.999 --max_train_steps=900", "--ema_decay 0.999 1000"),
         ("--max_train_steps=500", "--lr_warmup_steps 500 never reached"),
+        ("--max_train_steps=0 --num_train_epochs=50", "--lr_warmup_steps 500 never reached"),  # of 10 pairs
     ),
 )
 def test_cautions(flags, words):

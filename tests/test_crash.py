@@ -242,7 +242,7 @@ def test_another_base_is_another_run(arguments, bases, tmp_path):
     save_file(
         {name: 1.1 * value for name, value in tensors.items()}, base / "unet" / "diffusion_pytorch_model.safetensors"
     )
-    with pytest.raises(InputError, match=r"would be another run: the base's UNet has changed\. Take them back"):
+    with pytest.raises(InputError, match=r"would be another run: the base's UNet has changed\. Restore them"):
         train.main(flags)
     train.main([*flags, "--resume_with_changes"])
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from PIL import Image
 import eval_vs
 from sdpo import scorers, scoring
 from sdpo.command import InputError
-from sdpo.manifest import read_scores
+from sdpo.manifest import append_scores, read_manifest, read_scores
 from sdpo.scoring import ScoringOptions, score_manifest
 from sdpo.tiny import pictures
 
@@ -196,7 +197,7 @@ def test_weights_of_no_metric_are_refused_where_all_scores_exist(tmp_path):
     eval_vs.main([*named, f"--outdir={tmp_path / 'out'}"])
     for flag, message in {
         "hpsv2.weights=x": r"there is no 'hpsv2\.weights'; choose from",
-        "hpsv2.checkpoint=x": r"there is no 'hpsv2\.checkpoint'; choose from nothing: remove it",  # is not compared
+        "hpsv2.checkpoint=x": r"hpsv2\.checkpoint belongs to a metric that is not scored: add that",
     }.items():
         with pytest.raises(InputError, match=message):
             eval_vs.main([*named, f"--outdir={tmp_path / 'again'}", "--weights", flag])
@@ -276,6 +277,42 @@ def test_scores_are_computed_as_asked_and_kept_under_their_names(tmp_path, monke
     assert asked == {"names": ["hpsv2", "clip"], "dtype": torch.bfloat16, "device": "cpu", "batch_size": 5}
     found = [[scores[entry.key][metric] for metric in ("HPSv2", "CLIP")] for entry in entries]
     assert found == [[10.0 + i, 20.0 + i] for i in range(8)]
+
+
+def test_models_that_will_differ_are_refused_before_anything_is_scored(tmp_path, monkeypatch):
+    a, b = (picture_run(tmp_path / name, seed) for seed, name in enumerate("ab"))
+    monkeypatch.setattr(scoring, "_compute", None)
+    row = {"Pixels": 0.5, "models": {"Pixels": "weights=/mine"}}
+    entries = read_manifest(a)
+    append_scores(tmp_path / "a" / "scores.jsonl", [{"image": e.image, "prompt": e.prompt, **row} for e in entries])
+    given = [f"--json_a={a}", f"--json_b={b}", "--label_a=A", "--label_b=B", "--metrics=Pixels"]
+    with pytest.raises(InputError, match=r"Pixels come from different models \(A: weights=/mine, B: official\)"):
+        eval_vs.main([*given, f"--outdir={tmp_path / 'out'}"])
+    first = entries[0]
+    append_scores(tmp_path / "b" / "scores.jsonl", [{"image": first.image, "prompt": first.prompt, **row}])
+    with pytest.raises(InputError, match=r"scores.jsonl: scores of Pixels come from different models \(official; w"):
+        scoring.main([str(b), "--metrics=Pixels"])
+
+
+def test_a_manifest_is_scored_and_summed_up_by_itself(tmp_path, capsys):
+    manifests = [str(picture_run(tmp_path / name, seed)) for seed, name in enumerate("ab")]
+    scoring.main([*manifests, "--metrics", "Pixels"])
+    said = capsys.readouterr().out
+    for name in "ab":
+        values = [row["Pixels"] for row in read_scores(tmp_path / name / "scores.jsonl").values()]
+        assert len(values) == 8 and f"{fmean(values):.4f}" in said
+    with pytest.raises(InputError, match=r"none.json is not a file; give the manifest"):
+        scoring.main([str(tmp_path / "none.json")])
+
+
+def test_exhausted_memory_while_scoring_is_one_sentence(tmp_path, monkeypatch):
+    def score_rows(*_, **__):
+        yield from ()
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(scorers, "score_rows", score_rows)
+    with pytest.raises(InputError, match=r"memory is exhausted \(CUDA out of memory\): score fewer images at a time"):
+        scoring.main([str(picture_run(tmp_path / "run", 0)), "--metrics=Pixels"])
 
 
 def test_ranks_share_the_scores_that_are_missing(tmp_path, monkeypatch):

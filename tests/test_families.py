@@ -132,10 +132,10 @@ def test_policy_and_reference_ask_for_the_same_attention(arguments, monkeypatch,
         return attend(query, *rest, **options)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", noting)
-    policy = run.family.predict(run.unet, *given)
+    policy = run.family.predict(run.policy, *given)
     calls = len(asked)
     with torch.no_grad():
-        reference, again = run.family.predict(run.reference, *given), run.family.predict(run.unet, *given)
+        reference, again = run.family.predict(run.reference, *given), run.family.predict(run.policy, *given)
     assert calls and len(asked) == 3 * calls and all(asked)
     assert policy.requires_grad and not reference.requires_grad and not again.requires_grad
     assert torch.equal(policy, reference) and torch.equal(policy, again)

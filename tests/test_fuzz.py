@@ -250,7 +250,7 @@ def test_flags(cls):
             assert all(
                 map(
                     str.isprintable,
-                    [*plan.lines(config), *config.cautions("dspo-score"), *config.without_effect("adamw")],
+                    [*plan.lines(config), *config.cautions("dspo-score", plan.steps), *config.without_effect("adamw")],
                 )
             )
 

@@ -518,7 +518,6 @@ def test_unusable_input_is_named(arguments, bases, tmp_path):
         (f"--pretrain_path={tmp_path / 'empty'}",): "empty has no model_index.json, which says what kind of model it is",
         ("--resolution=36",): "--resolution, --height and --width must be multiples of 8, got 36",
         ("--width=36",): "--resolution, --height and --width must be multiples of 8, got 36",
-        ("--resolution=32", "--width=40"): "--resolution is the side of square images: give --height and --width",
         ("--metrics", "none", "Pixels"): "--metrics none goes with no other",
         ("--metrics", "Pixels", "--weights", "hpsv2.checkpoint=x.pt"): "there is no 'hpsv2.checkpoint'; choose from nothing",
         ("--metrics", "HPSv2", "--weights", "hpsv2.checkpoint=x.pt"): "there is no weights file x.pt",

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import pickle
 import signal
 from collections import Counter
 from pathlib import Path
@@ -34,6 +35,17 @@ def flags(arguments, tmp_path):
         return [*arguments(*where, out=out, **options), "--dmpo_alpha=0.01", *more]
 
     return build
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_loader_workers_need_not_be_forked(flags, tmp_path, cached):
+    """They get the samples as pickles then, as Python 3.14 starts them."""
+    given = flags(*([f"--latent_cache={tmp_path / 'latents'}"] if cached else []), "--report_to=tensorboard")
+    train.main(given)
+    _, samples, _ = set_up([*given, f"--output_dir={tmp_path / 'another'}"])
+    copied = pickle.loads(pickle.dumps(samples))
+    assert samples[0, 1].keys() == copied[0, 1].keys() >= {"reference_error"}
+    assert torch.equal(samples[0, 1]["reference_error"], copied[0, 1]["reference_error"])
 
 
 def set_up(given):
@@ -84,7 +96,7 @@ def test_held_out_pairs_and_longer_runs_have_a_reference_again(flags, tmp_path):
 
 
 def test_a_run_that_was_cut_off_leaves_what_its_checkpoints_cover(flags, tmp_path, monkeypatch):
-    def crash(run):
+    def crash(run, prune):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

@@ -88,7 +88,7 @@ def test_checkpointed_units_leave_no_copies_of_their_weights(arguments):
     flags = arguments("--mixed_precision=bf16", "--gradient_checkpointing")
     run, dataset, _ = train.set_up(parse_flags(TrainConfig, "", "", flags))
     inputs = make_inputs(run.family, collate([dataset[0, 0]]))
-    unet, alive, results = run.accelerator.unwrap_model(run.unet, keep_fp32_wrapper=False), {}, []
+    unet, alive, results = run.accelerator.unwrap_model(run.policy, keep_fp32_wrapper=False), {}, []
     for name, autocast in {"ours": run.accelerator.autocast(), "plain": torch.autocast("cpu", torch.bfloat16)}.items():
         with WeightCopies() as copies, autocast:
             prediction = run.family.predict(unet, inputs.noisy, inputs.timesteps, inputs.conditioning)
@@ -166,9 +166,9 @@ def test_norms_that_a_gpu_computes_in_fp32_are_counted_so():
 def test_room_for_activations_is_what_gradients_and_new_optimizer_state_leave(arguments, tmp_path):
     config = parse_flags(TrainConfig, "", "", arguments())
     run = train.set_up(config)[0]
-    weights = sum(parameter.numel() for parameter in run.unet.parameters())
+    weights = sum(parameter.numel() for parameter in run.policy.parameters())
     assert room_for_activations(run, 20 * weights) == pytest.approx(0.85 * (20 - 4 - 8) * weights)
-    for parameter in run.unet.parameters():
+    for parameter in run.policy.parameters():
         parameter.grad = torch.zeros_like(parameter)
     run.optimizer.step()  # from now on its state is in memory, as after a resume
     assert room_for_activations(run, 20 * weights) == pytest.approx(0.85 * (20 - 4) * weights)
@@ -273,7 +273,7 @@ def test_compiled_blocks_keep_the_margin_exact_and_are_compiled_once(arguments, 
 )
 def test_planned_memory_is_that_of_the_tensors(arguments, flags, optimizer):
     run = train.set_up(parse_flags(TrainConfig, "", "", arguments(*flags)))[0]
-    planned, weights = planned_memory(run), list(run.unet.parameters())
+    planned, weights = planned_memory(run), list(run.policy.parameters())
     count = sum(p.numel() for p in weights)
     assert planned["policy"] == planned["gradients"] == sum(p.nbytes for p in weights) == 4 * count
     assert planned["reference"] == count * (2 if "--mixed_precision=bf16" in flags else 4)
@@ -292,5 +292,5 @@ def test_planned_memory_is_that_of_the_tensors(arguments, flags, optimizer):
 @pytest.mark.parametrize("budget, again", [(100, False), (1e-9, True)])
 def test_the_units_that_were_chosen_are_those_computed_again(arguments, budget, again):
     flags = arguments("--gradient_checkpointing=auto", f"--activation_memory={budget}")
-    unet = train.set_up(parse_flags(TrainConfig, "", "", flags))[0].unet
+    unet = train.set_up(parse_flags(TrainConfig, "", "", flags))[0].policy
     assert {unit.gradient_checkpointing for unit in checkpoint_units(unet).values()} == {again}

@@ -194,15 +194,19 @@ def test_a_loss_that_is_not_finite_is_skipped_though_its_gradient_is_finite(argu
         return loss + float("inf"), values
 
     monkeypatch.setattr("sdpo.step.compute_loss", overflow)
-    before = {name: value.clone() for name, value in run.unet.state_dict().items()}
+    before = {name: value.clone() for name, value in run.policy.state_dict().items()}
     assert train.update(run, train.train_batches(run.config, dataset, run.plan, 0, 0)) is not None
-    assert same(run.unet.state_dict(), before)
+    assert same(run.policy.state_dict(), before)
 
 
 def test_too_many_skipped_updates_end_the_run_with_a_checkpoint(arguments, tmp_path, monkeypatch):
     poison(monkeypatch, lambda place: place[0] in (1, 3, 4, 5))  # one alone, then three in a row
-    with pytest.raises(InputError, match=r"3 updates in a row skipped, the last: update 6 .* last good weights"):
-        train.main(arguments("--max_train_steps=9", "--max_skipped_updates=3", "--checkpointing_steps=3"))
+    with pytest.raises(
+        InputError,
+        match=r"3 updates in a row skipped, the last: update 6 .* holds the weights that the last .*_checkpoint .*checkpoint-3 if",
+    ):
+        flags = ["--max_skipped_updates=3", "--checkpointing_steps=3", "--checkpoints_total_limit=1"]
+        train.main(arguments("--max_train_steps=9", *flags))
     assert same(weights(tmp_path / "run" / "checkpoint-6"), weights(tmp_path / "run" / "checkpoint-3"))
 
 
@@ -318,10 +322,19 @@ def test_changed_settings_of_the_optimizer_take_effect(arguments, tmp_path, chan
     assert not same(weights(tmp_path / "changed"), weights(tmp_path / "same"))
 
 
-def test_the_state_of_another_optimizer_is_refused(arguments):
-    train.main(arguments("--checkpointing_steps=1", "--max_train_steps=1"))
+@pytest.mark.parametrize("then, now", [("adamw", "adafactor"), ("adafactor", "adamw")])
+def test_the_state_of_another_optimizer_is_refused(arguments, then, now):
+    train.main(arguments(f"--optimizer={then}", "--checkpointing_steps=1", "--max_train_steps=1"))
     with pytest.raises(InputError, match=r"checkpoint-1 holds the state of another optimizer: .* --unet_init"):
-        train.main(arguments("--optimizer=adafactor", "--resume_with_changes"))
+        train.main(arguments(f"--optimizer={now}", "--resume_with_changes"))
+
+
+def test_flags_without_effect_and_other_names_of_a_place_do_not_change_a_run(arguments, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    train.main(arguments("--checkpointing_steps=1", "--max_train_steps=1", f"--latent_cache={cache}"))
+    monkeypatch.chdir(tmp_path)
+    flags = ["--hub_model_id=me/x", "--local_rank=0", "--hard_skip_resume", "--latent_cache=cache"]
+    train.main(arguments("--max_train_steps=2", "--lr_scheduler=constant_with_warmup", *flags))
 
 
 def test_a_checkpoint_beyond_the_runs_end_is_refused(arguments):
@@ -358,7 +371,10 @@ def test_damaged_lines_of_metrics_are_left_out(arguments, tmp_path, damaged, cap
 
 def test_skipped_updates_are_summed_up(arguments, capsys):
     train.main(arguments("--skip_grad_norm_above=1e-9"))
-    assert "CAUTION: 3 of 3 updates were skipped, the last 3 among them" in capsys.readouterr().err
+    assert (
+        "CAUTION: 3 of 3 updates were skipped, the last 3 among them: the one before may have"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_switch_of_dspo_depends_on_the_micro_batch(arguments):

@@ -30,8 +30,9 @@ from sdpo.families import FAMILIES, load_family
 from sdpo.heldout import HeldOutPairs
 from sdpo.inputs import make_inputs
 from sdpo.metrics import read_metrics
+from sdpo.optimizers import OPTIMIZERS, optimizer_name
 from sdpo.rng import normal
-from sdpo.step import build_optimizer, compute_loss
+from sdpo.step import compute_loss
 
 ROOT = Path(__file__).parents[1]
 
@@ -93,7 +94,7 @@ def test_optimizers_have_the_official_settings():
         },
     }  # fmt: skip
     for family, (kind, settings) in zip(("sd15", "sdxl"), expected.items(), strict=True):
-        optimizer = build_optimizer(config, FAMILIES[family], model, 3e-4)
+        optimizer = OPTIMIZERS[optimizer_name(config, FAMILIES[family])].build(model.parameters(), config, 3e-4)
         (group,) = optimizer.param_groups
         assert type(optimizer) is kind and ({"lr": 3e-4, "weight_decay": 1e-2} | settings).items() <= group.items()
         assert set(map(id, group["params"])) == set(map(id, model.parameters()))
@@ -147,7 +148,7 @@ def test_tf32_is_allowed_as_asked(arguments, allowed):
 def test_the_reference_is_held_in_the_training_precision(arguments):
     """Linear and convolution weights, which are nearly all: the frozen copy takes half the memory of the policy."""
     run, _, _ = set_up(arguments("--mixed_precision=bf16"))
-    policy, reference = (sum(p.nbytes for p in model.parameters()) for model in (run.unet, run.reference))
+    policy, reference = (sum(p.nbytes for p in model.parameters()) for model in (run.policy, run.reference))
     assert reference < 0.55 * policy
     assert not any(parameter.requires_grad for parameter in run.reference.parameters())
 
@@ -189,9 +190,8 @@ def test_a_trained_model_is_neither_overwritten_nor_mixed_with_another(arguments
     train.main([*flags, "--use_ema"])
     first, ema = (run / "unet.pth").read_bytes(), (run / "unet_ema.pth").read_bytes()
     train.main([*flags, "--seed=8"])
-    assert (
-        f"{run} holds a trained model, which is now in {run / 'earlier-1'}: the run begins" in capsys.readouterr().err
-    )
+    said = capsys.readouterr().err
+    assert f"{run} held the results of another run, which are now in {run / 'earlier-1'}" in said
     assert (run / "earlier-1" / "unet.pth").read_bytes() == first
     assert (run / "earlier-1" / "unet_ema.pth").read_bytes() == ema and not (run / "unet_ema.pth").exists()
     assert (run / "unet.pth").read_bytes() != first and (run / "earlier-1" / "config.json").exists()
@@ -202,11 +202,16 @@ def test_a_trained_model_is_neither_overwritten_nor_mixed_with_another(arguments
 
 def test_a_run_resumed_from_elsewhere_leaves_what_is_in_its_folder(arguments, tmp_path):
     train.main(arguments("--checkpointing_steps=1", "--max_train_steps=1", out="first"))
-    train.main(arguments("--checkpointing_steps=0", "--max_train_steps=1", "--seed=8", out="second"))
-    checkpoint = tmp_path / "first" / "checkpoint-1"
-    train.main(arguments("--checkpointing_steps=0", f"--resume_from_checkpoint={checkpoint}", out="second"))
-    assert (tmp_path / "second" / "earlier-1" / "unet.pth").exists()
-    assert [step for step, _ in read_metrics(tmp_path / "second", "train_loss")] == [2, 3]
+    train.main(arguments("--checkpointing_steps=1", "--max_train_steps=1", out="second"))
+    second, flags = tmp_path / "second", ["--checkpointing_steps=0", "--max_train_steps=3"]
+    train.main(arguments(*flags, f"--resume_from_checkpoint={tmp_path / 'first' / 'checkpoint-1'}", out="second"))
+    assert (second / "earlier-1" / "unet.pth").exists() and (second / "earlier-1" / "checkpoint-1").exists()
+    assert not (second / "checkpoint-1").exists()  # which would later be taken for one of the run's
+    assert [step for step, _ in read_metrics(second, "train_loss")] == [2, 3]
+    (second / "unet.pth").unlink()  # as if it had been killed before its end
+    train.main(arguments(*flags, f"--resume_from_checkpoint={second / 'earlier-1' / 'checkpoint-1'}", out="second"))
+    assert (second / "earlier-2" / "metrics.jsonl").exists()
+    assert [step for step, _ in read_metrics(second, "train_loss")] == [2, 3]
 
 
 def test_averaged_weights_of_an_earlier_run_do_not_stay_beside_others(arguments, tmp_path):
@@ -423,11 +428,11 @@ def test_held_out_pairs_that_cannot_be_read_are_left_out(arguments, pairs_folder
         config = configure(arguments(f"--validation_data_dir={folder}", out=out))
         run, _, held_out = train.set_up(config)
         with torch.no_grad():
-            for parameter in run.unet.parameters():
+            for parameter in run.policy.parameters():
                 parameter.mul_(1.1)
         if out == "whole":
             held_out.readable[0] = False
-        figures[out] = held_out.measure(run.unet, 100.0, "heldout")
+        figures[out] = held_out.measure(run.policy, 100.0, "heldout")
         rows[0]["jpg_0"] = b"no image"
     assert figures["broken"] == figures["whole"]
     assert figures["broken"]["heldout/winner_error_change_se"] > 0

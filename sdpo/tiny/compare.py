@@ -10,13 +10,12 @@ import argparse
 import textwrap
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import torch
-import transformers
 from matplotlib import pyplot as plt
 
 from sdpo.command import InputError, parse_assignments, run_command
+from sdpo.console import quiet_libraries
 from sdpo.families import StableDiffusion, find_family, load_family
 from sdpo.files import write_json, write_text
 from sdpo.hub import load_weights
@@ -147,9 +146,7 @@ def main() -> None:
         if not (run / "unet.pth").is_file() or not read_metrics(run, "heldout/margin_se"):
             raise InputError(f"{run} is no run that ended and had held-out pairs: train it with --validation_pairs")
     args.out.mkdir(parents=True, exist_ok=True)
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
+    quiet_libraries()
     family = load_family(find_family(str(BASE)), str(BASE))
     family.to(torch.device("cpu"), torch.float32)
 

@@ -1,0 +1,75 @@
+"""The optimizers that train.py offers: a function and a row of OPTIMIZERS each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import transformers
+from torch import nn
+from torch.optim import Optimizer
+
+from sdpo.command import InputError
+from sdpo.config import TrainConfig
+from sdpo.families import StableDiffusion
+
+
+def adamw(parameters: Iterable[nn.Parameter], config: TrainConfig, learning_rate: float) -> Optimizer:
+    """AdamW in fused kernels."""
+    return torch.optim.AdamW(parameters, fused=True, **adam_settings(config, learning_rate))
+
+
+def adamw8bit(parameters: Iterable[nn.Parameter], config: TrainConfig, learning_rate: float) -> Optimizer:
+    """AdamW with its state in 8 bits; raises InputError if its package is missing."""
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise InputError("--optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes") from error
+    return AdamW8bit(parameters, **adam_settings(config, learning_rate))
+
+
+def adam_settings(config: TrainConfig, learning_rate: float) -> dict:
+    """What either AdamW takes."""
+    return {
+        "lr": learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_epsilon,
+        "weight_decay": config.adam_weight_decay,
+    }
+
+
+def adafactor(parameters: Iterable[nn.Parameter], config: TrainConfig, learning_rate: float) -> Optimizer:
+    """Adafactor with a learning rate from outside, as the official code has it for SDXL."""
+    return transformers.Adafactor(
+        parameters,
+        lr=learning_rate,
+        weight_decay=config.adam_weight_decay,
+        clip_threshold=1.0,
+        scale_parameter=False,
+        relative_step=False,
+    )
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the trainer has to know of an optimizer."""
+
+    build: Callable[[Iterable[nn.Parameter], TrainConfig, float], Optimizer]
+    state_bytes: int  # per parameter, to the next whole number
+    moments: tuple[str, ...] = ()  # state that has the shape of its parameter
+    shards: bool = False  # whether it works on parameters that FSDP2 or DeepSpeed share out
+
+
+OPTIMIZERS = {
+    "adamw": Kind(adamw, state_bytes=8, moments=("exp_avg", "exp_avg_sq"), shards=True),
+    "adamw8bit": Kind(adamw8bit, state_bytes=2),
+    "adafactor": Kind(adafactor, state_bytes=0),
+}
+
+
+def optimizer_name(config: TrainConfig, family: StableDiffusion | type[StableDiffusion]) -> str:
+    """Row of OPTIMIZERS that the config asks for."""
+    if config.use_adafactor:
+        return "adafactor"
+    return family.optimizer if config.optimizer == "auto" else config.optimizer
