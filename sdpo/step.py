@@ -207,9 +207,8 @@ def update(run: Run, micro_batches: Iterator[Batch]) -> Skipped | None:
                 norm = run.accelerator.clip_grad_norm_(run.policy.parameters(), limit)
                 norm = norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm)
                 made = make_step(run, norm)
-            run.optimizer.zero_grad(
-                set_to_none=not isinstance(run.policy, DistributedDataParallel)
-            )  # keeps its buckets
+            buckets = isinstance(run.policy, DistributedDataParallel)  # whose gradients are views of them
+            run.optimizer.zero_grad(set_to_none=not buckets)
     run.step += 1
     if not made:
         run.meter.skipped += 1
