@@ -186,9 +186,9 @@ def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
     run.prepare()
 
     checkpoints.register_hooks(accelerator, run.policy)
-    checkpoints.set_results_aside(run, checkpoint)
     if checkpoint:
         resume(run, checkpoint)
+    checkpoints.set_others_aside(run, checkpoint)
     if config.gradient_checkpointing == "auto":
         log.info(choose_checkpointing(run, collate([dataset[run.step, 0]] * config.train_batch_size)))
     return run, dataset, hold_out(run, held_out_pairs)
@@ -218,8 +218,6 @@ def resume(run: Run, checkpoint: Path) -> None:
             f"{checkpoint} is beyond the run's {run.plan.steps} updates: raise --max_train_steps, name an earlier "
             "checkpoint with --resume_from_checkpoint, or choose another --output_dir"
         )
-    if run.config.resume_from_checkpoint != "latest":
-        checkpoints.set_later_aside(run)
     log.info(f"resumed        {checkpoint}, after {run.step} updates")
 
 

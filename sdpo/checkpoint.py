@@ -270,20 +270,30 @@ def newest_whole(folder: str | Path) -> Path | None:
     return None
 
 
-def set_results_aside(run: Run, checkpoint: Path | None) -> None:
-    """Move what another run has left in the output folder out of the way of one that does not go on from there.
+def set_others_aside(run: Run, checkpoint: Path | None) -> None:
+    """Move what is of another run in the output folder out of the way.
 
     `checkpoint` is what the run goes on from, None if it begins anew.
     """
-    folder = Path(run.config.output_dir)
-    if not run.accelerator.is_main_process or (checkpoint and checkpoint.parent.resolve() == folder.resolve()):
+    if not run.accelerator.is_main_process:
         return
+    if checkpoint is None or checkpoint.parent.resolve() != Path(run.config.output_dir).resolve():
+        set_results_aside(Path(run.config.output_dir), run.config.logging_dir, anew=checkpoint is None)
+    elif run.config.resume_from_checkpoint != "latest":
+        set_later_aside(run)
+
+
+def set_results_aside(folder: Path, logging_dir: str, anew: bool) -> None:
+    """Move all that a run left in a folder into earlier-N there.
+
+    Where the next one begins `anew`, that is done only if the run had ended.
+    """
     names = ["unet.pth", "unet_ema.pth", "unet", "config.json", "metrics.jsonl", "validation"]
-    if re.fullmatch(r"[\w-]+", run.config.logging_dir):  # a folder of the output folder's own
-        names.append(run.config.logging_dir)
+    if re.fullmatch(r"[\w-]+", logging_dir):  # a folder of the output folder's own
+        names.append(logging_dir)
     results = [folder / name for name in names if (folder / name).exists()] + list_checkpoints(folder)
-    if not checkpoint and folder / "unet.pth" not in results:
-        return  # it ended before its first checkpoint
+    if anew and folder / "unet.pth" not in results:
+        return
     number = next(number for number in itertools.count(1) if not (folder / f"earlier-{number}").exists())
     aside = folder / f"earlier-{number}"
     for path in results:
@@ -295,8 +305,6 @@ def set_results_aside(run: Run, checkpoint: Path | None) -> None:
 
 def set_later_aside(run: Run) -> None:
     """Rename checkpoints beyond the one resumed from: they are not of the run that goes on from there."""
-    if not run.accelerator.is_main_process:
-        return
     for path in list_checkpoints(run.config.output_dir):
         if number_of(path) > run.step:
             aside = path.with_name(path.name + ".abandoned")

@@ -463,11 +463,12 @@ class Plan:
         batch = per_micro_step * accumulation
         steps = config.max_train_steps or math.ceil(config.num_train_epochs * pairs / batch)
         rate = config.learning_rate * (batch if config.scale_lr else 1)
-        if config.lr_scheduler == "polynomial" and (rate <= POLYNOMIAL_END or steps == config.lr_warmup_steps):
+        left = steps - config.lr_warmup_steps
+        if config.lr_scheduler == "polynomial" and (rate <= POLYNOMIAL_END or not left):
             raise InputError(
                 f"--lr_scheduler polynomial decays to {POLYNOMIAL_END:g} after the warm-up, which needs a higher "
-                f"learning rate (got {rate:g}) and updates left after the warm-up ({steps - config.lr_warmup_steps} "
-                "are); use linear, which decays to 0"
+                f"learning rate (got {rate:g}) and updates left after the warm-up (got {left}); use linear, "
+                "which decays to 0"
             )
         return cls(processes, pairs, accumulation, batch, steps, pairs / batch, rate)
 

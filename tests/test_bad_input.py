@@ -261,7 +261,7 @@ TRAIN_FLAGS = {
     "--global_batch_size=0": r"--global_batch_size must be at least 1, got 0",
     "--validation_data_dir={pairs}": r"--validation_data_dir .* holds the pairs trained on: name another folder",
     "--lr_scheduler=polynomial --learning_rate=1e-8": r"polynomial .* needs a higher learning rate \(got 1e-08\) .*; use linear",
-    "--lr_scheduler=polynomial --lr_warmup_steps=3 --max_train_steps=3": r"polynomial .* updates left after the warm-up \(0 are\); use linear",
+    "--lr_scheduler=polynomial --lr_warmup_steps=3 --max_train_steps=3": r"polynomial .* updates left after the warm-up \(got 0\); use linear",
     "--global_batch_size=5 --train_batch_size=2": r"--global_batch_size 5 is not a multiple of 2 .* use a multiple",
     "--global_batch_size=8 --gradient_accumulation_steps=2": r"--global_batch_size sets the number of micro-steps",
     "--gradient_accumulation_steps=0": r"--gradient_accumulation_steps must be at least 1, got 0",

@@ -204,6 +204,10 @@ def test_a_run_resumed_from_elsewhere_leaves_what_is_in_its_folder(arguments, tm
     train.main(arguments("--checkpointing_steps=1", "--max_train_steps=1", out="first"))
     train.main(arguments("--checkpointing_steps=1", "--max_train_steps=1", out="second"))
     second, flags = tmp_path / "second", ["--checkpointing_steps=0", "--max_train_steps=3"]
+    with pytest.raises(InputError, match="was made with other settings"):
+        elsewhere = f"--resume_from_checkpoint={tmp_path / 'first' / 'checkpoint-1'}"
+        train.main(arguments(*flags, elsewhere, "--beta_dpo=7", out="second"))
+    assert (second / "unet.pth").exists()  # nothing was moved for a run that is refused
     train.main(arguments(*flags, f"--resume_from_checkpoint={tmp_path / 'first' / 'checkpoint-1'}", out="second"))
     assert (second / "earlier-1" / "unet.pth").exists() and (second / "earlier-1" / "checkpoint-1").exists()
     assert not (second / "checkpoint-1").exists()  # which would later be taken for one of the run's
