@@ -262,10 +262,16 @@ def train(run: Run, dataset: PairDataset, held_out: HeldOutPairs | None) -> int:
         micro_batches = train_batches(config, dataset, plan, run.accelerator.process_index, run.step)
         hidden = not run.accelerator.is_local_main_process
         progress = tqdm(total=plan.steps, initial=run.step, desc=config.method, unit="update", disable=hidden)
-        logged, seconds, skipped = run.step, 0.0, Skips(run, dataset)
+        logged = began_at = run.step
+        seconds, skipped = 0.0, Skips(run, dataset)
         while run.step < plan.steps:
             learning_rate, began = run.optimizer.param_groups[0]["lr"], time.monotonic()
-            skipped.note(update(run, micro_batches))
+            try:
+                outcome = update(run, micro_batches)
+            except InputError:  # about the data; weights and state are those of the last update
+                save_progress(run, began_at)
+                raise
+            skipped.note(outcome)
             seconds += time.monotonic() - began
             progress.update()
 
@@ -292,6 +298,12 @@ def train(run: Run, dataset: PairDataset, held_out: HeldOutPairs | None) -> int:
         progress.close()
         skipped.sum_up()
     return 0
+
+
+def save_progress(run: Run, began_at: int) -> None:
+    """Write a checkpoint of what was done since update `began_at`; of a single rank, since others would wait for it."""
+    if run.accelerator.num_processes == 1 and run.step > began_at:
+        log.info(f"saved          {checkpoints.save_checkpoint(run)}")
 
 
 def show_progress(progress: tqdm, figures: dict[str, float]) -> None:

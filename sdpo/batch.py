@@ -30,6 +30,12 @@ class Batch:
         """The same batch with its tensors on a device."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
+    @property
+    def nbytes(self) -> int:
+        """Size of its tensors."""
+        values = [*vars(self).values(), *(self.texts or {}).values()]
+        return sum(value.nbytes for value in values if isinstance(value, Tensor))
+
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory (called by the data loader)."""
         return self._map(Tensor.pin_memory)

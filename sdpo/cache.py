@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,10 +25,10 @@ from tqdm.auto import tqdm
 from sdpo.command import InputError, flag, parse_flags, run_command, within_memory
 from sdpo.config import TrainConfig
 from sdpo.console import start_console
-from sdpo.data import Transform
+from sdpo.data import Transform, check_shared_memory, start_loading
 from sdpo.families import Conditioning, StableDiffusion, load_family
 from sdpo.hub import DTYPES, check_precision
-from sdpo.images import decode
+from sdpo.images import decode_column
 from sdpo.inputs import normalise
 from sdpo.pairs import Pairs, prepare_pairs
 from sdpo.ranks import PATIENCE, check_ranks, on_main
@@ -124,9 +123,9 @@ class ImageRows(Dataset):
         values, unreadable, images = self.pairs.table[row], {}, []
         for number, name in enumerate(self.pairs.columns):
             try:
-                images.append(decode(values[name], self.pairs.min_side))
-            except Exception as error:  # every decoder has errors of its own
-                unreadable[f"{row} {number}"] = re.sub(r" at 0x\w+", "", str(error))  # the same in every run
+                images.append(decode_column(values, name, self.pairs.min_side))
+            except ValueError as error:
+                unreadable[f"{row} {number}"] = str(error)
                 images.append(Image.new("RGB", (1, 1)))
         return torch.stack([self.transform.one(image, None, False) for image in images]), unreadable
 
@@ -168,8 +167,11 @@ def cut(items: list, size: int) -> list[list]:
 
 def encode_images(family: StableDiffusion, work: Work, batches: list[list[int]], workers: int) -> Iterator:
     """({"moments": (n, columns, orientations, 2, C, h, w)}, what is unreadable) for each batch of rows."""
-    images = ImageRows(work.pairs, work.shards.key["resolution"])
-    for pixels, unreadable in DataLoader(images, batch_sampler=batches, collate_fn=collate_rows, num_workers=workers):
+    side = work.shards.key["resolution"]
+    images = ImageRows(work.pairs, side)
+    check_shared_memory(workers, max(map(len, batches), default=0) * len(work.pairs.columns) * 3 * side**2)
+    loader = DataLoader(images, batch_sampler=batches, collate_fn=collate_rows, num_workers=workers)
+    for pixels, unreadable in start_loading(loader):
         yield {"moments": encode_pixels(family, pixels, work.shards.key["flips"])}, unreadable
 
 

@@ -8,7 +8,6 @@ are functions of the step: accelerate's random states are saved, but nothing dep
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import itertools
 import json
 import logging
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 
 from sdpo.command import NO_ROOM, InputError
 from sdpo.config import TrainConfig
-from sdpo.files import FULL, brief, parse_json, read_text, sha256, sync, write_file, write_json
+from sdpo.files import FULL, PARTIAL, alone, brief, parse_json, read_text, sha256, sync, write_file, write_json
 from sdpo.hub import load_fitting_state, load_weights
 from sdpo.optimizers import OPTIMIZERS, optimizer_name
 from sdpo.step import Run, loss_name
@@ -65,16 +64,9 @@ def alone_in(folder: str | Path) -> Iterator[None]:
         yield
         return
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with open(Path(folder, ".lock"), "w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which loader workers do not inherit
-        except (BlockingIOError, PermissionError):
-            raise InputError(
-                f"another run is in {folder}: wait until it ends, or choose another --output_dir"
-            ) from None
-        except OSError as error:  # a file system without locks
-            log.warning(f"CAUTION: {folder} cannot be locked ({error.strerror}): let no other run write there")
-        for path in Path(folder).glob("*.partial"):
+    busy = f"another run is in {folder}: wait until it ends, or choose another --output_dir"
+    with alone(Path(folder, ".lock"), busy):
+        for path in Path(folder).glob(PARTIAL):
             if path.is_file():
                 path.unlink()
         yield
@@ -196,6 +188,8 @@ def remove(folder: Path) -> None:
     removed = folder.with_name(folder.name + ".removed")
     os.replace(folder, removed)
     sync(folder.parent)
+    if removed.is_symlink():
+        removed.unlink()
     shutil.rmtree(removed, ignore_errors=True)
 
 

@@ -3,14 +3,40 @@
 from __future__ import annotations
 
 import logging
+import sys
+from contextlib import suppress
+from typing import Any, TextIO
 
 import datasets
 import diffusers
 import transformers
 
 
+class Unbreakable:
+    """A text stream that goes on where what it writes to is full or closed: a log must not end a run."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Write a text if that is possible."""
+        with suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush if that is possible."""
+        with suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
 def start_console(main_process: bool) -> None:
     """Log sentences on the main process, errors only on the others, and no progress bars of the libraries."""
+    if not isinstance(sys.stderr, Unbreakable):
+        sys.stderr = Unbreakable(sys.stderr)
     logging.basicConfig(format="%(message)s", level=logging.INFO if main_process else logging.ERROR, force=True)
     for name in ("httpx", "httpx2", "accelerate", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)  # what fails in the end is said once, by InputError

@@ -5,9 +5,12 @@ from __future__ import annotations
 import atexit
 import functools
 import multiprocessing
+import os
+import shutil
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,13 +24,16 @@ from torchvision.transforms import functional as TF
 from sdpo.batch import Batch, collate
 from sdpo.command import InputError
 from sdpo.config import Plan, TrainConfig
+from sdpo.files import brief
 from sdpo.rng import draw, normal
 
 if TYPE_CHECKING:  # reading pairs needs packages that batches do not
     from sdpo.pairs import Pairs
     from sdpo.references import KnownErrors
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+SHARED_MEMORY = Path("/dev/shm")  # where loader workers put batches on Linux
+PREFETCHED = 2  # batches that a worker prepares ahead, torch's default
 
 
 @functools.lru_cache(maxsize=2)
@@ -189,14 +195,51 @@ def kill_workers() -> None:
 
     After an error there are some, and the interpreter would wait for ever for them to heed a SIGTERM.
     """
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report every one as a failure
     for worker in multiprocessing.active_children():
         worker.kill()
+
+
+def check_shared_memory(workers: int, batch_bytes: int) -> None:
+    """Raises InputError where loader workers have too little memory to share: they would wait for ever."""
+    if not workers or not SHARED_MEMORY.is_dir():
+        return
+    workers *= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of all ranks on this machine
+    there, needed = shutil.disk_usage(SHARED_MEMORY).total, workers * PREFETCHED * batch_bytes
+    if there < needed:
+        raise InputError(
+            f"{SHARED_MEMORY} has {there / 2**20:.0f} MiB, of which {workers} loader workers need "
+            f"{needed / 2**20:.0f}: give the container more (docker run --shm-size=...), or lower "
+            "--dataloader_num_workers"
+        )
+
+
+def start_loading(loader: DataLoader) -> Iterator:
+    """The loader's batches, with its workers under way; where one is killed, the next batch raises InputError."""
+    batches = iter(loader)
+    if loader.num_workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises wherever it is, also within an update
+        atexit.register(kill_workers)  # functions registered later are called earlier, so before those that wait
+    return explain_failures(batches)
+
+
+def explain_failures(batches: Iterator) -> Iterator:
+    """The batches; raises InputError where torch misses a loader worker."""
+    try:
+        yield from batches
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise InputError(
+            f"a loader worker was killed ({brief(error)}), most likely for lack of memory: try fewer "
+            "--dataloader_num_workers"
+        ) from error
 
 
 def train_batches(config: TrainConfig, dataset: PairDataset, plan: Plan, rank: int, first_step: int) -> Iterator[Batch]:
     """Micro-batches of this rank from `first_step` to the end of the run."""
     workers = config.dataloader_num_workers
+    if workers:
+        check_shared_memory(workers, config.train_batch_size * collate([dataset[0, 0]]).nbytes)
     sampler = RankSampler(first_step, plan, rank)
     loader = DataLoader(
         dataset,
@@ -207,7 +250,4 @@ def train_batches(config: TrainConfig, dataset: PairDataset, plan: Plan, rank: i
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
     )
-    batches = iter(loader)
-    if workers:
-        atexit.register(kill_workers)  # functions registered later are called earlier, so before those that wait
-    return batches
+    return start_loading(loader)

@@ -7,6 +7,7 @@ import fcntl
 import functools
 import hashlib
 import json
+import logging
 import os
 import secrets
 from collections.abc import Callable, Iterator
@@ -15,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from sdpo.command import InputError
+
+log = logging.getLogger(__name__)
+PARTIAL = f"*.{'[0-9a-f]' * 8}.partial"  # pattern of the names that files have until they are whole
 
 # What safetensors and torch.save say of a full disk, which is no OSError there
 FULL = ("I/O error: No space left", "I/O error: File too large", "inline_container", "iostream error")
@@ -74,6 +78,19 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def alone(lock: Path, busy: str) -> Iterator[None]:
+    """Hold a lock file until the end; raises InputError(busy) where another process holds it."""
+    with open(lock, "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which loader workers do not inherit
+        except (BlockingIOError, PermissionError):
+            raise InputError(busy) from None
+        except OSError as error:  # a file system without locks
+            log.warning(f"CAUTION: {lock} cannot be locked ({error.strerror}): let no other command write there")
+        yield
+
+
 def sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -88,7 +105,7 @@ def write_file(path: Path, write: Callable[[Path], object], replace: bool = True
 
     Several processes may write the same file; the last one's stays, or the first one's if it is not to be replaced.
     """
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")  # as PARTIAL has it
     try:
         write(partial)
         sync(partial)

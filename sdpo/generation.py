@@ -133,7 +133,8 @@ class EvalConfig:
         yield "none" in self.metrics and len(self.metrics) > 1, "--metrics none goes with no other: drop one of them"
         for name in ("resolution", "height", "width", "steps", "batch_size", "score_batch_size"):
             value = getattr(self, name)
-            yield value is not None and value < 1, f"--{name} must be at least 1, got {value}"
+            wrong = value is not None and not 1 <= value < 2**31
+            yield wrong, f"--{name} must be at least 1 and below 2^31, got {value}"
         yield not 0 <= self.seed < 2**63, f"--seed must lie in [0, 2^63), got {self.seed}"
         yield not math.isfinite(self.cfg), f"--cfg must be a number, got {self.cfg}"
 

@@ -9,6 +9,7 @@ import hashlib
 import re
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +110,20 @@ def load_tensors(path: str | Path) -> Any:
         raise
     except Exception as error:  # torch, zipfile, pickle and safetensors each have errors of their own
         raise InputError(
-            f"{path} cannot be read as weights ({brief(error)}); download it again, or give a state dict by torch.save"
+            f"{path} cannot be read as weights ({recognise(path) or brief(error)}); download it again, or give a state "
+            "dict by torch.save"
         ) from error
+
+
+def recognise(path: str | Path) -> str | None:
+    """What a file is that downloads leave in place of weights, if it is that."""
+    with suppress(OSError), open(path, "rb") as file:
+        beginning = file.read(64).lstrip()
+        if beginning.startswith(b"version https://git-lfs"):
+            return "it is a pointer of git-lfs: fetch its content with `git lfs pull`"
+        if beginning.startswith(b"<"):
+            return "it is a web page"
+    return None
 
 
 def check_archive(path: str | Path) -> None:
@@ -147,6 +160,11 @@ def is_weight_file(init: str) -> bool:
     return Path(init).is_file() or init.endswith(WEIGHT_SUFFIXES)
 
 
+def is_parameter(item: tuple[Any, Any]) -> bool:
+    """Whether an item of a state dict is a name with a tensor of one shape."""
+    return isinstance(item[0], str) and isinstance(item[1], Tensor) and not item[1].is_nested
+
+
 def load_state(path: str | Path) -> dict[str, Tensor]:
     """State dict of a .pth/.pt/.bin (weights only) or .safetensors file; raises InputError for anything else.
 
@@ -154,8 +172,7 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
     """
     state = load_tensors(path)
     state = state.get("state_dict", state) if isinstance(state, dict) else state
-    named = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
-    if not named or not state:
+    if not isinstance(state, dict) or not state or not all(map(is_parameter, state.items())):
         raise InputError(
             f"{path} is not a state dict: expected parameter names with their tensors, "
             "as written by torch.save(unet.state_dict())"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import re
 from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from sdpo.files import brief
 
 MAX_ASPECT = 100  # of a picture's sides: resized, the longer one has as many times the shorter one's pixels
 
@@ -32,6 +35,17 @@ def decode(value: bytes | str | dict | Image.Image, min_side: int = 0) -> Image.
         if min_side:
             image.draft(None, (min_side, min_side))  # other formats ignore it
         return to_rgb(image)
+
+
+def decode_column(row: dict[str, Any], name: str, min_side: int = 0) -> Image.Image:
+    """The image in a column of a row, as decode; ValueError says which column and file cannot be read, and why."""
+    try:
+        return decode(row[name], min_side)
+    except Exception as error:  # every decoder has errors of its own
+        path = encoded(row[name])
+        where = f"{name} ({path:.200})" if isinstance(path, str) else name
+        reason = re.sub(r" <_io.BytesIO object at \w+>", "", brief(error))  # the same in every run
+        raise ValueError(f"{where}: {reason}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

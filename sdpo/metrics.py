@@ -47,18 +47,20 @@ class Meter:
     """Averages of scalars over micro-steps, updates and ranks, minima for names in /min; one transfer per reduction."""
 
     def __init__(self, accelerator: Accelerator):
-        self.accelerator, self.unreadable = accelerator, 0
+        self.accelerator = accelerator
+        self.unreadable: set[str] = set()  # what was reported of each pair
         self.sums: dict[str, Tensor] = {}  # over updates, of this rank; minima for names in /min
         self.made = self.skipped = 0  # updates
 
     def count_unreadable(self, reports: list[str], limit: int) -> None:
         """Report pairs that were replaced because an image could not be read; raises InputError past the limit."""
         for report in reports:
-            log.error(f"unreadable, replaced by another pair: {report}")
-        self.unreadable += len(reports)
-        if self.unreadable > limit:
+            if report not in self.unreadable:
+                log.error(f"unreadable, always replaced by another pair: {report}")
+                self.unreadable.add(report)
+        if len(self.unreadable) > limit:
             raise InputError(
-                f"{self.unreadable} unreadable pairs, more than --max_unreadable_images {limit}; "
+                f"{len(self.unreadable)} unreadable pairs, more than --max_unreadable_images {limit}; "
                 f"the last: {reports[-1]}"
             )
 

@@ -1,241 +1,42 @@
-"""Preference pairs: read, checked, selected, set aside."""
+"""Preference pairs: which rows of a table are used and which image of each won, checked, drawn, set aside."""
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import glob
 import hashlib
-import io
 import json
-import logging
-import os
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from huggingface_hub import HfFileSystem, snapshot_download
 from PIL import Image
 
 from sdpo.command import InputError
 from sdpo.config import TrainConfig
-from sdpo.files import brief, is_text, parse_json, read_text, write_json
-from sdpo.images import decode
+from sdpo.files import brief
+from sdpo.images import decode_column, encoded
 from sdpo.rng import draw
+from sdpo.tables import (
+    IMAGE_FIELDS,
+    as_list,
+    blocks,
+    check_captions,
+    column,
+    find_pair_file,
+    hash_captions,
+    measure_images,
+    read_table,
+)
 
 IMAGES = ("jpg_0", "jpg_1")
 IMAGE_TYPES = (
     *(pa.types.is_binary, pa.types.is_large_binary, pa.types.is_string, pa.types.is_large_string),
-    *(pa.types.is_struct, pa.types.is_null),
+    pa.types.is_null,
 )
-log = logging.getLogger("data")
 LABELS_ABOUT = b"sdpo"  # key of the JSON object in a label file that says what it was made from
-
-
-# Reading
-
-
-def read_table(config: TrainConfig, split: str, folder: str | None = None) -> datasets.Dataset:
-    """One split of the configured data, or of another local folder, images undecoded; other splits are not read.
-
-    `config` is train.py's or that of relabel, whose flags of the data are the same. Raises InputError for data that is
-    not there or cannot be read.
-    """
-    source = folder or config.dataset_name or config.train_data_dir
-    path = Path(source)
-    if not path.exists() and (folder or not config.dataset_name):
-        raise InputError(f"data folder {source} does not exist")
-    if path.suffix == ".parquet" and path.is_file():
-        raise InputError(f"{source} is a file: give the folder that holds it")
-    pair_file = find_pair_file(path)
-    if pair_file:
-        refuse_split(pair_file, split)
-        return read_pair_file(pair_file, config.caption_column)
-    try:
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            return undecoded(read_saved(path, split))
-        return undecoded(read_split(source, None if folder else config.dataset_config_name, split, config.cache_dir))
-    except InputError:
-        raise
-    except Exception as error:  # datasets, pyarrow and the hub each have errors of their own
-        cause, fault = error.__cause__ or error, None
-        if not getattr(cause, "errno", None):  # of the system, not of the files' content
-            files = sorted(path.rglob("*.parquet"))
-            fault = find_fault([file for file in files if split in str(file.relative_to(path))] or files)
-        fix = fault or "give a local folder, or a hub data set where the hub can be reached"
-        raise InputError(f"cannot read pairs from {source!r} ({brief(cause)}); {fix}") from error
-
-
-def find_fault(files: list[Path]) -> str | None:
-    """What to do about the first parquet file that is damaged or unlike the first one; None if none is."""
-    for file in files:
-        try:
-            content, first = pq.ParquetFile(file), pq.ParquetFile(files[0]).schema_arrow
-            differing = set(content.schema_arrow) ^ set(first)  # fields: name and type
-            if differing:
-                name = min(field.name for field in differing)
-                return f"{file} has another column {name} than {files[0]}: write both alike, or move one away"
-            if not content.metadata.num_rows:
-                return f"{file} has no rows: replace or remove it"
-            for _ in content.iter_batches(batch_size=64):  # a damaged page shows when it is read
-                pass
-        except PermissionError as error:
-            return f"{file} cannot be read ({error.strerror}): correct its permissions"
-        except Exception:  # pyarrow has many
-            return f"{file} is damaged: replace or remove it"
-    return None
-
-
-def read_split(source: str, name: str | None, split: str, cache_dir: str | None) -> datasets.Dataset:
-    """A split of a hub data set or of a folder of parquet, arrow or similar files; fetches only its own files.
-
-    Where the hub cannot be reached, the files that an earlier call fetched are read.
-    """
-    call = hashlib.sha256(json.dumps([source, name, split]).encode()).hexdigest()[:16]
-    fetched = Path(cache_dir or datasets.config.HF_DATASETS_CACHE, "sdpo", f"{call}.json")
-    try:
-        builder = datasets.load_dataset_builder(source, name, cache_dir=cache_dir)
-    except Exception as error:  # the hub's, the network's, the files' own
-        if not fetched.is_file():
-            raise
-        log.warning(f"CAUTION: {source} cannot be looked up ({brief(error)}): what was fetched earlier is read")
-        kind, files = json.loads(fetched.read_text(encoding="utf-8"))
-        return datasets.load_dataset(kind, data_files={split: files}, split=split, cache_dir=cache_dir)
-    splits = builder.config.data_files
-    if not splits:  # a data set with a loading scheme of its own
-        return datasets.load_dataset(source, name, split=split, cache_dir=cache_dir)
-    if split not in splits:
-        raise no_such_split(source, split, splits)
-    files = fetch_files(list(splits[split]))
-    if files != list(splits[split]):
-        write_json(fetched, [builder.name, files])
-    return datasets.load_dataset(builder.name, data_files={split: files}, split=split, cache_dir=cache_dir)
-
-
-def fetch_files(files: list[str]) -> list[str]:
-    """Local paths of data files; those on the hub are downloaded, unless they are in its cache."""
-    if not all(file.startswith("hf://") for file in files):
-        return files
-    places = [HfFileSystem().resolve_path(file) for file in files]
-    first, names = places[0], [place.path_in_repo for place in places]
-    where = {"repo_type": first.repo_type, "revision": first.revision}
-    folder = snapshot_download(first.repo_id, allow_patterns=[glob.escape(name) for name in names], **where)
-    return [str(Path(folder, name)) for name in names]
-
-
-def no_such_split(source: str | Path, split: str, splits: Iterable[str]) -> InputError:
-    """The error for a split that a data set does not have."""
-    return InputError(f"{source} has no split {split!r}; it has {', '.join(map(str, splits))}: choose one of them")
-
-
-def refuse_split(source: Path, split: str) -> None:
-    """Raises InputError where a source without splits is asked for another one than the default."""
-    if split != "train":
-        raise InputError(
-            f"{source} has no splits, so split {split!r} cannot be read: "
-            "use --split train, and --validation_data_dir in place of --validation_split"
-        )
-
-
-def find_pair_file(path: Path) -> Path | None:
-    """The JSONL or CSV file of caption, winner, loser that `path` is or holds, if any; InputError for several."""
-    if path.is_file() and path.suffix in (".jsonl", ".csv"):
-        return path
-    found = sorted([*path.glob("*.jsonl"), *path.glob("*.csv")]) if path.is_dir() else []
-    found = [file for file in found if not describes_images(file)]
-    if len(found) > 1:
-        names = ", ".join(file.name for file in found)
-        raise InputError(f"{path} holds several pair files ({names}): name one of them as --train_data_dir")
-    return found[0] if found else None
-
-
-def describes_images(file: Path) -> bool:
-    """Whether this is the file of an image folder, single images with their captions, as `datasets` reads it."""
-    if file.stem != "metadata":
-        return False
-    with open(file, "rb") as content:
-        return b"file_name" in content.readline()
-
-
-def read_pair_file(file: Path, caption_column: str) -> datasets.Dataset:
-    """Rows of a JSONL or CSV file in Pick-a-Pic columns, image paths relative to it; InputError names a bad row."""
-    columns = (caption_column, "winner", "loser")
-    captions, winners, losers = [], [], []
-    for number, record in read_records(file):
-        where = f"{file} row {number}"
-        missing = [name for name in columns if record.get(name) is None or (record[name] == "" and name != columns[0])]
-        if missing:
-            raise InputError(
-                f"{where}: {', '.join(missing)} missing; every row needs {', '.join(columns)} "
-                f"(move {file.name} away if it is no list of pairs)"
-            )
-        if None in record:  # where csv puts what has no column
-            raise InputError(f"{where}: more values than columns; put captions that hold commas in double quotes")
-        for name, paths in (("winner", winners), ("loser", losers)):
-            if not isinstance(record[name], str):
-                raise InputError(f"{where}: {name} is {record[name]!r:.200}, but must be the path of an image")
-            paths.append(str(file.parent / record[name]))
-            if not os.path.isfile(paths[-1]):  # Path.is_file raises for long names
-                raise InputError(f"{where}: image {paths[-1]} does not exist; paths are relative to {file.name}")
-        if winners[-1] == losers[-1]:
-            raise InputError(f"{where}: winner and loser are the same image, {winners[-1]}; correct or remove the row")
-        check_captions([record[caption_column]], caption_column, str(file), first=number)
-        captions.append(record[caption_column])
-    if not captions:
-        raise InputError(f"{file} has no rows; write one per pair: {', '.join(columns)}")
-    if any(isinstance(caption, list) for caption in captions):
-        captions = [as_list(caption) for caption in captions]
-    labels = [1.0] * len(captions)
-    return datasets.Dataset.from_dict({caption_column: captions, "jpg_0": winners, "jpg_1": losers, "label_0": labels})
-
-
-def read_records(file: Path) -> list[tuple[int, dict]]:
-    """(row number, object) of a JSONL file, rows being lines, or of a CSV file; InputError names a row that is none."""
-    text = read_text(file)
-    if file.suffix == ".csv":
-        try:
-            return list(enumerate(csv.DictReader(io.StringIO(text, newline=""), strict=True), 1))
-        except csv.Error as error:
-            raise InputError(f"{file} is not valid CSV ({error}); write it anew, or as JSONL") from error
-    fix = 'write {"caption": ..., "winner": ..., "loser": ...}'
-    records = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            records.append((number, parse_json(line, f"{file} row {number}", fix)))
-            if not isinstance(records[-1][1], dict):
-                raise InputError(f"{file} row {number} is not a JSON object; {fix}")
-    return records
-
-
-def read_saved(path: Path, split: str) -> datasets.Dataset:
-    """A folder written by save_to_disk; of a DatasetDict only the split's own folder is opened."""
-    index = path / "dataset_dict.json"
-    if not index.is_file():
-        table = datasets.load_from_disk(str(path))
-        if str(table.split) != split:
-            refuse_split(path, split)
-        return table
-    splits = parse_json(read_text(index), index, "save the data set again")["splits"]
-    if split not in splits:
-        raise no_such_split(path, split, splits)
-    return datasets.load_from_disk(str(path / split))
-
-
-def undecoded(table: datasets.Dataset) -> datasets.Dataset:
-    """All columns as Python has them, images as bytes or paths, so that filters and workers decide what is decoded."""
-    table = table.with_format(None)
-    for name, feature in table.features.items():
-        if isinstance(feature, datasets.Image):
-            table = table.cast_column(name, datasets.Image(decode=False))
-    return table
-
-
-# Selecting
 
 
 @dataclass(frozen=True)
@@ -261,7 +62,8 @@ class Pairs:
         """The first `members` of (winner, loser) as RGB images, and the captions; raises if an image is broken."""
         row = self.table[int(self.rows[index])]
         columns = self.columns if self.first_won[index] else self.columns[::-1]
-        return [decode(row[name], self.min_side) for name in columns[:members]], as_list(row[self.caption_column])
+        images = [decode_column(row, name, self.min_side) for name in columns[:members]]
+        return images, as_list(row[self.caption_column])
 
     def fingerprint(self) -> str:
         """SHA-256 over captions, rows and winners; images are not looked at."""
@@ -287,45 +89,6 @@ class Pairs:
     def select(self, keep: np.ndarray) -> Pairs:
         """The pairs at these indices or in this mask."""
         return dataclasses.replace(self, rows=self.rows[keep], first_won=self.first_won[keep])
-
-
-def blocks(table: datasets.Dataset, columns: Iterable[str]) -> Iterator[pa.Table]:
-    """10,000 rows at a time of some columns as they are on file, images undecoded."""
-    slim = table.select_columns(list(columns)).with_format("arrow")
-    for start in range(0, len(table), 10_000):
-        yield slim[start : start + 10_000]
-
-
-def measure_images(values: pa.ChunkedArray) -> np.ndarray:
-    """Sizes (n,) in bytes of encoded images or of image files; -1 where there is neither."""
-    if pa.types.is_struct(values.type):
-        sizes = measure_images(pc.struct_field(values, "bytes"))
-        absent = sizes < 0
-        return np.where(absent, measure_images(pc.struct_field(values, "path")), sizes) if absent.any() else sizes
-    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
-        return np.array([os.path.getsize(path) if path and os.path.isfile(path) else -1 for path in values.to_pylist()])
-    if pa.types.is_null(values.type):
-        return np.full(len(values), -1)
-    return pc.fill_null(pc.binary_length(values).cast(pa.int64()), -1).to_numpy()
-
-
-def column(table: datasets.Dataset, name: str, rows: np.ndarray | None = None) -> list:
-    """Values of one column without touching the others; raises InputError for text that is not UTF-8."""
-    table = table.select_columns([name])
-    try:
-        return (table if rows is None else table.select(rows))[:][name]
-    except UnicodeDecodeError as error:
-        for row in range(len(table)):
-            try:
-                table[row]
-            except UnicodeDecodeError:
-                break
-        raise InputError(f"row {row}: {name} is not UTF-8 text ({error.reason}): correct or remove the row") from error
-
-
-def as_list(caption: str | list[str]) -> list[str]:
-    """The captions of a row, which may hold one or a list of them."""
-    return caption if isinstance(caption, list) else [caption]
 
 
 def load_pairs(config: TrainConfig, split: str, folder: str | None = None) -> tuple[Pairs, list[str]]:
@@ -400,7 +163,7 @@ def check_columns(
             f"{source}: column {', '.join(missing)} missing (it has {', '.join(table.column_names)}); "
             "rename columns to Pick-a-Pic's caption, jpg_0, jpg_1, label_0, or give --caption_column"
         )
-    check_captions(column(table, caption_column), caption_column, source)
+    check_captions(column(table, caption_column, source=source), caption_column, source)
     for name in image_columns:
         check_images(table, name, source)
 
@@ -408,44 +171,31 @@ def check_columns(
 def check_rows_have_images(pairs: Pairs, limit: int) -> None:
     """Raises InputError if more than `limit` of the pairs' rows have no image in one of the columns."""
     for name in pairs.columns:
-        absent = np.concatenate([lacks_image(block[name]) for block in blocks(pairs.table, pairs.columns)])
-        rows = pairs.rows[absent[pairs.rows]]
+        sizes = np.concatenate([measure_images(block[name]) for block in blocks(pairs.table, pairs.columns)])
+        rows = pairs.rows[sizes[pairs.rows] < 0]
         if len(rows) > limit:
+            path = encoded(pairs.table[int(rows[0])][name])
+            what = "is empty" if path is None else f"{path:.200} is not a file"
             raise InputError(
-                f"{pairs.source} row {rows[0]}: {name} is empty; {len(rows)} such row(s) in all, more than "
+                f"{pairs.source} row {rows[0]}: {name} {what}; {len(rows)} such row(s) in all, more than "
                 f"--max_unreadable_images {limit}: fill them in or remove them"
             )
 
 
-def lacks_image(values: pa.ChunkedArray) -> np.ndarray:
-    """Mask (n,) of the rows that have neither an encoded image nor a path."""
-    if not pa.types.is_struct(values.type):
-        return values.is_null().to_numpy()
-    parts = [pc.struct_field(values, field.name) for field in values.type if field.name in ("bytes", "path")]
-    return np.logical_and.reduce([part.is_null().to_numpy() for part in parts])
-
-
 def name_dreamlike(table: datasets.Dataset, name: str, source: str) -> np.ndarray:
     """Mask of the rows whose column names a dreamlike model; raises InputError naming the first row without a name."""
-    models = column(table, name)
+    models = column(table, name, source=source)
     for row, model in enumerate(models):
         if not isinstance(model, str):
             raise InputError(f"{source} row {row}: {name} is {model!r}; fill it in or drop --dreamlike_pairs_only")
     return np.array(["dream" in model for model in models], bool)
 
 
-def check_captions(captions: list, name: str, source: str, first: int = 0) -> None:
-    """Raises InputError naming the first row whose caption is neither a text nor a list of texts."""
-    for row, caption in enumerate(captions, first):
-        options = caption if isinstance(caption, list) and caption else [caption]
-        if not all(map(is_text, options)):
-            raise InputError(f"{source} row {row}: {name} is {caption!r:.200}, but must be a text or a list of texts")
-
-
 def check_images(table: datasets.Dataset, name: str, source: str) -> None:
     """Raises InputError unless a column can hold images: encoded, as paths, or as records of both."""
     kind = table.features.arrow_schema.field(name).type
-    if not any(is_kind(kind) for is_kind in IMAGE_TYPES):
+    is_record = pa.types.is_struct(kind) and any(kind.get_field_index(field) >= 0 for field in IMAGE_FIELDS)
+    if not (is_record or any(is_kind(kind) for is_kind in IMAGE_TYPES)):
         raise InputError(
             f"{source}: column {name} holds {kind}, but must hold encoded images (bytes), their paths, or the image "
             "records of datasets: write the data again"
@@ -492,11 +242,6 @@ def read_label_file(path: Path, captions: list, source: str) -> np.ndarray:
             "make it again from this data with python -m sdpo.relabel"
         )
     return read_labels(labels, str(path))
-
-
-def hash_captions(captions: list) -> str:
-    """SHA-256 of a caption column."""
-    return hashlib.sha256(json.dumps(captions).encode()).hexdigest()
 
 
 def as_number(label: object) -> float:

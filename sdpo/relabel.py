@@ -24,11 +24,12 @@ from tqdm.auto import tqdm
 from sdpo.command import InputError, flag, parse_assignments, parse_flags, run_command, within_memory
 from sdpo.config import CHOICE_MODELS, TrainConfig, check_data_source
 from sdpo.console import quiet_libraries
-from sdpo.files import brief, parse_json, read_text, write_file, write_text
+from sdpo.files import alone, brief, parse_json, read_text, write_file, write_text
 from sdpo.images import encoded
 from sdpo.manifest import check_score
-from sdpo.pairs import IMAGES, LABELS_ABOUT, as_list, check_columns, column, hash_captions, read_table
+from sdpo.pairs import IMAGES, LABELS_ABOUT, check_columns
 from sdpo.scorers import check_device, load_scorers, score_rows
+from sdpo.tables import as_list, column, hash_captions, read_table
 
 SCORES = ("score_0", "score_1")  # columns of a label file
 log = logging.getLogger("relabel")
@@ -60,8 +61,8 @@ class RelabelConfig:
             raise InputError(f"--metric {self.metric!r}: choose from {', '.join(CHOICE_MODELS)}")
         if not 0 <= self.margin < float("inf"):
             raise InputError(f"--margin must be finite and not negative, got {self.margin}")
-        if self.batch_size < 1:
-            raise InputError(f"--batch_size must be at least 1, got {self.batch_size}")
+        if not 1 <= self.batch_size < 2**31:
+            raise InputError(f"--batch_size must be at least 1 and below 2^31, got {self.batch_size}")
         if self.max_unreadable_images < 0:
             raise InputError(f"--max_unreadable_images must not be negative, got {self.max_unreadable_images}")
         if not Path(self.out).name or Path(self.out).is_dir():
@@ -110,16 +111,16 @@ def relabel(config: RelabelConfig) -> str:
     table = read_table(config, config.split)
     scored, out = describe_scores(config, table), Path(config.out)
     about, then = scored | {"margin": config.margin}, read_about(out)
-    if then == about:
-        return f"labels by {config.metric} reused from {out}"
     if out.exists() and then is None:
         raise InputError(f"--out {out} is there already and is no label file: name another one")
+    scores = read_scored(out, len(table)) if then and then | {"margin": config.margin} == about else None
+    if then == about:
+        return f"labels by {config.metric} reused from {out}"
     out.parent.mkdir(parents=True, exist_ok=True)
     kept = out.with_name(out.name + ".scores.jsonl")
-    if then and then | {"margin": config.margin} == about:
-        scores = read_scored(out, len(table))
-    else:
-        scores = np.array(score_table(config, table, scored, kept), float).reshape(-1, 2)  # (n, 2), nan if unreadable
+    if scores is None:
+        with alone(out.with_name(f".{out.name}.lock"), f"another command makes {out}: wait until it ends"):
+            scores = score_table(config, table, scored, kept)
     labels = make_labels(scores, config.margin)
     first, second = (pa.array(column, from_pandas=True) for column in scores.T)  # nan as null
     columns = {"row": np.arange(len(scores)), **dict(zip(SCORES, (first, second), strict=True)), "label_0": labels}
@@ -163,8 +164,8 @@ def read_scored(out: Path, rows: int) -> np.ndarray:
     return scores
 
 
-def score_table(config: RelabelConfig, table: datasets.Dataset, about: dict, kept: Path) -> list[list[float | None]]:
-    """[score of jpg_0, score of jpg_1] of every row, None for an unreadable image.
+def score_table(config: RelabelConfig, table: datasets.Dataset, about: dict, kept: Path) -> np.ndarray:
+    """Scores (rows, 2) of jpg_0 and jpg_1, nan for an unreadable image.
 
     Those in the file `kept` are reused, new ones appended to it. Raises InputError for too many unreadable images.
     """
@@ -192,7 +193,7 @@ def score_table(config: RelabelConfig, table: datasets.Dataset, about: dict, kep
                         f"{count} rows have unreadable images, more than --max_unreadable_images "
                         f"{config.max_unreadable_images}; the last: {error}; remove {kept} once they are repaired"
                     )
-    return scores
+    return np.array(scores, float).reshape(-1, 2)
 
 
 def read_kept(kept: Path, about: dict) -> list[list[float | None]]:

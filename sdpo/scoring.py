@@ -72,8 +72,8 @@ class ScoringOptions:
     batch_size: int = 64
 
     def __post_init__(self):
-        if self.batch_size < 1:
-            raise InputError(f"--batch_size must be at least 1, got {self.batch_size}")
+        if not 1 <= self.batch_size < 2**31:
+            raise InputError(f"--batch_size must be at least 1 and below 2^31, got {self.batch_size}")
 
     def check(self, metrics: Sequence[str]) -> None:
         """Raises InputError for sources that are no parts of the metrics or do not exist: before hours are spent."""

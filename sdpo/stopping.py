@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import signal
+from contextlib import suppress
 
 import torch
 from accelerate import Accelerator
@@ -20,13 +21,15 @@ log = logging.getLogger(__name__)
 
 
 class StopRequest:
-    """Within this context the first SIGTERM or SIGINT is noted, the second has its usual effect at once."""
+    """Within this context the first of STOP_SIGNALS is noted, the second has its usual effect at once."""
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator, self.received, self.earlier = accelerator, 0, {}
 
     def __enter__(self) -> StopRequest:
-        self.earlier = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        for number in STOP_SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                self.earlier[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_) -> None:
@@ -35,10 +38,11 @@ class StopRequest:
 
     def _note(self, number: int, _) -> None:
         self.received = number
-        for other in STOP_SIGNALS:
+        for other in self.earlier:
             signal.signal(other, signal.SIG_DFL)
         if self.accelerator.is_local_main_process:
-            os.write(2, b"\nstopping after this update, with a checkpoint; a second signal stops at once\n")
+            with suppress(OSError):  # the terminal may be gone
+                os.write(2, b"\nstopping after this update, with a checkpoint; a second signal stops at once\n")
 
     def agreed(self) -> int:
         """Number of the signal that any rank received, 0 if none did; every rank calls this."""

@@ -25,7 +25,7 @@ from sdpo.checkpoint import seal
 from sdpo.command import InputError, parse_flags, run_command, within_memory
 from sdpo.config import TrainConfig
 from sdpo.families import load_family
-from sdpo.pairs import read_table
+from sdpo.tables import read_table
 from sdpo.tiny import compare, make_pairs, pictures
 
 ROOT = Path(__file__).parents[1]
@@ -233,8 +233,9 @@ TRAIN_FLAGS = {
     "--choice_model=clip --choice_weights=clip": r"--choice_weights clip: expected NAME=VALUE",
     "--choice_model=clip --choice_weights=clip.x=y": r"there is no 'clip.x'; choose from .*clip.checkpoint",
     "--choice_model=clip --choice_weights=clip.checkpoint=/no.pt": r"there is no weights file /no.pt; give a file",
-    "--resolution=500": r"--resolution must be a multiple of 8, got 500",
-    "--resolution=-8": r"--resolution must be a multiple of 8, got -8",
+    "--resolution=500": r"--resolution must be a multiple of 8 of 16384 at most, got 500",
+    "--resolution=8000000000": r"--resolution must be a multiple of 8 of 16384 at most, got 8000000000",
+    "--resolution=-8": r"--resolution must be a multiple of 8 .*, got -8",
     "--train_method=ppo": r"--train_method.*: invalid choice: 'ppo' \(choose from",
     "--beta_dpo=high": r"--beta_dpo.*: invalid float value: 'high'",
     "--beta_dpo=0": r"--beta_dpo must be positive, got 0",
@@ -322,7 +323,7 @@ RELABEL_FLAGS = {
     "--metric=blip": r"--metric 'blip': choose from pickscore, hps",
     "--margin=-1": r"--margin must be finite and not negative, got -1",
     "--margin=nan": r"--margin must be finite and not negative, got nan",
-    "--batch_size=0": r"--batch_size must be at least 1, got 0",
+    "--batch_size=0": r"--batch_size must be at least 1 and below 2.31, got 0",
     "--split=test": r"no split 'test'; it has train, validation: choose",
     "--caption_column=text": r"column text missing \(it has caption",
     "--weights pixels": r"--weights pixels: expected NAME=VALUE",
@@ -348,13 +349,13 @@ GENERATE_FLAGS = {
     "--pretrain_path=owner/none": r"cannot fetch model_index.json of owner/none \(.*\); .* give its path",
     "--vae_path=/nowhere": r"cannot load AutoencoderKL of '/nowhere' \(.*\); give a local",
     "--resolution=36": r"--resolution, --height and --width must be multiples of 8, got 36",
-    "--resolution=0": r"--resolution must be at least 1, got 0",
-    "--steps=0": r"--steps must be at least 1, got 0",
+    "--resolution=0": r"--resolution must be at least 1 and below 2.31, got 0",
+    "--steps=0": r"--steps must be at least 1 and below 2.31, got 0",
     "--resolution=4000000": r"memory is exhausted \(.*\): 1 images of 4000000x4000000 at .* smaller --batch_size",
     "--steps=1001": r"--steps must be at most 1000 for .*, got 1001",
     "--steps=many": r"--steps.*: invalid int value: 'many'",
-    "--batch_size=0": r"--batch_size must be at least 1, got 0",
-    "--score_batch_size=0": r"--score_batch_size must be at least 1, got 0",
+    "--batch_size=0": r"--batch_size must be at least 1 and below 2.31, got 0",
+    "--score_batch_size=0": r"--score_batch_size must be at least 1 and below 2.31, got 0",
     "--seed=-1": r"--seed must lie in \[0, 2\^63\), got -1",
     "--seed=9223372036854775808": r"--seed must lie in \[0, 2\^63\), got 9223372036854775808",
     "--cfg=nan": r"--cfg must be a number, got nan",
@@ -399,7 +400,7 @@ VERSUS_FLAGS = {
     "--metrics HPSv2 --weights hpsv2": r"--weights hpsv2: expected NAME=VALUE",
     f"{UNSCORED} --weights x.y=z": r"there is no 'x.y'; choose from",
     "--pair_by=luck": r"--pair_by.*: invalid choice: 'luck' \(choose from",
-    "--batch_size=0": r"--batch_size must be at least 1, got 0",
+    "--batch_size=0": r"--batch_size must be at least 1 and below 2.31, got 0",
     "--batch_size=many": r"--batch_size.*: invalid int value: 'many'",
     f"--device=hpu {UNSCORED}": r"--device hpu cannot be used \(.*\); give cpu",
     f"--device=tpu9 {UNSCORED}": r"--device tpu9 cannot be used \(.*\); give cpu",
@@ -421,7 +422,7 @@ DATA = {  # pairs: (what writes them, flags of train.py, message)
     "no captions": (parquet(caption=[["a"], ["b"], [], ["d"]]), "", r"row 2: caption is \[\], but must be a text"),
     "images are numbers": (parquet(jpg_0=[1, 2, 3, 4]), "", r"\(train\): column jpg_0 holds int64, but must hold"),
     "images are lists": (parquet(jpg_1=[[1], [2], [3], [4]]), "", r"column jpg_1 holds list<.*>, .*: write the data again"),
-    "images are null": (parquet(jpg_1=[None] * 4), "", r"data \(train\) row \d: None is no image; check the data"),
+    "images are null": (parquet(jpg_1=[None] * 4), "", r"data \(train\) row \d: jpg_1: None is no image; check the data"),
     "images are addresses": (parquet(jpg_0=["http://127.0.0.1:9/x.png"] * 4), "", r"row \d: .*No such file.*; check"),
     "images cut off": (parquet(jpg_1=[PNG[:60]] * 4), "--max_unreadable_images=5", r"6 unreadable .* row \d.*check"),
     "images of text": (parquet(jpg_0=[b"GIF"] * 4), "--max_unreadable_images=0", r"unreadable .* row \d.*check"),
@@ -429,7 +430,7 @@ DATA = {  # pairs: (what writes them, flags of train.py, message)
     "no rows": (parquet(caption=[], jpg_0=[], jpg_1=[], label_0=[]), "", r"cannot read pairs from .*data"),
     "nothing dreamlike": (parquet(model_0=["x"] * 4, model_1=["x"] * 4), DREAM, r"no pair is left .*4 pairs that"),
     "model null": (parquet(model_0=["dream"] * 4, model_1=["x", None] * 2), DREAM, r"row 1: model_1 is None; .* drop"),
-    "empty folder": (NOTHING, "", r"cannot read pairs from .*data' \(.*\); give a local folder"),
+    "empty folder": (NOTHING, "", r"cannot read pairs from .*data' \(.*\); it is empty: give the folder that holds them"),
     "parquet of nothing": (text("train.parquet", b""), "", r"cannot read pairs from .*data"),
     "parquet of text": (text("train.parquet", b"PAR1 this is no parquet file"), "", r"cannot read pairs from .*data"),
     "parquet cut off": (both(parquet(), cut("train.parquet")), "", r"cannot read pairs from .*data"),
@@ -576,6 +577,13 @@ UNETS = {  # weights of the UNet: (what writes them, file, message)
     "in 8 bits": (state(lambda s: {k: v.to(torch.float8_e4m3fn) for k, v in s.items()}), "unet.pth", EIGHT_BITS),
     "whole numbers": (state(lambda s: {k: v.int() for k, v in s.items()}), "unet.pth", r"unet.pth: .* is torch.int32"),
     "sparse": (state(lambda s: {k: v.to_sparse() for k, v in s.items()}), "unet.pth", r"unet.pth: .* torch.sparse_coo"),
+    "of ragged shape": (
+        state(lambda s: s | {"x": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])}),
+        "unet.pth",
+        r"unet.pth is not a state dict: expected",
+    ),
+    "a pointer of git-lfs": (text("unet.pth", "version https://git-lfs.github.com/spec/v1"), "unet.pth", r"git lfs pull"),
+    "a web page": (text("unet.pth", "<!DOCTYPE html>"), "unet.pth", r"unet.pth cannot be read .*\(it is a web page\)"),
     "numbered": (state(lambda s: dict(enumerate(s.values()))), "unet.pth", r"unet.pth is not a state dict: expected"),
     "code": (malicious("unet.pth"), "unet.pth", UNREADABLE),
     "lacks a tensor": (state(less), "unet.pth", r"unet.pth belongs to another architecture: 1 tensors missing"),
@@ -694,7 +702,7 @@ SCORES = {  # scores.jsonl of run B: (its second line, message)
 LAUNCHED = {  # what is run in a process of its own: (words, environment, message)
     "train": ("scripts/train/sd15_dmpo.sh --beta_dpo=-1", {}, r"--beta_dpo must be positive, got -1"),
     "relabel": ("python -m sdpo.relabel --metric=blip --train_data_dir=x", {}, r"--metric 'blip': choose from pickscore"),
-    "generate": ("scripts/eval/test_tiny.sh none/unet.pth --steps=0", {}, r"--steps must be at least 1, got 0"),
+    "generate": ("scripts/eval/test_tiny.sh none/unet.pth --steps=0", {}, r"--steps must be at least 1 and below 2.31, got 0"),
     "versus, no flags": ("scripts/eval/test_vs.sh", {}, r"required: --json_a, --json_b, --label_a, --label_b"),
     "versus, no file": (
         "python eval_vs.py --json_a=a.json --json_b=b.json --label_a=a --label_b=b",

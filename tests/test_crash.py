@@ -259,8 +259,9 @@ def test_two_runs_do_not_share_a_folder(arguments, tmp_path):
             train.main(flags)
         other.kill()
     (tmp_path / "run" / "unet.pth.0a1b2c3d.partial").touch()  # of a run that was killed
+    (tmp_path / "run" / "thesis.partial").touch()  # of the user
     train.main(flags)
-    assert not list((tmp_path / "run").glob("*.partial"))
+    assert [path.name for path in (tmp_path / "run").glob("*.partial")] == ["thesis.partial"]
 
 
 def test_a_run_that_starts_anew_does_not_mix_its_checkpoints_with_others(arguments, tmp_path):
@@ -287,6 +288,16 @@ def test_no_flipped_bit_passes(run, name):
         changed[random.integers(len(data))] ^= 1 << random.integers(8)
         path.write_bytes(changed)
         assert damage(path.parent) is not None
+
+
+def test_of_a_linked_checkpoint_the_link_is_removed(arguments, run, tmp_path):
+    (run / "checkpoint-1").rename(tmp_path / "elsewhere")
+    (run / "checkpoint-1").symlink_to(tmp_path / "elsewhere")
+    for step in (2, 3):
+        shutil.rmtree(run / f"checkpoint-{step}")
+    train.main(arguments(*WHOLE, "--checkpoints_total_limit=1", "--max_train_steps=2"))
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert damage(tmp_path / "elsewhere") is None
 
 
 def test_limit_keeps_the_new_checkpoint_among_later_damaged_ones(arguments, run):

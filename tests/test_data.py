@@ -1,9 +1,11 @@
 """Pairs from every source, batches that depend on (seed, step, position) alone, and images that cannot be read."""
 
 import csv
+import errno
 import fnmatch
 import io
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -26,7 +28,7 @@ from torchvision import transforms
 import sdpo.data
 import sdpo.rng
 import train
-from sdpo import pairs
+from sdpo import tables
 from sdpo.batch import collate
 from sdpo.command import InputError
 from sdpo.config import Plan, TrainConfig
@@ -693,7 +695,7 @@ def test_unreadable_images_are_replaced_and_reported(value):
     pairs = in_memory(jpg_1=lambda i: value if i == 3 else solid(loser(i) if i % 2 else winner(i)))
     batch = collate([samples(pairs, stream="held-out", global_batch=10)[0, position] for position in range(10)])
     (report,) = set(batch.unreadable)
-    assert "memory" in report and "row 3" in report
+    assert "memory" in report and "row 3: jpg_1: " in report and " at 0x" not in report
     captions = [f"caption {i}" for i in range(10)]
     assert batch.captions[3] in captions[:3] + captions[4:]
     assert [*batch.captions[:3], *batch.captions[4:]] == captions[:3] + captions[4:]
@@ -706,7 +708,7 @@ def test_a_parquet_file_that_was_cut_off_is_named(tmp_path):
     folder = as_parquet(tmp_path / "pairs", split="train-0")
     path = as_parquet(folder, split="train-1") / "train-1.parquet"
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(InputError, match=f"{path} is damaged: replace or remove it"):
+    with pytest.raises(InputError, match=f"{path} is damaged, or not what .*: replace or remove it"):
         load(folder)
     whole = pq.read_table(folder / "train-0.parquet")
     pq.write_table(whole.slice(0, 0), path)
@@ -714,11 +716,85 @@ def test_a_parquet_file_that_was_cut_off_is_named(tmp_path):
         load(folder)
     pq.write_table(whole, path, compression="none")
     path.write_bytes(b"PAR1" + bytes(60) + path.read_bytes()[64:])
-    with pytest.raises(InputError, match=f"{path} is damaged: replace or remove it"):  # in the middle of its data
+    with pytest.raises(InputError, match=f"{path} is damaged, or"):  # in the middle of its data
         load(folder)
     pq.write_table(whole.append_column("score", whole["label_0"]), path)
     with pytest.raises(InputError, match=f"{path} has another column score than {folder / 'train-0.parquet'}: write"):
         load(folder)
+
+
+def test_an_arrow_file_that_was_cut_off_is_named(tmp_path):
+    path = as_arrow(tmp_path / "pairs") / "train.arrow"
+    path.write_bytes(path.read_bytes()[:-400])
+    with pytest.raises(InputError, match=f"{path} is damaged, or not what its name says .*: replace or remove it"):
+        load(path.parent)
+
+
+def test_files_that_are_not_read_are_named(tmp_path, caplog):
+    as_parquet(tmp_path, split="train-00000-of-00003")
+    as_parquet(tmp_path, split="test-00000-of-00001")
+    load(tmp_path)
+    assert f"of {tmp_path}/train-*-of-00003 only 1 files are there" in caplog.text and "not read" not in caplog.text
+    (tmp_path / "train-00001-of-00003.parquet").symlink_to("none")
+    (tmp_path / ".hidden.parquet").touch()
+    as_parquet(tmp_path, split="more")
+    load(tmp_path)
+    assert f"2 files in {tmp_path} are not read, the first {tmp_path / 'more.parquet'}: by their" in caplog.text
+
+
+def test_labels_of_several_types_are_refused(tmp_path):
+    """The library would make the second file's labels those of the first: true, where they are 0.5."""
+    as_parquet(tmp_path, [row | {"label_0": bool(row["label_0"])} for row in make_rows()], split="train-0")
+    as_parquet(tmp_path, split="train-1")
+    with pytest.raises(InputError, match=r"label_0 has several types \(bool in .*train-0.parquet, double in .*train-1"):
+        load(tmp_path)
+
+
+def test_folders_whose_names_are_patterns_are_refused(tmp_path):
+    for name in ("run?", "run[1]", "a::b"):
+        with pytest.raises(
+            InputError, match=r"datasets takes \*, \?, \[, \] and :: in its path for patterns; rename it"
+        ):
+            load(as_parquet(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    "code, words", [(errno.ENOSPC, "name a folder on a disk with room as --cache_dir"), (0, "or delete their copy")]
+)
+def test_a_copy_that_cannot_be_made_is_not_the_datas_fault(tmp_path, monkeypatch, code, words):
+    def fail(*_, **__):
+        raise OSError(code, "no") if code else ValueError("no way")
+
+    folder = as_parquet(tmp_path / "pairs")
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(InputError, match=words):
+        load(folder)
+
+
+def test_much_data_is_copied_with_a_word(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "data")
+    load(as_parquet(tmp_path))
+    assert "makes a copy" not in caplog.text
+    monkeypatch.setattr(tables, "MUCH", 0)
+    load(tmp_path)
+    assert "of which datasets makes a copy in" in caplog.text
+    assert datasets.utils.logging.is_progress_bar_enabled() is False
+
+
+def test_images_of_which_only_the_path_is_given_must_exist(tmp_path):
+    path = tmp_path / "there.png"
+    path.write_bytes(solid(winner(0)))
+    for make in (str, lambda path: {"bytes": None, "path": str(path)}):
+        folder = tmp_path / make.__name__.strip("<>")
+        as_parquet(folder, make_rows(jpg_1=lambda i, make=make: make(path if i != 4 else tmp_path / "gone.png")))
+        with pytest.raises(InputError, match=r"row 4: jpg_1 .*gone.png is not a file; 1 such row\(s\) in all"):
+            prepare_pairs(settings(folder, max_unreadable_images=0), seed=0)
+
+
+def test_records_without_an_image_are_refused(tmp_path):
+    as_parquet(tmp_path, make_rows(jpg_0=lambda i: {"data": solid(winner(i))}))
+    with pytest.raises(InputError, match=r"column jpg_0 holds .*, but must hold encoded images"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("empty", [None, {"bytes": None, "path": None}])
@@ -837,9 +913,11 @@ def test_files_of_the_hub_are_fetched_by_name_and_at_the_revision_looked_up(monk
     place = SimpleNamespace(
         repo_id="me/pairs", repo_type="dataset", revision="c0ffee", path_in_repo="data[1]/a.parquet"
     )
-    monkeypatch.setattr(pairs, "HfFileSystem", lambda: SimpleNamespace(resolve_path=lambda file: place))
-    monkeypatch.setattr(pairs, "snapshot_download", lambda repo, **options: asked.update(options, repo=repo) or "/here")
-    assert pairs.fetch_files(["hf://datasets/me/pairs@c0ffee/data[1]/a.parquet"]) == ["/here/data[1]/a.parquet"]
+    monkeypatch.setattr(tables, "HfFileSystem", lambda: SimpleNamespace(resolve_path=lambda file: place))
+    monkeypatch.setattr(
+        tables, "snapshot_download", lambda repo, **options: asked.update(options, repo=repo) or "/here"
+    )
+    assert tables.fetch_files(["hf://datasets/me/pairs@c0ffee/data[1]/a.parquet"]) == ["/here/data[1]/a.parquet"]
     (pattern,) = asked.pop("allow_patterns")
     assert fnmatch.fnmatch(place.path_in_repo, pattern) and not fnmatch.fnmatch("data1/a.parquet", pattern)
     assert asked == {"repo": "me/pairs", "repo_type": "dataset", "revision": "c0ffee"}
@@ -866,8 +944,8 @@ def test_splits_and_configs_of_the_hub_are_remembered_apart(tmp_path, monkeypatc
     def refuse(*given, **options):
         raise ConnectionError("out of reach")
 
-    monkeypatch.setattr(pairs, "fetch_files", lambda files: [local[file] for file in files])
+    monkeypatch.setattr(tables, "fetch_files", lambda files: [local[file] for file in files])
     for builder in (look_up, refuse):
         monkeypatch.setattr(datasets, "load_dataset_builder", builder)
-        found = [len(pairs.read_split(*call, str(tmp_path / "cache"))) for call in calls]
+        found = [len(tables.read_split(*call, str(tmp_path / "cache"))) for call in calls]
         assert found == [1, 2, 3, 4]

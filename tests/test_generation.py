@@ -519,7 +519,7 @@ def test_unusable_input_is_named(arguments, bases, tmp_path):
         ("--resolution=36",): "--resolution, --height and --width must be multiples of 8, got 36",
         ("--width=36",): "--resolution, --height and --width must be multiples of 8, got 36",
         ("--metrics", "none", "Pixels"): "--metrics none goes with no other",
-        ("--metrics", "Pixels", "--weights", "hpsv2.checkpoint=x.pt"): "there is no 'hpsv2.checkpoint'; choose from nothing",
+        ("--metrics", "Pixels", "--weights", "hpsv2.checkpoint=x.pt"): "hpsv2.checkpoint belongs to a metric that is not scored",
         ("--metrics", "HPSv2", "--weights", "hpsv2.checkpoint=x.pt"): "there is no weights file x.pt",
         (f"--vae_path={wide_vae(bases, tmp_path)}",): "wide makes latents of 8 channels, the UNet takes 4: name the VAE of",
         (f"--vae_path={shifted_vae(bases, tmp_path)}",): "shifted shifts its latents, which is not supported",

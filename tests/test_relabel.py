@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -14,8 +16,9 @@ import train
 from sdpo import relabel as module
 from sdpo.command import InputError
 from sdpo.config import TrainConfig
-from sdpo.pairs import load_pairs, read_table
+from sdpo.pairs import load_pairs
 from sdpo.relabel import RelabelConfig, describe_scores, iterate_images, main, make_labels, read_kept, relabel
+from sdpo.tables import read_table
 from sdpo.tiny import pictures
 
 
@@ -34,6 +37,29 @@ def made(folder, out, *flags):
     return pq.read_table(out)
 
 
+def test_one_command_at_a_time_makes_a_label_file(pairs_folder, tmp_path):
+    out = tmp_path / "labels.parquet"
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / ".labels.parquet.lock")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as other:
+        other.stdout.readline()
+        with pytest.raises(InputError, match=r"another command makes .*labels.parquet: wait until it ends"):
+            made(pairs_folder, out)
+        other.communicate()
+    assert made(pairs_folder, out).num_rows == 120
+
+
+HOLD = """
+import fcntl, sys
+with open(sys.argv[1], "w") as file:
+    fcntl.lockf(file, fcntl.LOCK_EX)
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
 def test_the_image_with_the_higher_score_wins(pairs_folder, tmp_path):
     table = made(pairs_folder, tmp_path / "labels.parquet", "--batch_size=7")
     scores = expected_scores(pairs_folder)
@@ -47,7 +73,7 @@ def test_the_image_with_the_higher_score_wins(pairs_folder, tmp_path):
     about = json.loads(table.schema.metadata[b"sdpo"])
     assert about["source"] == f"{pairs_folder} (train)"
     assert (about["rows"], about["metric"], about["margin"]) == (120, "pixels", 0)
-    assert [path.name for path in tmp_path.iterdir()] == ["labels.parquet"]
+    assert [path.name for path in tmp_path.iterdir() if path.name[0] != "."] == ["labels.parquet"]
 
 
 def test_another_split_is_labelled(pairs_folder, tmp_path):

@@ -18,8 +18,9 @@ from recording import optimizer_state, same, weights
 
 import train
 from sdpo.command import InputError
-from sdpo.data import PairDataset
+from sdpo.data import SHARED_MEMORY, PairDataset
 from sdpo.metrics import read_metrics
+from sdpo.pairs import Pairs
 from sdpo.step import Skipped, compute_loss
 from sdpo.stopping import Skips
 
@@ -41,7 +42,7 @@ def send_after(monkeypatch, updates, *numbers):
     monkeypatch.setattr(train, "update", update)
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_ends_the_run_after_the_update_with_a_checkpoint(
     arguments, tmp_path, monkeypatch, number, code, capsys
 ):
@@ -56,6 +57,94 @@ def test_a_signal_ends_the_run_after_the_update_with_a_checkpoint(
     assert not (tmp_path / "run" / "unet.pth").exists()
     train.main(arguments("--max_train_steps=4"))
     assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
+def test_a_terminal_that_closes_is_nothing_to_a_run_that_ignores_it(arguments, tmp_path, monkeypatch):
+    """As nohup has it."""
+    earlier = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        send_after(monkeypatch, 1, signal.SIGHUP)
+        train.main(arguments("--max_train_steps=2"))
+    finally:
+        signal.signal(signal.SIGHUP, earlier)
+    assert (tmp_path / "run" / "unet.pth").exists()
+
+
+def test_a_console_on_a_full_disk_does_not_end_the_run(arguments, tmp_path):
+    command = [sys.executable, ROOT / "train.py", *arguments("--max_train_steps=2")]
+    with open("/dev/full", "w") as full:
+        assert subprocess.run(command, cwd=ROOT, stderr=full, timeout=120).returncode == 0
+    assert (tmp_path / "run" / "unet.pth").exists()
+
+
+def test_what_was_trained_is_kept_where_data_end_the_run(arguments, tmp_path, monkeypatch):
+    """Every unreadable pair counts once, however often it is drawn."""
+    original, broken = Pairs.load, set()
+
+    def load(pairs, index, members):
+        if index in broken:
+            raise ValueError("jpg_0: broken")
+        return original(pairs, index, members)
+
+    monkeypatch.setattr(Pairs, "load", load)
+    broken |= {0, 1}
+    flags = ["--max_train_samples=8", "--checkpointing_steps=0", "--max_train_steps=4"]
+    train.main(arguments(*flags, "--max_unreadable_images=2", out="whole"))  # which are drawn twice
+    given = arguments(*flags, "--max_unreadable_images=2")
+
+    def update(run, batches, original=train.update):
+        if run.step == 2:
+            broken.add(2)
+        return original(run, batches)
+
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="3 unreadable pairs, more than"):
+        patch.setattr(train, "update", update)
+        train.main(given)
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    assert checkpoint.name in ("checkpoint-2", "checkpoint-3")  # by when the third is drawn
+    broken.remove(2)
+    train.main(given)
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
+KILLED_WORKER = """
+import multiprocessing, sys
+import train
+
+def update(run, micro_batches, original=train.update):
+    result = original(run, micro_batches)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    return result
+
+train.update = update
+train.main(sys.argv[1:])
+"""
+
+
+def test_a_loader_worker_that_was_killed_is_one_sentence(arguments, tmp_path):
+    flags = arguments("--dataloader_num_workers=2", "--max_train_steps=50")
+    command = [
+        sys.executable,
+        "-c",
+        KILLED_WORKER.replace("train.main(sys.argv[1:])", "train.run_command(train.main)"),
+        *flags,
+    ]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2, result.stderr
+    assert "error: a loader worker was killed (" in result.stderr and "Traceback" not in result.stderr
+    assert list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_too_little_shared_memory_is_said_before_training(arguments, monkeypatch):
+    usage = shutil.disk_usage
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: usage(path)._replace(total=2**8) if path == SHARED_MEMORY else usage(path)
+    )
+    train.main(arguments("--max_train_steps=1", out="alone"))
+    for flags in ([], ["--latent_cache=cache"]):
+        with pytest.raises(InputError, match=r"/dev/shm has 0 MiB, of which 2 loader workers need .* --shm-size"):
+            train.main(arguments("--dataloader_num_workers=2", *flags))
 
 
 TWO_SIGNALS = """

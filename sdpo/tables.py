@@ -1,0 +1,366 @@
+"""Tables of rows as they are on file: found, fetched and read whatever their form, images undecoded."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import glob
+import hashlib
+import io
+import itertools
+import json
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from huggingface_hub import HfFileSystem, snapshot_download
+
+from sdpo.command import NO_ROOM, InputError
+from sdpo.config import TrainConfig
+from sdpo.files import brief, is_text, parse_json, read_text, write_json
+
+IMAGE_FIELDS = ("bytes", "path")  # of the image records of datasets
+MUCH = 0.5  # GiB of data, from which on it takes a while to copy them
+log = logging.getLogger("data")
+
+
+def read_table(config: TrainConfig, split: str, folder: str | None = None) -> datasets.Dataset:
+    """One split of the configured data, or of another local folder, images undecoded; other splits are not read.
+
+    `config` is train.py's or that of relabel, whose flags of the data are the same. Raises InputError for data that is
+    not there or cannot be read.
+    """
+    source = folder or config.dataset_name or config.train_data_dir
+    path = Path(source)
+    if not path.exists() and (folder or not config.dataset_name):
+        raise InputError(f"data folder {source} does not exist")
+    if path.suffix == ".parquet" and path.is_file():
+        raise InputError(f"{source} is a file: give the folder that holds it")
+    pair_file = find_pair_file(path)
+    if pair_file:
+        refuse_split(pair_file, split)
+        return read_pair_file(pair_file, config.caption_column)
+    try:
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            return undecoded(read_saved(path, split))
+        return undecoded(read_split(source, None if folder else config.dataset_config_name, split, config.cache_dir))
+    except InputError:
+        raise
+    except Exception as error:  # datasets, pyarrow and the hub each have errors of their own
+        cause = error.__cause__ or error
+        raise InputError(
+            f"cannot read pairs from {source!r} ({brief(cause)}); {find_fix(cause, path, split, config.cache_dir)}"
+        ) from error
+
+
+def find_fix(cause: Exception, path: Path, split: str, cache_dir: str | None) -> str:
+    """What to do where the data at a path, or the copy that `datasets` makes of them, cannot be read."""
+    copy = cache_dir or datasets.config.HF_DATASETS_CACHE
+    if not path.exists():
+        return "give a local folder, or a hub data set where the hub can be reached"
+    if getattr(cause, "errno", None) in (*NO_ROOM, errno.EROFS):
+        return f"their copy is made in {copy}: name a folder on a disk with room as --cache_dir"
+    if not any(path.iterdir()):
+        return "it is empty: give the folder that holds them"
+    files = list_shards(path)
+    fault = find_fault([file for file in files if split in str(file.relative_to(path))] or files)
+    return fault or f"look at the files there, or delete their copy in {copy} if that is damaged"
+
+
+def list_shards(folder: Path) -> list[Path]:
+    """Parquet and Arrow files in a folder that `datasets` may read, links to nothing included."""
+    found = [path for ending in ("parquet", "arrow") for path in folder.rglob(f"*.{ending}")]
+    visible = [path for path in found if not any(part[0] in "._" for part in path.relative_to(folder).parts)]
+    return sorted(visible)
+
+
+def find_fault(files: list[Path]) -> str | None:
+    """What to do about the first shard that is damaged or unlike the first one; None if none is."""
+    for file in files:
+        try:
+            schema, batches = open_shard(file)
+            differing = set(schema) ^ set(open_shard(files[0])[0])  # fields: name and type
+            if differing:
+                name = min(field.name for field in differing)
+                return f"{file} has another column {name} than {files[0]}: write both alike, or move one away"
+            if not sum(batch.num_rows for batch in batches):  # a damaged page shows when it is read
+                return f"{file} has no rows: replace or remove it"
+        except PermissionError as error:
+            return f"{file} cannot be read ({error.strerror}): correct its permissions"
+        except Exception as error:  # pyarrow has many
+            return f"{file} is damaged, or not what its name says ({brief(error)}): replace or remove it"
+    return None
+
+
+def open_shard(file: Path) -> tuple[pa.Schema, Iterable[pa.RecordBatch]]:
+    """Schema and rows of a parquet or Arrow file; raises what pyarrow does."""
+    if file.suffix == ".parquet":
+        content = pq.ParquetFile(file)
+        return content.schema_arrow, content.iter_batches(batch_size=64)
+    mapped = pa.memory_map(str(file))
+    try:
+        content = pa.ipc.open_stream(mapped)
+        return content.schema, content
+    except pa.ArrowInvalid:  # the other of its two formats
+        content = pa.ipc.open_file(mapped)
+        return content.schema, (content.get_batch(number) for number in range(content.num_record_batches))
+
+
+def check_shards(folder: Path, files: list[str], in_splits: Iterable[str]) -> None:
+    """Warn of shards in a folder that are in no split, and of numbered ones among a split's `files` that are not there.
+
+    Raises InputError where labels are of several types, which `datasets` would make alike by force.
+    """
+    known = set(map(os.path.realpath, in_splits))
+    if others := [path for path in list_shards(folder) if os.path.realpath(path) not in known or not path.exists()]:
+        log.warning(
+            f"CAUTION: {len(others)} files in {folder} are not read, the first {others[0]}: by their names they are in "
+            "no split, or they are links to nothing"
+        )
+    numbered = [match for match in map(re.compile(r"(.*)-\d+-of-(\d+)\.\w+").fullmatch, files) if match]
+    for (name, count), there in Counter(match.groups() for match in numbered).items():
+        if there < int(count):
+            log.warning(f"CAUTION: of {name}-*-of-{count} only {there} files are there")
+    kinds: dict[pa.DataType, str] = {}
+    for file in files:
+        schema = open_shard(Path(file))[0]
+        if "label_0" in schema.names:
+            kinds.setdefault(schema.field("label_0").type, file)
+    if len(kinds) > 1:
+        said = ", ".join(f"{kind} in {file}" for kind, file in kinds.items())
+        raise InputError(f"label_0 has several types ({said}): write all files alike")
+
+
+def read_split(source: str, name: str | None, split: str, cache_dir: str | None) -> datasets.Dataset:
+    """A split of a hub data set or of a folder of parquet, arrow or similar files; fetches only its own files.
+
+    Where the hub cannot be reached, the files that an earlier call fetched are read.
+    """
+    if Path(source).exists() and re.search(r"[*?\[\]\n]|::", os.path.abspath(source)):
+        raise InputError(
+            f"data folder {source!r}: datasets takes *, ?, [, ] and :: in its path for patterns; rename it"
+        )
+    call = hashlib.sha256(json.dumps([source, name, split]).encode()).hexdigest()[:16]
+    fetched = Path(cache_dir or datasets.config.HF_DATASETS_CACHE, "sdpo", f"{call}.json")
+    try:
+        builder = datasets.load_dataset_builder(source, name, cache_dir=cache_dir)
+    except Exception as error:  # the hub's, the network's, the files' own
+        if not fetched.is_file():
+            raise
+        log.warning(f"CAUTION: {source} cannot be looked up ({brief(error)}): what was fetched earlier is read")
+        kind, files = json.loads(fetched.read_text(encoding="utf-8"))
+        return datasets.load_dataset(kind, data_files={split: files}, split=split, cache_dir=cache_dir)
+    splits = builder.config.data_files
+    if not splits:  # a data set with a loading scheme of its own
+        return datasets.load_dataset(source, name, split=split, cache_dir=cache_dir)
+    if split not in splits:
+        raise no_such_split(source, split, splits)
+    files = fetch_files(list(splits[split]))
+    if files != list(splits[split]):
+        write_json(fetched, [builder.name, files])
+    elif builder.name in ("parquet", "arrow"):
+        check_shards(Path(source), files, itertools.chain(*splits.values()))
+    with showing_progress(files, cache_dir):
+        return datasets.load_dataset(builder.name, data_files={split: files}, split=split, cache_dir=cache_dir)
+
+
+@contextmanager
+def showing_progress(files: list[str], cache_dir: str | None) -> Iterator[None]:
+    """Say that much data are copied, with the progress bars of `datasets`, on the main process."""
+    size = sum(os.path.getsize(file) for file in files) / 2**30
+    if size < MUCH or not log.isEnabledFor(logging.INFO):
+        yield
+        return
+    cache = cache_dir or datasets.config.HF_DATASETS_CACHE
+    log.info(f"data           {size:.3g} GiB, of which datasets makes a copy in {cache} when it first sees them")
+    datasets.utils.logging.enable_progress_bar()
+    try:
+        yield
+    finally:
+        datasets.utils.logging.disable_progress_bar()
+
+
+def fetch_files(files: list[str]) -> list[str]:
+    """Local paths of data files; those on the hub are downloaded, unless they are in its cache."""
+    if not all(file.startswith("hf://") for file in files):
+        return files
+    places = [HfFileSystem().resolve_path(file) for file in files]
+    first, names = places[0], [place.path_in_repo for place in places]
+    where = {"repo_type": first.repo_type, "revision": first.revision}
+    folder = snapshot_download(first.repo_id, allow_patterns=[glob.escape(name) for name in names], **where)
+    return [str(Path(folder, name)) for name in names]
+
+
+def no_such_split(source: str | Path, split: str, splits: Iterable[str]) -> InputError:
+    """The error for a split that a data set does not have."""
+    return InputError(f"{source} has no split {split!r}; it has {', '.join(map(str, splits))}: choose one of them")
+
+
+def refuse_split(source: Path, split: str) -> None:
+    """Raises InputError where a source without splits is asked for another one than the default."""
+    if split != "train":
+        raise InputError(
+            f"{source} has no splits, so split {split!r} cannot be read: "
+            "use --split train, and --validation_data_dir in place of --validation_split"
+        )
+
+
+def find_pair_file(path: Path) -> Path | None:
+    """The JSONL or CSV file of caption, winner, loser that `path` is or holds, if any; InputError for several."""
+    if path.is_file() and path.suffix in (".jsonl", ".csv"):
+        return path
+    found = sorted([*path.glob("*.jsonl"), *path.glob("*.csv")]) if path.is_dir() else []
+    found = [file for file in found if not describes_images(file)]
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise InputError(f"{path} holds several pair files ({names}): name one of them as --train_data_dir")
+    return found[0] if found else None
+
+
+def describes_images(file: Path) -> bool:
+    """Whether this is the file of an image folder, single images with their captions, as `datasets` reads it."""
+    if file.stem != "metadata":
+        return False
+    with open(file, "rb") as content:
+        return b"file_name" in content.readline()
+
+
+def read_pair_file(file: Path, caption_column: str) -> datasets.Dataset:
+    """Rows of a JSONL or CSV file in Pick-a-Pic columns, image paths relative to it; InputError names a bad row."""
+    columns = (caption_column, "winner", "loser")
+    captions, winners, losers = [], [], []
+    for number, record in read_records(file):
+        where = f"{file} row {number}"
+        missing = [name for name in columns if record.get(name) is None or (record[name] == "" and name != columns[0])]
+        if missing:
+            raise InputError(
+                f"{where}: {', '.join(missing)} missing; every row needs {', '.join(columns)} "
+                f"(move {file.name} away if it is no list of pairs)"
+            )
+        if None in record:  # where csv puts what has no column
+            raise InputError(f"{where}: more values than columns; put captions that hold commas in double quotes")
+        for name, paths in (("winner", winners), ("loser", losers)):
+            if not isinstance(record[name], str):
+                raise InputError(f"{where}: {name} is {record[name]!r:.200}, but must be the path of an image")
+            paths.append(str(file.parent / record[name]))
+            if not os.path.isfile(paths[-1]):  # Path.is_file raises for long names
+                raise InputError(f"{where}: image {paths[-1]} does not exist; paths are relative to {file.name}")
+        if winners[-1] == losers[-1]:
+            raise InputError(f"{where}: winner and loser are the same image, {winners[-1]}; correct or remove the row")
+        check_captions([record[caption_column]], caption_column, str(file), first=number)
+        captions.append(record[caption_column])
+    if not captions:
+        raise InputError(f"{file} has no rows; write one per pair: {', '.join(columns)}")
+    if any(isinstance(caption, list) for caption in captions):
+        captions = [as_list(caption) for caption in captions]
+    labels = [1.0] * len(captions)
+    return datasets.Dataset.from_dict({caption_column: captions, "jpg_0": winners, "jpg_1": losers, "label_0": labels})
+
+
+def read_records(file: Path) -> list[tuple[int, dict]]:
+    """(row number, object) of a JSONL file, rows being lines, or of a CSV file; InputError names a row that is none."""
+    text = read_text(file)
+    if file.suffix == ".csv":
+        try:
+            return list(enumerate(csv.DictReader(io.StringIO(text, newline=""), strict=True), 1))
+        except csv.Error as error:
+            raise InputError(f"{file} is not valid CSV ({error}); write it anew, or as JSONL") from error
+    fix = 'write {"caption": ..., "winner": ..., "loser": ...}'
+    records = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            records.append((number, parse_json(line, f"{file} row {number}", fix)))
+            if not isinstance(records[-1][1], dict):
+                raise InputError(f"{file} row {number} is not a JSON object; {fix}")
+    return records
+
+
+def read_saved(path: Path, split: str) -> datasets.Dataset:
+    """A folder written by save_to_disk; of a DatasetDict only the split's own folder is opened."""
+    index = path / "dataset_dict.json"
+    if not index.is_file():
+        table = datasets.load_from_disk(str(path))
+        if str(table.split) != split:
+            refuse_split(path, split)
+        return table
+    splits = parse_json(read_text(index), index, "save the data set again")["splits"]
+    if split not in splits:
+        raise no_such_split(path, split, splits)
+    return datasets.load_from_disk(str(path / split))
+
+
+def undecoded(table: datasets.Dataset) -> datasets.Dataset:
+    """All columns as Python has them, images as bytes or paths, so that filters and workers decide what is decoded."""
+    table = table.with_format(None)
+    for name, feature in table.features.items():
+        if isinstance(feature, datasets.Image):
+            table = table.cast_column(name, datasets.Image(decode=False))
+    return table
+
+
+# Columns
+
+
+def column(table: datasets.Dataset, name: str, rows: np.ndarray | None = None, source: str = "data") -> list:
+    """Values of one column without touching the others; raises InputError for text that is not UTF-8."""
+    table = table.select_columns([name])
+    try:
+        return (table if rows is None else table.select(rows))[:][name]
+    except UnicodeDecodeError as error:
+        for row in range(len(table)):
+            try:
+                table[row]
+            except UnicodeDecodeError:
+                break
+        raise InputError(
+            f"{source} row {row}: {name} is not UTF-8 text ({error.reason}): correct or remove the row"
+        ) from error
+
+
+def as_list(caption: str | list[str]) -> list[str]:
+    """The captions of a row, which may hold one or a list of them."""
+    return caption if isinstance(caption, list) else [caption]
+
+
+def check_captions(captions: list, name: str, source: str, first: int = 0) -> None:
+    """Raises InputError naming the first row whose caption is neither a text nor a list of texts."""
+    for row, caption in enumerate(captions, first):
+        options = caption if isinstance(caption, list) and caption else [caption]
+        if not all(map(is_text, options)):
+            raise InputError(f"{source} row {row}: {name} is {caption!r:.200}, but must be a text or a list of texts")
+
+
+def blocks(table: datasets.Dataset, columns: Iterable[str]) -> Iterator[pa.Table]:
+    """10,000 rows at a time of some columns as they are on file, images undecoded."""
+    slim = table.select_columns(list(columns)).with_format("arrow")
+    for start in range(0, len(table), 10_000):
+        yield slim[start : start + 10_000]
+
+
+def measure_images(values: pa.ChunkedArray) -> np.ndarray:
+    """Sizes (n,) in bytes of encoded images or of image files; -1 where there is neither."""
+    if pa.types.is_struct(values.type):
+        sizes = np.full(len(values), -1)
+        for field in IMAGE_FIELDS:
+            if values.type.get_field_index(field) >= 0 and (sizes < 0).any():
+                sizes = np.where(sizes < 0, measure_images(pc.struct_field(values, field)), sizes)
+        return sizes
+    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+        return np.array([os.path.getsize(path) if path and os.path.isfile(path) else -1 for path in values.to_pylist()])
+    if pa.types.is_null(values.type):
+        return np.full(len(values), -1)
+    return pc.fill_null(pc.binary_length(values).cast(pa.int64()), -1).to_numpy()
+
+
+def hash_captions(captions: list) -> str:
+    """SHA-256 of a caption column."""
+    return hashlib.sha256(json.dumps(captions).encode()).hexdigest()
