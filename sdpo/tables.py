@@ -69,7 +69,7 @@ def find_fix(cause: Exception, path: Path, split: str, cache_dir: str | None) ->
         return "give a local folder, or a hub data set where the hub can be reached"
     if getattr(cause, "errno", None) in (*NO_ROOM, errno.EROFS):
         return f"their copy is made in {copy}: name a folder on a disk with room as --cache_dir"
-    if not any(path.iterdir()):
+    if path.is_dir() and not any(path.iterdir()):
         return "it is empty: give the folder that holds them"
     files = list_shards(path)
     fault = find_fault([file for file in files if split in str(file.relative_to(path))] or files)
@@ -123,8 +123,8 @@ def check_shards(folder: Path, files: list[str], in_splits: Iterable[str]) -> No
     known = set(map(os.path.realpath, in_splits))
     if others := [path for path in list_shards(folder) if os.path.realpath(path) not in known or not path.exists()]:
         log.warning(
-            f"CAUTION: {len(others)} files in {folder} are not read, the first {others[0]}: by their names they are in "
-            "no split, or they are links to nothing"
+            f"CAUTION: {len(others)} files in {folder} are not read, the first {others[0]}: they are in no split by "
+            "their names or the README.md there, or they are links to nothing"
         )
     numbered = [match for match in map(re.compile(r"(.*)-\d+-of-(\d+)\.\w+").fullmatch, files) if match]
     for (name, count), there in Counter(match.groups() for match in numbered).items():
@@ -167,7 +167,7 @@ def read_split(source: str, name: str | None, split: str, cache_dir: str | None)
     files = fetch_files(list(splits[split]))
     if files != list(splits[split]):
         write_json(fetched, [builder.name, files])
-    elif builder.name in ("parquet", "arrow"):
+    elif builder.name in ("parquet", "arrow") and Path(source).is_dir():
         check_shards(Path(source), files, itertools.chain(*splits.values()))
     with showing_progress(files, cache_dir):
         return datasets.load_dataset(builder.name, data_files={split: files}, split=split, cache_dir=cache_dir)
@@ -176,7 +176,7 @@ def read_split(source: str, name: str | None, split: str, cache_dir: str | None)
 @contextmanager
 def showing_progress(files: list[str], cache_dir: str | None) -> Iterator[None]:
     """Say that much data are copied, with the progress bars of `datasets`, on the main process."""
-    size = sum(os.path.getsize(file) for file in files) / 2**30
+    size = sum(os.path.getsize(file) for file in files if os.path.isfile(file)) / 2**30
     if size < MUCH or not log.isEnabledFor(logging.INFO):
         yield
         return

@@ -430,6 +430,7 @@ DATA = {  # pairs: (what writes them, flags of train.py, message)
     "no rows": (parquet(caption=[], jpg_0=[], jpg_1=[], label_0=[]), "", r"cannot read pairs from .*data"),
     "nothing dreamlike": (parquet(model_0=["x"] * 4, model_1=["x"] * 4), DREAM, r"no pair is left .*4 pairs that"),
     "model null": (parquet(model_0=["dream"] * 4, model_1=["x", None] * 2), DREAM, r"row 1: model_1 is None; .* drop"),
+    "a text": (text("pairs.txt", "x"), "--train_data_dir={f}/data/pairs.txt", r"cannot read pairs from .*pairs.txt"),
     "empty folder": (NOTHING, "", r"cannot read pairs from .*data' \(.*\); it is empty: give the folder that holds them"),
     "parquet of nothing": (text("train.parquet", b""), "", r"cannot read pairs from .*data"),
     "parquet of text": (text("train.parquet", b"PAR1 this is no parquet file"), "", r"cannot read pairs from .*data"),

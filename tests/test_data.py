@@ -739,7 +739,7 @@ def test_files_that_are_not_read_are_named(tmp_path, caplog):
     (tmp_path / ".hidden.parquet").touch()
     as_parquet(tmp_path, split="more")
     load(tmp_path)
-    assert f"2 files in {tmp_path} are not read, the first {tmp_path / 'more.parquet'}: by their" in caplog.text
+    assert f"2 files in {tmp_path} are not read, the first {tmp_path / 'more.parquet'}: they are in" in caplog.text
 
 
 def test_labels_of_several_types_are_refused(tmp_path):
