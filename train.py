@@ -269,7 +269,7 @@ def train(run: Run, dataset: PairDataset, held_out: HeldOutPairs | None) -> int:
             try:
                 outcome = update(run, micro_batches)
             except InputError:  # about the data; weights and state are those of the last update
-                save_progress(run, began_at)
+                save_progress(run, began_at, prune=not skipped.in_a_row)
                 raise
             skipped.note(outcome)
             seconds += time.monotonic() - began
@@ -300,10 +300,14 @@ def train(run: Run, dataset: PairDataset, held_out: HeldOutPairs | None) -> int:
     return 0
 
 
-def save_progress(run: Run, began_at: int) -> None:
+def save_progress(run: Run, began_at: int, prune: bool) -> None:
     """Write a checkpoint of what was done since update `began_at`; of a single rank, since others would wait for it."""
-    if run.accelerator.num_processes == 1 and run.step > began_at:
-        log.info(f"saved          {checkpoints.save_checkpoint(run)}")
+    if run.accelerator.num_processes > 1 or run.step == began_at:
+        return
+    try:
+        log.info(f"saved          {checkpoints.save_checkpoint(run, prune)}")
+    except InputError as error:  # of a full disk; what it is called for is still to be said
+        log.error(str(error))
 
 
 def show_progress(progress: tqdm, figures: dict[str, float]) -> None:

@@ -12,6 +12,7 @@ began=$SECONDS
 trap 'kill $(jobs -p) 2>/dev/null && wait || true' EXIT # where one training fails, the one beside it ends too
 
 # NAME FLAGS...: one training run, its console output in a file; the later two read the reference's errors of the first
+# two
 run() {
   local name=$1
   shift
@@ -19,7 +20,7 @@ run() {
   rm -rf "${out:?}/$name" # of an earlier quickstart
   bash scripts/train/tiny_diffusion_dpo.sh --output_dir "$out/$name" --reference_cache "$out/references" "$@" \
     >"$out/$name.log" 2>&1 &
-  trap "kill $!; wait; exit 1" TERM # of the trap above
+  trap "kill $!; wait; exit 1" TERM # which the trap above sends
   wait $! || { echo "training $name failed:"; tail -n 20 "$out/$name.log"; exit 1; }
 }
 export OMP_NUM_THREADS=1 # on so small a model two runs side by side are faster than one with two threads

@@ -30,7 +30,7 @@ LIMITS = {  # flags -> what their value must satisfy, and how that is said
         "must lie in [0, 1]",
     ),
     "ema_decay adam_beta1 adam_beta2": (lambda value: 0 <= value < 1, "must lie in [0, 1)"),
-    "resolution": (lambda value: 8 <= value <= 2**14 and value % 8 == 0, "must be a multiple of 8 of 16384 at most"),
+    "resolution": (lambda value: 8 <= value <= 2**14 and value % 8 == 0, "must be a multiple of 8, at most 16384"),
 }
 
 

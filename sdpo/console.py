@@ -20,13 +20,13 @@ class Unbreakable:
 
     def write(self, text: str) -> int:
         """Write a text if that is possible."""
-        with suppress(OSError):
+        with suppress(OSError, ValueError):  # of a full or closed file, and of characters that it cannot encode
             self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
         """Flush if that is possible."""
-        with suppress(OSError):
+        with suppress(OSError, ValueError):
             self.stream.flush()
 
     def __getattr__(self, name: str) -> Any:

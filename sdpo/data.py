@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # reading pairs needs packages that batches do not
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SHARED_MEMORY = Path("/dev/shm")  # where loader workers put batches on Linux
+WORKER_GONE = ("DataLoader worker (pid", "Pin memory thread exited")  # in torch's errors; not of errors in a worker
 PREFETCHED = 2  # batches that a worker prepares ahead, torch's default
 
 
@@ -205,7 +206,7 @@ def check_shared_memory(workers: int, batch_bytes: int) -> None:
         return
     workers *= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of all ranks on this machine
     there, needed = shutil.disk_usage(SHARED_MEMORY).total, workers * PREFETCHED * batch_bytes
-    if there < needed:
+    if 0 < there < needed:  # 0 is without a limit
         raise InputError(
             f"{SHARED_MEMORY} has {there / 2**20:.0f} MiB, of which {workers} loader workers need "
             f"{needed / 2**20:.0f}: give the container more (docker run --shm-size=...), or lower "
@@ -227,7 +228,7 @@ def explain_failures(batches: Iterator) -> Iterator:
     try:
         yield from batches
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not any(words in str(error) for words in WORKER_GONE):
             raise
         raise InputError(
             f"a loader worker was killed ({brief(error)}), most likely for lack of memory: try fewer "

@@ -121,7 +121,7 @@ def recognise(path: str | Path) -> str | None:
         beginning = file.read(64).lstrip()
         if beginning.startswith(b"version https://git-lfs"):
             return "it is a pointer of git-lfs: fetch its content with `git lfs pull`"
-        if beginning.startswith(b"<"):
+        if beginning.lower().startswith((b"<!doctype", b"<html", b"<?xml")):
             return "it is a web page"
     return None
 

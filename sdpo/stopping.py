@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class StopRequest:
-    """Within this context the first of STOP_SIGNALS is noted, the second has its usual effect at once."""
+    """Within this context the first of STOP_SIGNALS is noted, a second SIGTERM or SIGINT has its usual effect."""
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator, self.received, self.earlier = accelerator, 0, {}
@@ -38,8 +38,8 @@ class StopRequest:
 
     def _note(self, number: int, _) -> None:
         self.received = number
-        for other in self.earlier:
-            signal.signal(other, signal.SIG_DFL)
+        for other in self.earlier:  # of SIGHUP there are two: the shell sends one, and its end another
+            signal.signal(other, signal.SIG_IGN if other == signal.SIGHUP else signal.SIG_DFL)
         if self.accelerator.is_local_main_process:
             with suppress(OSError):  # the terminal may be gone
                 os.write(2, b"\nstopping after this update, with a checkpoint; a second signal stops at once\n")

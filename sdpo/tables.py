@@ -30,6 +30,7 @@ from sdpo.files import brief, is_text, parse_json, read_text, write_json
 
 IMAGE_FIELDS = ("bytes", "path")  # of the image records of datasets
 MUCH = 0.5  # GiB of data, from which on it takes a while to copy them
+NUMBERED = re.compile(r"(.*)-\d+-of-(\d+)(?:-[0-9a-f]+)?\.\w+")  # as train-00000-of-00645-b66ac786bf6fb553.parquet
 log = logging.getLogger("data")
 
 
@@ -118,15 +119,16 @@ def open_shard(file: Path) -> tuple[pa.Schema, Iterable[pa.RecordBatch]]:
 def check_shards(folder: Path, files: list[str], in_splits: Iterable[str]) -> None:
     """Warn of shards in a folder that are in no split, and of numbered ones among a split's `files` that are not there.
 
-    Raises InputError where labels are of several types, which `datasets` would make alike by force.
+    Raises InputError where the first file's labels are booleans and others' are not: `datasets` would make ties wins.
     """
     known = set(map(os.path.realpath, in_splits))
-    if others := [path for path in list_shards(folder) if os.path.realpath(path) not in known or not path.exists()]:
+    others = [path for path in list_shards(folder) if not path.exists() or os.path.realpath(path) not in known]
+    if others and not (folder / "README.md").is_file():  # which may choose files on purpose
         log.warning(
-            f"CAUTION: {len(others)} files in {folder} are not read, the first {others[0]}: they are in no split by "
-            "their names or the README.md there, or they are links to nothing"
+            f"CAUTION: {len(others)} files in {folder} are not read, the first {others[0]}: by their names they are in "
+            "no split, or they are links to nothing"
         )
-    numbered = [match for match in map(re.compile(r"(.*)-\d+-of-(\d+)\.\w+").fullmatch, files) if match]
+    numbered = [match for match in map(NUMBERED.fullmatch, files) if match]
     for (name, count), there in Counter(match.groups() for match in numbered).items():
         if there < int(count):
             log.warning(f"CAUTION: of {name}-*-of-{count} only {there} files are there")
@@ -135,7 +137,7 @@ def check_shards(folder: Path, files: list[str], in_splits: Iterable[str]) -> No
         schema = open_shard(Path(file))[0]
         if "label_0" in schema.names:
             kinds.setdefault(schema.field("label_0").type, file)
-    if len(kinds) > 1:
+    if len(kinds) > 1 and pa.types.is_boolean(next(iter(kinds))):
         said = ", ".join(f"{kind} in {file}" for kind, file in kinds.items())
         raise InputError(f"label_0 has several types ({said}): write all files alike")
 
@@ -145,7 +147,7 @@ def read_split(source: str, name: str | None, split: str, cache_dir: str | None)
 
     Where the hub cannot be reached, the files that an earlier call fetched are read.
     """
-    if Path(source).exists() and re.search(r"[*?\[\]\n]|::", os.path.abspath(source)):
+    if Path(source).exists() and re.search(r"[*?\[\]\n]|::", os.path.realpath(source)):
         raise InputError(
             f"data folder {source!r}: datasets takes *, ?, [, ] and :: in its path for patterns; rename it"
         )
@@ -169,7 +171,7 @@ def read_split(source: str, name: str | None, split: str, cache_dir: str | None)
         write_json(fetched, [builder.name, files])
     elif builder.name in ("parquet", "arrow") and Path(source).is_dir():
         check_shards(Path(source), files, itertools.chain(*splits.values()))
-    with showing_progress(files, cache_dir):
+    with showing_progress(files if builder.name == "parquet" else [], cache_dir):
         return datasets.load_dataset(builder.name, data_files={split: files}, split=split, cache_dir=cache_dir)
 
 
@@ -181,7 +183,7 @@ def showing_progress(files: list[str], cache_dir: str | None) -> Iterator[None]:
         yield
         return
     cache = cache_dir or datasets.config.HF_DATASETS_CACHE
-    log.info(f"data           {size:.3g} GiB, of which datasets makes a copy in {cache} when it first sees them")
+    log.info(f"data           {size:.3g} GiB, of which datasets makes a copy in {cache} unless it has one")
     datasets.utils.logging.enable_progress_bar()
     try:
         yield

@@ -731,7 +731,7 @@ def test_an_arrow_file_that_was_cut_off_is_named(tmp_path):
 
 
 def test_files_that_are_not_read_are_named(tmp_path, caplog):
-    as_parquet(tmp_path, split="train-00000-of-00003")
+    as_parquet(tmp_path, split="train-00000-of-00003-b66ac786bf6fb553")
     as_parquet(tmp_path, split="test-00000-of-00001")
     load(tmp_path)
     assert f"of {tmp_path}/train-*-of-00003 only 1 files are there" in caplog.text and "not read" not in caplog.text
@@ -739,7 +739,7 @@ def test_files_that_are_not_read_are_named(tmp_path, caplog):
     (tmp_path / ".hidden.parquet").touch()
     as_parquet(tmp_path, split="more")
     load(tmp_path)
-    assert f"2 files in {tmp_path} are not read, the first {tmp_path / 'more.parquet'}: they are in" in caplog.text
+    assert f"2 files in {tmp_path} are not read, the first {tmp_path / 'more.parquet'}: by their" in caplog.text
 
 
 def test_labels_of_several_types_are_refused(tmp_path):
@@ -748,6 +748,9 @@ def test_labels_of_several_types_are_refused(tmp_path):
     as_parquet(tmp_path, split="train-1")
     with pytest.raises(InputError, match=r"label_0 has several types \(bool in .*train-0.parquet, double in .*train-1"):
         load(tmp_path)
+    as_parquet(tmp_path, [row | {"label_0": int(row["label_0"])} for row in make_rows()], split="train-0")
+    as_parquet(tmp_path, [row | {"label_0": float(round(row["label_0"]))} for row in make_rows()], split="train-1")
+    load(tmp_path)  # of which all values stay what they are
 
 
 def test_folders_whose_names_are_patterns_are_refused(tmp_path):

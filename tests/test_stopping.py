@@ -18,7 +18,7 @@ from recording import optimizer_state, same, weights
 
 import train
 from sdpo.command import InputError
-from sdpo.data import SHARED_MEMORY, PairDataset
+from sdpo.data import SHARED_MEMORY, PairDataset, explain_failures
 from sdpo.metrics import read_metrics
 from sdpo.pairs import Pairs
 from sdpo.step import Skipped, compute_loss
@@ -57,6 +57,23 @@ def test_a_signal_ends_the_run_after_the_update_with_a_checkpoint(
     assert not (tmp_path / "run" / "unet.pth").exists()
     train.main(arguments("--max_train_steps=4"))
     assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
+def test_the_second_signal_of_a_terminal_that_closes_does_not_matter(arguments, tmp_path, monkeypatch):
+    """The shell sends one, and the kernel another when the shell ends."""
+    send_after(monkeypatch, 2, signal.SIGHUP, signal.SIGHUP)
+    with pytest.raises(SystemExit) as stopped:
+        train.main(arguments("--max_train_steps=4"))
+    assert stopped.value.code == 129 and (tmp_path / "run" / "checkpoint-2").is_dir()
+
+
+def test_errors_of_a_loader_worker_are_not_taken_for_its_end():
+    def fail():
+        yield 1
+        raise RuntimeError("Caught RuntimeError in DataLoader worker process 0.\\nunforeseen")
+
+    with pytest.raises(RuntimeError, match="unforeseen"):
+        list(explain_failures(fail()))
 
 
 def test_a_terminal_that_closes_is_nothing_to_a_run_that_ignores_it(arguments, tmp_path, monkeypatch):
@@ -136,13 +153,13 @@ def test_a_loader_worker_that_was_killed_is_one_sentence(arguments, tmp_path):
     assert list((tmp_path / "run").glob("checkpoint-*"))
 
 
-def test_too_little_shared_memory_is_said_before_training(arguments, monkeypatch):
+def test_too_little_shared_memory_is_said_before_training(arguments, tmp_path, monkeypatch):
     usage = shutil.disk_usage
     monkeypatch.setattr(
         shutil, "disk_usage", lambda path: usage(path)._replace(total=2**8) if path == SHARED_MEMORY else usage(path)
     )
     train.main(arguments("--max_train_steps=1", out="alone"))
-    for flags in ([], ["--latent_cache=cache"]):
+    for flags in ([], [f"--latent_cache={tmp_path / 'cache'}"]):
         with pytest.raises(InputError, match=r"/dev/shm has 0 MiB, of which 2 loader workers need .* --shm-size"):
             train.main(arguments("--dataloader_num_workers=2", *flags))
 
