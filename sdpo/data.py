@@ -33,7 +33,6 @@ if TYPE_CHECKING:  # reading pairs needs packages that batches do not
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SHARED_MEMORY = Path("/dev/shm")  # where loader workers put batches on Linux
-WORKER_GONE = ("DataLoader worker (pid", "Pin memory thread exited")  # in torch's errors; not of errors in a worker
 PREFETCHED = 2  # batches that a worker prepares ahead, torch's default
 
 
@@ -220,15 +219,16 @@ def start_loading(loader: DataLoader) -> Iterator:
     if loader.num_workers:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises wherever it is, also within an update
         atexit.register(kill_workers)  # functions registered later are called earlier, so before those that wait
-    return explain_failures(batches)
+        return explain_failures(batches)
+    return batches
 
 
 def explain_failures(batches: Iterator) -> Iterator:
-    """The batches; raises InputError where torch misses a loader worker."""
+    """Batches that workers load; raises InputError where one of them is gone."""
     try:
         yield from batches
-    except RuntimeError as error:
-        if not any(words in str(error) for words in WORKER_GONE):
+    except (RuntimeError, OSError, EOFError) as error:
+        if str(error).startswith("Caught "):  # in a worker, which torch reports as if it had happened here
             raise
         raise InputError(
             f"a loader worker was killed ({brief(error)}), most likely for lack of memory: try fewer "

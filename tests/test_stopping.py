@@ -67,6 +67,24 @@ def test_the_second_signal_of_a_terminal_that_closes_does_not_matter(arguments, 
     assert stopped.value.code == 129 and (tmp_path / "run" / "checkpoint-2").is_dir()
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"),
+        RuntimeError("Pin memory thread exited unexpectedly"),
+        ConnectionResetError(104, "Connection reset by peer"),
+        EOFError(),
+    ],
+)
+def test_a_loader_worker_may_end_in_several_ways(error):
+    def fail():
+        yield 1
+        raise error
+
+    with pytest.raises(InputError, match="a loader worker was killed"):
+        list(explain_failures(fail()))
+
+
 def test_errors_of_a_loader_worker_are_not_taken_for_its_end():
     def fail():
         yield 1
