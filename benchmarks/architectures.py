@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import SchedulerMixin
 from transformers import CLIPTextConfig, CLIPTokenizer, PreTrainedModel
 
 from sdpo.config import TrainConfig
@@ -114,6 +115,8 @@ def random_family(family: type[StableDiffusion], parts: dict[str, dict], device:
         def load(self, cls: type, name: str):
             if cls is CLIPTokenizer:  # the tiny base's vocabulary, at the official length
                 return CLIPTokenizer.from_pretrained(TINY / "tokenizer", model_max_length=TOKENS)
+            if issubclass(cls, SchedulerMixin):  # whose numbers are looked at
+                return cls.from_config(parts[name])
             with torch.device(device):
                 if issubclass(cls, PreTrainedModel):
                     return cls(CLIPTextConfig(**parts[name]))

@@ -79,6 +79,13 @@ def test_counts_are_the_known_ones(name):
     assert weights < parts["policy forward"]["bytes"] < 10 * weights * BASES[name].config().train_batch_size
 
 
+def test_the_count_is_a_command():
+    """In a process of its own: transformers may leave torch.linspace as it had it for tensors without data."""
+    command = [sys.executable, ROOT / "benchmarks" / "train.py", "--count", "--bases", "small"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0 and "| small, 128 px, 4 pairs | 0.00857 / " in result.stdout, result.stderr
+
+
 def test_bytes_are_inputs_and_outputs_and_views_cost_nothing():
     counts, a, b = {}, torch.randn(8, 16), torch.randn(16, 32)
     with counted(counts, share=0.5):
