@@ -11,8 +11,7 @@ rm -rf "$out/references"
 began=$SECONDS
 trap 'kill $(jobs -p) 2>/dev/null && wait || true' EXIT # where one training fails, the one beside it ends too
 
-# NAME FLAGS...: one training run, its console output in a file; the later two read the reference's errors of the first
-# two
+# NAME FLAGS...: one training run, its console output in a file; the first two leave the reference's errors to the others
 run() {
   local name=$1
   shift

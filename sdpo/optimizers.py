@@ -40,7 +40,7 @@ def adam_settings(config: TrainConfig, learning_rate: float) -> dict:
 
 
 def adafactor(parameters: Iterable[nn.Parameter], config: TrainConfig, learning_rate: float) -> Optimizer:
-    """Adafactor with a learning rate from outside, as the official code has it for SDXL."""
+    """Adafactor with a learning rate from outside, as the official code has it."""
     return transformers.Adafactor(
         parameters,
         lr=learning_rate,

@@ -171,7 +171,7 @@ def check_columns(
 def check_rows_have_images(pairs: Pairs, limit: int) -> None:
     """Raises InputError if more than `limit` of the pairs' rows have no image in one of the columns."""
     for name in pairs.columns:
-        sizes = np.concatenate([measure_images(block[name]) for block in blocks(pairs.table, pairs.columns)])
+        sizes = np.concatenate([measure_images(block[name]) for block in blocks(pairs.table, [name])])
         rows = pairs.rows[sizes[pairs.rows] < 0]
         if len(rows) > limit:
             path = encoded(pairs.table[int(rows[0])][name])

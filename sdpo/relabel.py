@@ -114,7 +114,7 @@ def relabel(config: RelabelConfig) -> str:
     if out.exists() and then is None:
         raise InputError(f"--out {out} is there already and is no label file: name another one")
     scores = read_scored(out, len(table)) if then and then | {"margin": config.margin} == about else None
-    if then == about:
+    if then == about:  # and the file is whole: it has just been read
         return f"labels by {config.metric} reused from {out}"
     out.parent.mkdir(parents=True, exist_ok=True)
     kept = out.with_name(out.name + ".scores.jsonl")

@@ -125,8 +125,9 @@ def plan_scores(manifest: str | Path, metrics: Sequence[str], options: ScoringOp
     """The first half of score_manifest: raises InputError for what would stop the second, but for weights."""
     take_in_shares(_beside(manifest))
     pending = _plan(manifest, metrics, options)
+    expected = pending.expected(options)
     for metric in metrics:
-        find_model(*pending.expected(options), metric, str(pending.path))
+        find_model(*expected, metric, str(pending.path))
     return pending
 
 

@@ -750,7 +750,9 @@ def test_labels_of_several_types_are_refused(tmp_path):
         load(tmp_path)
     as_parquet(tmp_path, [row | {"label_0": int(row["label_0"])} for row in make_rows()], split="train-0")
     as_parquet(tmp_path, [row | {"label_0": float(round(row["label_0"]))} for row in make_rows()], split="train-1")
-    load(tmp_path)  # of which all values stay what they are
+    won = load(tmp_path)[0].first_won  # of values that are the same numbers in either type
+    labels = [row["label_0"] for row in make_rows()]
+    assert won.tolist() == [int(label) == 1 for label in labels] + [round(label) == 1 for label in labels]
 
 
 def test_folders_whose_names_are_patterns_are_refused(tmp_path):
