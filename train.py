@@ -263,8 +263,8 @@ def train(run: Run, dataset: PairDataset, held_out: HeldOutPairs | None) -> int:
         hidden = not run.accelerator.is_local_main_process
         progress = tqdm(total=plan.steps, initial=run.step, desc=config.method, unit="update", disable=hidden)
         logged = began_at = run.step
-        seconds, skipped = 0.0, Skips(run, dataset)
-        while run.step < plan.steps:
+        seconds, skipped, stop = 0.0, Skips(run, dataset), 0
+        while run.step < plan.steps and not stop:
             learning_rate, began = run.optimizer.param_groups[0]["lr"], time.monotonic()
             try:
                 outcome = update(run, micro_batches)
@@ -293,11 +293,9 @@ def train(run: Run, dataset: PairDataset, held_out: HeldOutPairs | None) -> int:
             if due or stop:
                 folder = checkpoints.save_checkpoint(run, prune=not skipped.in_a_row)  # may hold broken weights
                 log.info(f"saved          {folder}")
-            if stop:
-                return stop
         progress.close()
         skipped.sum_up()
-    return 0
+    return stop
 
 
 def save_progress(run: Run, began_at: int, prune: bool) -> None:

@@ -122,9 +122,6 @@ def random_family(family: type[StableDiffusion], parts: dict[str, dict], device:
                     return cls(CLIPTextConfig(**parts[name]))
                 return cls.from_config(parts[name])
 
-        def _check_pipeline_class(self) -> None:
-            """There are no files."""
-
         def _check_tokenizers(self) -> None:
             """The vocabulary is smaller than the encoder's, which does not change what encoding costs."""
 

@@ -21,7 +21,7 @@ from sdpo.batch import Batch
 from sdpo.config import Plan, TrainConfig
 from sdpo.families import StableDiffusion
 from sdpo.inputs import make_inputs, normalise
-from sdpo.losses import sample_mean
+from sdpo.losses import sample_error
 from sdpo.memory import checkpoint_units, choose_checkpointing
 from sdpo.rng import draw, normal
 from sdpo.step import AUTOCAST, Run, build_run, update
@@ -53,7 +53,7 @@ def know_reference(run: Run, batch: Batch) -> Batch:
     inputs = make_inputs(run.family, batch.to(run.accelerator.device))
     with run.accelerator.autocast(), torch.no_grad():
         prediction = run.family.predict(run.reference, inputs.noisy, inputs.timesteps, inputs.conditioning)
-    known = sample_mean((prediction - inputs.target).square()).cpu()
+    known = sample_error(prediction, inputs.target).cpu()
     run.reference = None
     give_back_memory()
     return dataclasses.replace(batch, reference_error=known.pin_memory() if torch.cuda.is_available() else known)

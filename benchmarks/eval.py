@@ -82,7 +82,7 @@ def generation_task(family: StableDiffusion, unet: UNet2DConditionModel, size: i
 
 def generation(device: str, batches: list[int], repeats: int) -> dict:
     """Speeds by pipeline and batch size, as ratios to batch 1."""
-    family = load_family("sd15", str(TINY)).to(torch.device(device), torch.float32)
+    family = load_family(None, str(TINY)).to(torch.device(device), torch.float32)
     unets = {"tiny": (family.load_unet(), 8, 20), "small": (small_unet(), 16, 2)}  # UNet, latent side, steps
     results = {}
     for name, (unet, size, steps) in unets.items():

@@ -10,10 +10,12 @@ from __future__ import annotations
 import functools
 
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-BLOCKS = {"BasicTransformerBlock": 1, "ResnetBlock2D": 2}  # how many of their first inputs carry the policy's gradient
+BLOCKS = {BasicTransformerBlock: 1, ResnetBlock2D: 2}  # how many of their first inputs carry the policy's gradient
 
 
 def track_attention(model: nn.Module) -> None:
@@ -30,7 +32,7 @@ def compile_blocks(model: nn.Module) -> None:
     """
     torch._dynamo.config.recompile_limit = 128  # every shape of a block counts, for policy and reference
     for block in model.modules():
-        if carrying := BLOCKS.get(type(block).__name__):
+        if carrying := BLOCKS.get(type(block)):
             block.requires_grad_(True)  # decides the graph; outputs of what is frozen are detached
             compiled = torch.compile(block.forward, fullgraph=True, dynamic=False)
             block.forward = functools.partial(_run, compiled, carrying)

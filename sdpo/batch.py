@@ -51,13 +51,12 @@ class Batch:
 
 def collate(samples: list[dict]) -> Batch:
     """Stack samples, winners first; they have pixels, or moments and texts."""
-    names = ("pixels", "moments", "posterior_noise", "reference_error")
-    by_member = {name: stack(samples, name, 1).flatten(0, 1) if name in samples[0] else None for name in names}
+    by_member = {name: stack(samples, name, 1) for name in ("pixels", "moments", "posterior_noise", "reference_error")}
     texts = [s["texts"] for s in samples if "texts" in s]
     return Batch(
-        **by_member,
+        **{name: None if value is None else value.flatten(0, 1) for name, value in by_member.items()},
         noise=stack(samples, "noise"),
-        input_noise=None if samples[0]["input_noise"] is None else stack(samples, "input_noise"),
+        input_noise=stack(samples, "input_noise"),
         texts={name: stack(texts, name) for name in texts[0]} if texts else None,
         captions=[s["caption"] for s in samples],
         uniform=torch.tensor([s["uniform"] for s in samples], dtype=torch.float32),
@@ -65,6 +64,7 @@ def collate(samples: list[dict]) -> Batch:
     )
 
 
-def stack(samples: list[dict], name: str, dim: int = 0) -> Tensor:
-    """One entry of all samples, stacked along a new dimension."""
-    return torch.stack([sample[name] for sample in samples], dim)
+def stack(samples: list[dict], name: str, dim: int = 0) -> Tensor | None:
+    """One entry of all samples, stacked along a new dimension; None where they do not have it."""
+    values = [sample.get(name) for sample in samples]
+    return None if values[0] is None else torch.stack(values, dim)

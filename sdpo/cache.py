@@ -127,7 +127,7 @@ class ImageRows(Dataset):
             except ValueError as error:
                 unreadable[f"{row} {number}"] = str(error)
                 images.append(Image.new("RGB", (1, 1)))
-        return torch.stack([self.transform.one(image, None, False) for image in images]), unreadable
+        return torch.stack([self.transform.one(image, mirrored=False) for image in images]), unreadable
 
 
 def collate_rows(rows: list[tuple[Tensor, dict]]) -> tuple[Tensor, dict[str, str]]:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
@@ -28,6 +28,7 @@ from sdpo.files import brief
 from sdpo.rng import draw, normal
 
 if TYPE_CHECKING:  # reading pairs needs packages that batches do not
+    from sdpo.cache import CachedPairs
     from sdpo.pairs import Pairs
     from sdpo.references import KnownErrors
 
@@ -56,7 +57,7 @@ class Transform:
     ) -> Tensor:
         """(len(images), 3, resolution, resolution) uint8."""
         flips = self.draw_flips(len(images), flip_rng)
-        return torch.stack([self.one(image, crop_rng, flip) for image, flip in zip(images, flips, strict=True)])
+        return torch.stack([self.one(image, flip, crop_rng) for image, flip in zip(images, flips, strict=True)])
 
     def draw_flips(self, count: int, rng: np.random.Generator) -> list[bool]:
         """Which of `count` images to mirror."""
@@ -65,8 +66,8 @@ class Transform:
             flips[:] = flips[0]
         return (flips & self.flip).tolist()
 
-    def one(self, image: Image.Image, crop_rng: np.random.Generator, mirrored: bool) -> Tensor:
-        """(3, resolution, resolution) uint8."""
+    def one(self, image: Image.Image, mirrored: bool, crop_rng: np.random.Generator | None = None) -> Tensor:
+        """(3, resolution, resolution) uint8; a random crop needs its generator."""
         image = TF.resize(image, self.resolution, InterpolationMode.BILINEAR)
         if self.random_crop:
             left, top = (int(crop_rng.integers(length - self.resolution + 1)) for length in image.size)
@@ -80,7 +81,7 @@ class Transform:
 class PairDataset(Dataset):
     """Samples by (step, position in the global batch), everything random in them drawn for that place."""
 
-    pairs: Pairs  # or sdpo.cache.CachedPairs
+    pairs: Pairs | CachedPairs
     transform: Transform
     latent_shape: tuple[int, int, int]
     seed: int
@@ -103,10 +104,9 @@ class PairDataset(Dataset):
         if self.input_perturbation:
             input_noise = noise + self.input_perturbation * self._normal("perturbation", place, self.latent_shape)
         caption = self._caption(captions, place)
-        known = self.references.read(*place) if self.references else None
         return {
             **self._encoded(images, caption, place),
-            **({} if known is None else {"reference_error": known}),
+            "reference_error": self.references.read(*place) if self.references else None,
             "caption": caption,
             "noise": noise,
             "input_noise": input_noise,
@@ -167,21 +167,11 @@ def micro_batch_places(plan: Plan, rank: int, step: int, micro: int) -> list[tup
     return [(step, start + i) for i in range(size)]
 
 
-@dataclass(frozen=True)
-class RankSampler(Sampler):
-    """Places of this rank's micro-batches: a global batch is dealt out micro-step by micro-step, rank by rank."""
-
-    first_step: int
-    plan: Plan
-    rank: int
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for step in range(self.first_step, self.plan.steps):
-            for micro in range(self.plan.accumulation):
-                yield micro_batch_places(self.plan, self.rank, step, micro)
-
-    def __len__(self) -> int:
-        return (self.plan.steps - self.first_step) * self.plan.accumulation
+def deal_out(plan: Plan, rank: int, first_step: int) -> Iterator[list[tuple[int, int]]]:
+    """Places of a rank's micro-batches: a global batch is dealt out micro-step by micro-step, rank by rank."""
+    for step in range(first_step, plan.steps):
+        for micro in range(plan.accumulation):
+            yield micro_batch_places(plan, rank, step, micro)
 
 
 def outlive_signals(worker: int) -> None:
@@ -241,10 +231,9 @@ def train_batches(config: TrainConfig, dataset: PairDataset, plan: Plan, rank: i
     workers = config.dataloader_num_workers
     if workers:
         check_shared_memory(workers, config.train_batch_size * collate([dataset[0, 0]]).nbytes)
-    sampler = RankSampler(first_step, plan, rank)
     loader = DataLoader(
         dataset,
-        batch_sampler=sampler,
+        batch_sampler=deal_out(plan, rank, first_step),
         collate_fn=collate,
         num_workers=workers,
         worker_init_fn=outlive_signals,

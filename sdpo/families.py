@@ -90,7 +90,6 @@ class StableDiffusion:
     ):
         self.source, self.vae_source, self.cache_dir = source, vae, cache_dir
         self.options = {"revision": revision, "cache_dir": cache_dir}
-        self._check_pipeline_class()
         self.scheduler = self.load(DDPMScheduler, "scheduler")
         defaults = self.scheduler.config.get("_use_default_values", ())
         if "beta_schedule" in defaults and not self.scheduler.config.trained_betas:
@@ -126,14 +125,6 @@ class StableDiffusion:
     def load(self, cls: type, name: str):
         """One part of the base model, by its subfolder; raises InputError if it cannot be read."""
         return load_part(cls, self.source, name, **self.options)
-
-    def _check_pipeline_class(self) -> None:
-        found = FAMILIES[find_family(self.source, **self.options)].pipeline_class
-        if found is not self.pipeline_class:
-            raise InputError(
-                f"{self.source} holds a {found.__name__}, not a {self.pipeline_class.__name__}: "
-                "SDXL models need --sdxl, SD1.x models run without it"
-            )
 
     def _check_tokenizers(self) -> None:
         for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
@@ -453,9 +444,16 @@ def find_family(source: str, **options: str | None) -> str:
     return families[found]
 
 
-def load_family(name: str, source: str, **options: str | bool | None) -> StableDiffusion:
+def load_family(name: str | None, source: str, **options: str | bool | None) -> StableDiffusion:
     """The family with its frozen parts on the CPU in fp32; source is a hub id or a local diffusers folder.
 
-    With encoders=False it has neither tokenizers nor text encoders, and of the VAE only the config.
+    With encoders=False it has neither tokenizers nor text encoders, and of the VAE only the config. Raises InputError
+    unless the source holds a pipeline of the family `name`, a row of FAMILIES; None takes any of them.
     """
-    return FAMILIES[name](source, **options)
+    found = find_family(source, **{key: options.get(key) for key in ("revision", "cache_dir")})
+    if name not in (None, found):
+        held, wanted = (FAMILIES[row].pipeline_class.__name__ for row in (found, name))
+        raise InputError(
+            f"{source} holds a {held}, not a {wanted}: SDXL models need --sdxl, SD1.x models run without it"
+        )
+    return FAMILIES[found](source, **options)

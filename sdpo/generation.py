@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPTokenizer, PreTrainedModel
 
 from sdpo.command import InputError, flag, parse_assignments, within_memory
-from sdpo.families import RELEASED, StableDiffusion, find_family, load_family
+from sdpo.families import RELEASED, StableDiffusion, load_family
 from sdpo.files import brief, write_file, write_json
 from sdpo.hub import DTYPES, WEIGHT_SUFFIXES, fetch
 from sdpo.manifest import MADE_WITH, write_manifest
@@ -186,12 +186,6 @@ def results_folder(weights: Path) -> Path:
     return whole.with_name(f"eval-{whole.name}") if checkpoint else weights
 
 
-def load_base(config: EvalConfig) -> StableDiffusion:
-    """The base model's frozen parts as the family whose pipeline it holds; raises InputError."""
-    base, options = config.pretrain_path, {"revision": config.revision, "cache_dir": config.cache_dir}
-    return load_family(find_family(base, **options), base, vae=config.vae_path or None, **options)
-
-
 def hash_weights(models: Iterable[nn.Module]) -> str:
     """The sha256 over names and fp32 values of all parameters and buffers, whatever file they came from."""
     digest = hashlib.sha256()
@@ -303,7 +297,8 @@ def load_run(config: EvalConfig, accelerator: Accelerator) -> EvalRun:
     """Models on the device in their dtypes, weights hashed, batch size chosen; raises InputError."""
     device, dtype = accelerator.device, DTYPES[config.dtype]
     source, folder = locate_unet(config)
-    family = load_base(config)
+    options = {"vae": config.vae_path or None, "revision": config.revision, "cache_dir": config.cache_dir}
+    family = load_family(None, config.pretrain_path, **options)
     unet = family.load_unet(source).requires_grad_(False).eval()
     if config.steps > (most := family.scheduler.config.num_train_timesteps):
         raise InputError(f"--steps must be at most {most} for {config.pretrain_path}, got {config.steps}")

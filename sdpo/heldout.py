@@ -13,7 +13,7 @@ from sdpo.batch import collate
 from sdpo.data import PairDataset
 from sdpo.families import StableDiffusion
 from sdpo.inputs import Inputs, make_inputs
-from sdpo.losses import sample_mean
+from sdpo.losses import sample_error
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class HeldOutPairs:
     def _errors(self, unet: nn.Module, inputs: Inputs) -> Tensor:
         with self.accelerator.autocast():
             prediction = self.family.predict(unet, inputs.noisy, inputs.timesteps, inputs.conditioning)
-        return sample_mean((prediction - inputs.target).square())  # (2B,)
+        return sample_error(prediction, inputs.target)  # (2B,)
 
     def measure(self, unet: nn.Module, beta: float, name: str) -> dict[str, float]:
         """Means of winner and loser error minus the reference's, margin and margin accuracy; of several pairs, standard

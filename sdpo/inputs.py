@@ -40,8 +40,12 @@ def make_inputs(family: StableDiffusion, batch: Batch) -> Inputs:
     else:
         latents = family.sample_posterior(batch.moments, batch.posterior_noise)
         conditioning = family.condition(batch.texts, family.image_size(latents.shape[-1]))
-    timesteps = family.timesteps(batch.uniform).repeat(members)
-    noise, perturbed = (None if x is None else x.repeat(members, 1, 1, 1) for x in (batch.noise, batch.input_noise))
+
+    def for_each_member(x: Tensor) -> Tensor:  # (B, ...) -> (members * B, ...)
+        return torch.cat([x] * members)
+
+    timesteps, noise = for_each_member(family.timesteps(batch.uniform)), for_each_member(batch.noise)
+    perturbed = None if batch.input_noise is None else for_each_member(batch.input_noise)
     noisy, target = family.add_noise(latents, noise, timesteps, perturbed)
-    conditioning = {name: value.repeat(members, *[1] * (value.dim() - 1)) for name, value in conditioning.items()}
+    conditioning = {name: for_each_member(value) for name, value in conditioning.items()}
     return Inputs(noisy, timesteps, conditioning, target)

@@ -31,20 +31,10 @@ class PairTerms:
     beta: float  # of the margin
 
 
-class _ScaleGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(scale)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.saved_tensors[0], None
-
-
 def scale_gradient(x: Tensor, scale: Tensor) -> Tensor:
-    """Identity whose backward pass multiplies the gradient by `scale`, a constant that broadcasts against x."""
-    return _ScaleGradient.apply(x, scale.detach().to(x.dtype))
+    """x as it is, with its gradient multiplied by `scale`, a constant that broadcasts against x."""
+    value = x.detach()
+    return value + scale.detach().to(x.dtype) * (x - value)  # the difference is 0, its gradient is not
 
 
 def check_shape(name: str, x: Tensor, expected: Sequence[int], like: str) -> None:
@@ -71,6 +61,11 @@ def sample_mean(x: Tensor) -> Tensor:
     return x.flatten(1).mean(1)
 
 
+def sample_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of each sample: (B, ...) twice -> (B,)."""
+    return sample_mean((prediction - target).square())
+
+
 def winner_preserving_scale(
     residual_w: Tensor, residual_l: Tensor, mu: float, per_pair: bool = False, eps: float = 1e-9
 ) -> Tensor:
@@ -90,7 +85,7 @@ def winner_preserving_scale(
     flat_w, flat_l = residual_w.reshape(rows, -1), residual_l.reshape(rows, -1)  # (rows, N)
     ww, wl = (flat_w * flat_w).sum(1), (flat_w * flat_l).sum(1)  # N^2/4 times ||g_w||^2 and <g_w, g_l>
     limit = (1 - mu) * ww / (wl + eps * flat_w.shape[1] ** 2 / 4)  # -||g_w||^2 + lambda <g_w, g_l> <= -mu ||g_w||^2
-    scale = torch.where(wl > 0, limit.clamp(0, 1), torch.ones_like(limit))
+    scale = torch.where(wl > 0, limit.clamp(0, 1), 1.0)
     return scale if per_pair else scale.squeeze(0)
 
 
@@ -121,7 +116,7 @@ def pair_terms(
     error_w, error_l = sample_mean(residual_w.square()), sample_mean(residual_l.square())
     reference = None if reference is None else reference.detach().float()
     if reference_error is None:
-        reference_error = sample_mean((reference - target).square())
+        reference_error = sample_error(reference, target)
     reference_error_w, reference_error_l = reference_error.float().chunk(2)
     drift_w = None if reference is None else (prediction - reference).chunk(2)[0]
     scale = (
@@ -167,7 +162,7 @@ def dspo_score(terms: PairTerms) -> Tensor:
     """
     drift = require_drift(terms)
     weight = terms.beta * (1 - torch.sigmoid(terms.margin))  # (B,)
-    return sample_mean((terms.residual_w - per_sample(weight, drift) * drift).square())
+    return sample_error(terms.residual_w, per_sample(weight, drift) * drift)
 
 
 def dspo_switched(terms: PairTerms) -> Tensor:
@@ -192,7 +187,7 @@ def sft(prediction: Tensor, target: Tensor) -> Tensor:
     Raises ValueError unless target has the shape of prediction.
     """
     check_shape("target", target, prediction.shape, "prediction")
-    return sample_mean((prediction.float() - target.detach().float()).square())
+    return sample_error(prediction.float(), target.detach().float())
 
 
 # Each takes the terms of B pairs and returns (B,); dmpo takes its alpha too

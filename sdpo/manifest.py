@@ -206,8 +206,8 @@ def check_score(value: Any, what: str, fix: str = "look at the image and score i
 def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     if "sha256" in old and "sha256" in new and old["sha256"] != new["sha256"]:
         return new  # the image is another one
-    kept = {metric: model for metric, model in old.get("models", {}).items() if metric not in new}
-    models = {**kept, **new.get("models", {})}
+    models = {metric: model for metric, model in old.pop("models", {}).items() if metric not in new}
+    models |= new.pop("models", {})
     return {**old, **new, **({"models": models} if models else {})}
 
 

@@ -6,6 +6,7 @@ counted on tensors without data, so the choice takes seconds and no memory.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 
 import torch
@@ -82,11 +83,9 @@ def choose_units(
         counter = ActivationCounter(family, unet, inputs, dtype)
         by_unit = counter.by_unit()
         order = sorted(by_unit, key=lambda name: -by_unit[name])
-        low, high = 0, len(order)
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if counter.total(set(order[:middle])) <= budget else (middle + 1, high)
-        return set(order[:low]), counter.total(set(order[:low]))
+        fewest = bisect_left(range(len(order)), True, key=lambda n: counter.total(set(order[:n])) <= budget)
+        chosen = set(order[:fewest])
+        return chosen, counter.total(chosen)
 
 
 class ActivationCounter:

@@ -155,9 +155,10 @@ def read_complete(manifest: str | Path, metrics: Sequence[str], options: Scoring
 def score_share(manifest: str | Path, metrics: Sequence[str], options: ScoringOptions, rank: int, ranks: int) -> None:
     """Compute one rank's share of the missing scores into scores.rank{N}.jsonl, which score_manifest takes in."""
     pending = _plan(manifest, metrics, options)
-    share = pending.path.with_name(f"scores.rank{rank}.jsonl")
+    file = pending.path.with_name(f"scores.rank{rank}.jsonl")
     for lacking, missing in pending.todo.items():
-        _compute(missing[rank::ranks], lacking, share, options, quiet=rank > 0)
+        if share := missing[rank::ranks]:
+            _compute(share, lacking, file, options, quiet=rank > 0)
 
 
 def take_in_shares(path: Path) -> None:

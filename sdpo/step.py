@@ -26,7 +26,7 @@ from sdpo.config import Plan, TrainConfig
 from sdpo.families import StableDiffusion, hold_matmul_weights
 from sdpo.hub import DTYPES
 from sdpo.inputs import make_inputs
-from sdpo.losses import PAIR_LOSSES, PairTerms, dmpo, pair_terms, sample_mean, sft
+from sdpo.losses import PAIR_LOSSES, PairTerms, dmpo, pair_terms, sample_error, sft
 from sdpo.metrics import Meter, pair_metrics
 from sdpo.optimizers import OPTIMIZERS, optimizer_name
 
@@ -171,7 +171,7 @@ def compute_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     known = batch.reference_error
     if config.official_reference_errors and reference is not None:
         low = DTYPES[config.mixed_precision]
-        known = sample_mean((reference.to(low) - inputs.target.to(low)).square())
+        known = sample_error(reference.to(low), inputs.target.to(low))
     terms = pair_terms(prediction, reference, inputs.target, config.beta_dpo, reference_error=known, **scaling)
     if run.references and reference is not None:
         run.references.add(run.step, terms)

@@ -32,7 +32,7 @@ from sdpo import tables
 from sdpo.batch import collate
 from sdpo.command import InputError
 from sdpo.config import Plan, TrainConfig
-from sdpo.data import PairDataset, RankSampler, Transform, train_batches
+from sdpo.data import PairDataset, Transform, deal_out, train_batches
 from sdpo.families import StableDiffusion
 from sdpo.images import decode
 from sdpo.inputs import make_inputs
@@ -143,9 +143,8 @@ def loaded(dataset, processes=1, accumulation=4, batch=2, workers=0, first_step=
     plan = Plan.of(config, processes, len(dataset.pairs))
     found = {}
     for rank in range(processes):
-        sampler = RankSampler(first_step, plan, rank)
         batches = train_batches(config, dataset, plan, rank, first_step)
-        for places, got in zip(sampler, batches, strict=True):
+        for places, got in zip(deal_out(plan, rank, first_step), batches, strict=True):
             members = {name: getattr(got, name).unflatten(0, (2, batch)) for name in ("pixels", "posterior_noise")}
             for i, place in enumerate(places):
                 assert place not in found, f"{place} was loaded twice"

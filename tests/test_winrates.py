@@ -533,6 +533,9 @@ def test_lines_of_an_image_complete_each_other(tmp_path):
     append_scores(path, [{**about, "CLIP": 0.3}, {**about, "prompt": "q", "CLIP": 0.4}])
     expected = {**about, "CLIP": 0.3, "HPSv2": 0.2, "models": {"HPSv2": "v2.0"}}
     assert list(read_scores(path).values()) == [expected, {**about, "prompt": "q", "CLIP": 0.4}]
+    append_scores(path, [{**about, "HPSv2": 0.3}])  # of no known model any more
+    assert read_scores(path)["0.png", "p"] == {**about, "CLIP": 0.3, "HPSv2": 0.3}
+    append_scores(path, [{**about, "HPSv2": 0.2, "models": {"HPSv2": "v2.0"}}])
     compact_scores(path)
     assert [json.loads(line) for line in path.read_text().splitlines()] == list(read_scores(path).values())
     append_scores(path, [{**about, "sha256": "an image", "PickScore": 0.5}])  # of which the other lines may be, too

@@ -16,7 +16,7 @@ from matplotlib import pyplot as plt
 
 from sdpo.command import InputError, parse_assignments, run_command
 from sdpo.console import quiet_libraries
-from sdpo.families import StableDiffusion, find_family, load_family
+from sdpo.families import StableDiffusion, load_family
 from sdpo.files import write_json, write_text
 from sdpo.hub import load_weights
 from sdpo.metrics import read_metrics
@@ -147,7 +147,7 @@ def main() -> None:
             raise InputError(f"{run} is no run that ended and had held-out pairs: train it with --validation_pairs")
     args.out.mkdir(parents=True, exist_ok=True)
     quiet_libraries()
-    family = load_family(find_family(str(BASE)), str(BASE))
+    family = load_family(None, str(BASE))
     family.to(torch.device("cpu"), torch.float32)
 
     figures, images = evaluate(family, None)
