@@ -9,8 +9,8 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import field
-from typing import Any, NoReturn
+from dataclasses import dataclass, field
+from typing import Annotated, Any, NoReturn, get_args, get_type_hints
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a full disk
 
@@ -86,6 +86,36 @@ class FlagErrors:
 
 class Parser(FlagErrors, argparse.ArgumentParser):
     """For commands whose flags are not those of a dataclass."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What the value of a flag must satisfy, as part of the type of its field."""
+
+    holds: Callable[[Any], bool]
+    demand: str
+
+
+AT_LEAST_0 = Limit(lambda value: 0 <= value < 2**63, "must be at least 0 and below 2^63")
+Count = Annotated[int, Limit(lambda value: 1 <= value < 2**31, "must be at least 1 and below 2^31")]
+Natural = Annotated[int, AT_LEAST_0]
+NotNegative = Annotated[float, AT_LEAST_0]
+Positive = Annotated[float, Limit(lambda value: 0 < value < 2**63, "must be above 0 and below 2^63")]
+Share = Annotated[float, Limit(lambda value: 0 <= value <= 1, "must lie in [0, 1]")]
+Decay = Annotated[float, Limit(lambda value: 0 <= value < 1, "must lie in [0, 1)")]
+Side = Annotated[
+    int, Limit(lambda value: 8 <= value <= 2**14 and value % 8 == 0, "must be a multiple of 8, at most 16384")
+]
+
+
+def check_limits(flags: Any) -> None:
+    """Raises InputError for the first field of a dataclass instance, None excepted, that its type does not allow."""
+    for name, kind in get_type_hints(type(flags), include_extras=True).items():
+        value = getattr(flags, name)
+        for part in (kind, *get_args(kind)):  # of a union
+            for limit in getattr(part, "__metadata__", ()):
+                if value is not None and not limit.holds(value):
+                    raise InputError(f"--{name} {limit.demand}, got {value}")
 
 
 def flag(default: Any, text: str) -> Any:

@@ -9,29 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from sdpo.command import InputError, flag
+from sdpo.command import Count, Decay, InputError, Natural, NotNegative, Positive, Share, Side, check_limits, flag
 from sdpo.scoring import METRICS
 
 OFFICIAL_CHOICES = {"aesthetics": "aes", "hpsv2": "hps"}  # names of scorers in --choice_model
 CHOICE_MODELS = {OFFICIAL_CHOICES.get(row, row): row for row in METRICS.values()}  # row of sdpo.scorers.SCORERS
 POLYNOMIAL_END = 1e-7  # learning rate that diffusers' polynomial schedule ends with, whatever it began with
 PLACES = ("labels_file", "latent_cache", "reference_cache", "validation_data_dir", "validation_split")  # if given
-LIMITS = {  # flags -> what their value must satisfy, and how that is said
-    "train_batch_size num_train_epochs gradient_accumulation_steps global_batch_size validation_steps logging_steps "
-    "max_train_samples checkpoints_total_limit max_skipped_updates": (lambda value: value >= 1, "must be at least 1"),
-    "max_train_steps lr_warmup_steps dataloader_num_workers max_grad_norm validation_pairs max_unreadable_images "
-    "checkpointing_steps choice_margin learning_rate seed noise_offset input_perturbation adam_weight_decay": (
-        lambda value: value >= 0,
-        "must not be negative",
-    ),
-    "beta_dpo adam_epsilon activation_memory skip_grad_norm_above": (lambda value: value > 0, "must be positive"),
-    "winner_preserving_mu constant_loser_scale proportion_empty_prompts dmpo_alpha": (
-        lambda value: 0 <= value <= 1,
-        "must lie in [0, 1]",
-    ),
-    "ema_decay adam_beta1 adam_beta2": (lambda value: 0 <= value < 1, "must lie in [0, 1)"),
-    "resolution": (lambda value: 8 <= value <= 2**14 and value % 8 == 0, "must be a multiple of 8, at most 16384"),
-}
 
 
 def check_data_source(dataset_name: str | None, train_data_dir: str | None) -> None:
@@ -68,7 +52,7 @@ class TrainConfig:
     split: str = flag("train", "split to train on")
     image_column: str = flag("image", "column of single images, for sft on data without pairs")
     caption_column: str = flag("caption", "column of the caption or list of captions")
-    max_train_samples: int | None = flag(None, "train on this many pairs, drawn with the seed")
+    max_train_samples: Count | None = flag(None, "train on this many pairs, drawn with the seed")
     dreamlike_pairs_only: bool = flag(False, "keep pairs whose model_0 and model_1 both name a dreamlike model")
     labels_file: str | None = flag(None, "labels made by `python -m sdpo.relabel`, in place of the training data's own")
     choice_model: str = flag(
@@ -76,9 +60,11 @@ class TrainConfig:
         f"label the training pairs with a scorer before the start: {', '.join(CHOICE_MODELS)}; "
         "kept in output_dir. For much data on several GPUs run `python -m sdpo.relabel` first",
     )
-    choice_margin: float = flag(0.0, "with --choice_model: pairs whose scores differ by this or less are ties")
+    choice_margin: NotNegative = flag(0.0, "with --choice_model: pairs whose scores differ by this or less are ties")
     choice_weights: str = flag("", "with --choice_model: METRIC.PART=SOURCE,... for weights that lie elsewhere")
-    resolution: int | None = flag(None, "side of the square training images in pixels; the base model's own by default")
+    resolution: Side | None = flag(
+        None, "side of the square training images in pixels; the base model's own by default"
+    )
     random_crop: bool = flag(False, "crop at random instead of at the centre")
     no_hflip: bool = flag(False, "never flip images")
     shared_flip: bool = flag(False, "flip both images of a pair together; officially each is flipped on its own")
@@ -86,9 +72,11 @@ class TrainConfig:
         False,
         "decode JPEGs at 1/2, 1/4 or 1/8 of their size where that is still --resolution or more: quicker, less exact",
     )
-    proportion_empty_prompts: float = flag(0.2, "share of captions replaced by the empty string")
-    max_unreadable_images: int = flag(100, "replace up to this many unreadable pairs per process by others, then stop")
-    dataloader_num_workers: int = flag(0, "data loading processes per rank; 0 loads in the main process")
+    proportion_empty_prompts: Share = flag(0.2, "share of captions replaced by the empty string")
+    max_unreadable_images: Natural = flag(
+        100, "replace up to this many unreadable pairs per process by others, then stop"
+    )
+    dataloader_num_workers: Natural = flag(0, "data loading processes per rank; 0 loads in the main process")
     latent_cache: str | None = flag(
         None, "folder of encoded images and captions: filled by `python -m sdpo.cache` or on first use, then read"
     )
@@ -97,19 +85,19 @@ class TrainConfig:
     # Method
     train_method: Literal["diffusion-dpo", "dspo", "dmpo", "sft"] = flag("diffusion-dpo", "training method")
     sft: bool = flag(False, "same as --train_method sft")
-    beta_dpo: float = flag(5000.0, "beta of the loss; contains the paper's T * omega(t)")
-    dmpo_alpha: float = flag(0.0, "1 - alpha is the probability that dmpo pulls sigmoid(margin) to; 0.01 is official")
+    beta_dpo: Positive = flag(5000.0, "beta of the loss; contains the paper's T * omega(t)")
+    dmpo_alpha: Share = flag(0.0, "1 - alpha is the probability that dmpo pulls sigmoid(margin) to; 0.01 is official")
     dspo_form: Literal["auto", "score", "switched"] = flag(
         "auto", "form of dspo; auto is the official one for the base model"
     )
     use_winner_preserving: bool = flag(
         False, "scale the loser's gradient by the winner-preserving rule (the safeguard)"
     )
-    winner_preserving_mu: float = flag(0.0, "share of the winner's descent that the safeguard keeps, in [0, 1]")
+    winner_preserving_mu: Share = flag(0.0, "share of the winner's descent that the safeguard keeps, in [0, 1]")
     winner_preserving_per: Literal["batch", "pair"] = flag(
         "batch", "one loser scale per device micro-batch (official) or per pair (split-invariant)"
     )
-    constant_loser_scale: float = flag(
+    constant_loser_scale: Share = flag(
         1.0,
         "control experiment: a constant loser scale in [0, 1]; 1 is the plain method, 0 trains on winners only",
     )
@@ -123,36 +111,36 @@ class TrainConfig:
         "folder of the reference's errors: written by the first run, read by others that differ in loss (not dspo), "
         "beta, safeguard, schedule or optimizer",
     )
-    noise_offset: float = flag(0.0, "strength of a per-channel offset added to the noise")
-    input_perturbation: float = flag(
+    noise_offset: NotNegative = flag(0.0, "strength of a per-channel offset added to the noise")
+    input_perturbation: NotNegative = flag(
         0.0,
         "strength of extra noise on the model's input, shared by the pair; the target keeps the plain noise",
     )
 
     # Optimisation
-    seed: int | None = flag(None, "seed of every random draw; drawn, printed and saved if not given")
-    train_batch_size: int = flag(1, "pairs per device and micro-step")
-    gradient_accumulation_steps: int = flag(1, "micro-steps per update")
-    global_batch_size: int | None = flag(None, "pairs per update over all devices; sets gradient_accumulation_steps")
-    max_train_steps: int = flag(2000, "updates; 0 means num_train_epochs passes over the data")
-    num_train_epochs: int = flag(100, "passes over the data, used with --max_train_steps 0")
-    learning_rate: float = flag(1e-8, "learning rate after warm-up, before --scale_lr")
+    seed: Natural | None = flag(None, "seed of every random draw; drawn, printed and saved if not given")
+    train_batch_size: Count = flag(1, "pairs per device and micro-step")
+    gradient_accumulation_steps: Count = flag(1, "micro-steps per update")
+    global_batch_size: Count | None = flag(None, "pairs per update over all devices; sets gradient_accumulation_steps")
+    max_train_steps: Natural = flag(2000, "updates; 0 means num_train_epochs passes over the data")
+    num_train_epochs: Count = flag(100, "passes over the data, used with --max_train_steps 0")
+    learning_rate: NotNegative = flag(1e-8, "learning rate after warm-up, before --scale_lr")
     scale_lr: bool = flag(False, "multiply the learning rate by the global batch size")
     lr_scheduler: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
     ] = flag("constant_with_warmup", "learning rate schedule")
-    lr_warmup_steps: int = flag(500, "warm-up updates")
+    lr_warmup_steps: Natural = flag(500, "warm-up updates")
     use_adafactor: bool = flag(False, "same as --optimizer adafactor")
     optimizer: Literal["auto", "adamw", "adamw8bit", "adafactor"] = flag(
         "auto", "auto is the official one for the base model; adamw8bit needs `pip install bitsandbytes`"
     )
-    adam_beta1: float = flag(0.9, "beta1 of AdamW")
-    adam_beta2: float = flag(0.999, "beta2 of AdamW")
-    adam_weight_decay: float = flag(1e-2, "weight decay of either optimizer")
-    adam_epsilon: float = flag(1e-8, "epsilon of AdamW")
-    max_grad_norm: float = flag(1.0, "clip the gradient's norm at this value; 0 turns clipping off")
-    max_skipped_updates: int = flag(10, "stop after this many skipped updates in a row")
-    skip_grad_norm_above: float | None = flag(None, "also skip updates whose gradient norm is above this value")
+    adam_beta1: Decay = flag(0.9, "beta1 of AdamW")
+    adam_beta2: Decay = flag(0.999, "beta2 of AdamW")
+    adam_weight_decay: NotNegative = flag(1e-2, "weight decay of either optimizer")
+    adam_epsilon: Positive = flag(1e-8, "epsilon of AdamW")
+    max_grad_norm: NotNegative = flag(1.0, "clip the gradient's norm at this value; 0 turns clipping off")
+    max_skipped_updates: Count = flag(10, "stop after this many skipped updates in a row")
+    skip_grad_norm_above: Positive | None = flag(None, "also skip updates whose gradient norm is above this value")
     mixed_precision: Literal["no", "fp16", "bf16"] = flag("fp16", "autocast precision; weights of the policy stay fp32")
     allow_tf32: bool = flag(
         False, "allow TF32 in fp32 matrix products on GPUs that have it; PyTorch allows it in convolutions anyway"
@@ -166,22 +154,22 @@ class TrainConfig:
             "const": "full",
         },
     )
-    activation_memory: float | None = flag(
+    activation_memory: Positive | None = flag(
         None, "GiB per device that --gradient_checkpointing auto may keep; what is free by default"
     )
     compile: bool = flag(False, "compile the UNet's repeated blocks; the first update takes minutes longer")
     channels_last: bool = flag(False, "keep the UNets in channels-last memory format")
     use_ema: bool = flag(False, "keep an exponential moving average of the weights, saved as unet_ema.pth")
-    ema_decay: float = flag(0.995, "decay of the average; it remembers about 1 / (1 - decay) updates")
+    ema_decay: Decay = flag(0.995, "decay of the average; it remembers about 1 / (1 - decay) updates")
 
     # Held-out pairs
-    validation_pairs: int = flag(
+    validation_pairs: Natural = flag(
         0,
         "pairs set aside by prompt, or read from the validation split or folder, for held-out errors",
     )
     validation_split: str | None = flag(None, "read the held-out pairs from this split of the data set instead")
     validation_data_dir: str | None = flag(None, "read the held-out pairs from this local folder instead")
-    validation_steps: int = flag(100, "measure held-out errors every so many updates, and at the start and end")
+    validation_steps: Count = flag(100, "measure held-out errors every so many updates, and at the start and end")
     validation_prompts: str | None = flag(
         None, "text file with a prompt per line: sample an image of each whenever held-out errors are measured"
     )
@@ -193,9 +181,9 @@ class TrainConfig:
         "tensorboard", "tracker; all is every one that is installed"
     )
     tracker_project_name: str = flag("tuning", "project name given to the trackers")
-    logging_steps: int = flag(1, "log every so many updates; metrics are averaged over them")
-    checkpointing_steps: int = flag(500, "write a checkpoint every so many updates; 0 writes none")
-    checkpoints_total_limit: int | None = flag(None, "keep this many newest checkpoints")
+    logging_steps: Count = flag(1, "log every so many updates; metrics are averaged over them")
+    checkpointing_steps: Natural = flag(500, "write a checkpoint every so many updates; 0 writes none")
+    checkpoints_total_limit: Count | None = flag(None, "keep this many newest checkpoints")
     resume_from_checkpoint: str | None = flag(
         "latest", "'latest', a checkpoint folder, or 'none' to begin in a folder without checkpoints"
     )
@@ -207,17 +195,10 @@ class TrainConfig:
     hard_skip_resume: bool = flag(False, "obsolete")
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            if isinstance(value, int | float) and not abs(value) < 2**63:  # nor nan
-                raise InputError(f"--{name} must be a number below 2^63, got {value}")
+        check_limits(self)
         for name in PLACES:
             if getattr(self, name) == "":  # of a shell variable that is not set
                 raise InputError(f"--{name} is empty: give its value or leave the flag out")
-        for names, (holds, demand) in LIMITS.items():
-            for name in names.split():
-                value = getattr(self, name)
-                if value is not None and not holds(value):
-                    raise InputError(f"--{name} {demand}, got {value}")
         for wrong, message in self._conflicts():
             if wrong:
                 raise InputError(message)

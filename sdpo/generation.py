@@ -15,7 +15,7 @@ import logging
 import math
 import os
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +32,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import CLIPTokenizer, PreTrainedModel
 
-from sdpo.command import InputError, flag, parse_assignments, within_memory
+from sdpo.command import Count, InputError, Natural, check_limits, flag, parse_assignments, within_memory
 from sdpo.families import RELEASED, StableDiffusion, load_family
 from sdpo.files import brief, write_file, write_json
 from sdpo.hub import DTYPES, WEIGHT_SUFFIXES, fetch
@@ -73,15 +73,15 @@ class EvalConfig:
     )
 
     # Sampling
-    resolution: int | None = flag(None, "side of the square images in pixels; the base model's own by default")
-    height: int | None = flag(None, "height of the images in pixels, in place of --resolution")
-    width: int | None = flag(None, "width of the images in pixels, in place of --resolution")
-    steps: int = flag(50, "Euler steps")
+    resolution: Count | None = flag(None, "side of the square images in pixels; the base model's own by default")
+    height: Count | None = flag(None, "height of the images in pixels, in place of --resolution")
+    width: Count | None = flag(None, "width of the images in pixels, in place of --resolution")
+    steps: Count = flag(50, "Euler steps")
     cfg: float = flag(7.5, "guidance scale")
     guidance: Literal["official", "standard"] = flag(
         "official", "rule: cond + cfg (cond - uncond), official, whose 7.5 is 8.5 in the standard uncond + cfg (...)"
     )
-    seed: int = flag(0, "seed of the noise")
+    seed: Natural = flag(0, "seed of the noise")
     noise: Literal["shared", "per-prompt"] = flag(
         "shared", "every prompt starts from the noise of the seed (official), or prompt i from that of seed + i"
     )
@@ -89,7 +89,7 @@ class EvalConfig:
     latents_dtype: Literal["bf16", "fp32", "fp16"] | None = flag(
         None, "of latents and guidance between UNet calls; that of --dtype by default (official), fp32 is more exact"
     )
-    batch_size: int | None = flag(
+    batch_size: Count | None = flag(
         None,
         "images at a time and process; by default as many as fit 0.8 of the GPU's free memory, 32 at most, or on a "
         "CPU as many as fill 128 x 128 pixels",
@@ -107,7 +107,7 @@ class EvalConfig:
     score_dtype: Literal["fp32", "bf16"] = flag(
         "fp32", "of the scorers' backbones; bf16 is faster on a GPU and moves scores by up to about 2e-3"
     )
-    score_batch_size: int = flag(64, "images per step of a scorer")
+    score_batch_size: Count = flag(64, "images per step of a scorer")
 
     # Output
     output_path: str | None = flag(
@@ -116,11 +116,12 @@ class EvalConfig:
     zip: bool = flag(False, "also pack the images of each group into a zip file")
 
     def __post_init__(self):
-        for wrong, message in self._checks():
+        check_limits(self)
+        for wrong, message in self._conflicts():
             if wrong:
                 raise InputError(message)
 
-    def _checks(self):
+    def _conflicts(self) -> Iterator[tuple[object, str]]:
         """Pairs (is wrong, what to do about it)."""
         yield not self.unet_path, "--unet_path is missing: give a unet.pth, or base for the base model itself"
         yield not self.pretrain_path, "--pretrain_path is missing: give the base model, a hub id or a diffusers folder"
@@ -131,11 +132,6 @@ class EvalConfig:
         for metric in self.metrics:
             yield metric not in (*METRICS, "none"), f"--metrics {metric}: known are {', '.join(METRICS)}, or none"
         yield "none" in self.metrics and len(self.metrics) > 1, "--metrics none goes with no other: drop one of them"
-        for name in ("resolution", "height", "width", "steps", "batch_size", "score_batch_size"):
-            value = getattr(self, name)
-            wrong = value is not None and not 1 <= value < 2**31
-            yield wrong, f"--{name} must be at least 1 and below 2^31, got {value}"
-        yield not 0 <= self.seed < 2**63, f"--seed must lie in [0, 2^63), got {self.seed}"
         yield not math.isfinite(self.cfg), f"--cfg must be a number, got {self.cfg}"
 
     @property

@@ -21,7 +21,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
-from sdpo.command import InputError, flag, parse_assignments, parse_flags, run_command, within_memory
+from sdpo.command import (
+    Count,
+    InputError,
+    Natural,
+    NotNegative,
+    check_limits,
+    flag,
+    parse_assignments,
+    parse_flags,
+    run_command,
+    within_memory,
+)
 from sdpo.config import CHOICE_MODELS, TrainConfig, check_data_source
 from sdpo.console import quiet_libraries
 from sdpo.files import alone, brief, parse_json, read_text, write_file, write_text
@@ -46,25 +57,20 @@ class RelabelConfig:
     caption_column: str = flag("caption", "column of the caption; of a list of captions the first is scored")
     cache_dir: str | None = flag(None, "where downloaded data sets are kept")
     metric: str = flag("", f"scorer: {', '.join(CHOICE_MODELS)}")
-    margin: float = flag(0.0, "pairs whose scores differ by this or less are ties")
+    margin: NotNegative = flag(0.0, "pairs whose scores differ by this or less are ties")
     weights: list[str] = field(
         default_factory=list, metadata={"help": "METRIC.PART=SOURCE: local path or hub file of a scorer's part"}
     )
     device: str | None = flag(None, "where scores are computed: cpu, cuda, cuda:1, ...; on a GPU if there is one")
-    batch_size: int = flag(64, "images per step of the scorer")
-    max_unreadable_images: int = flag(100, "count up to this many rows with an unreadable image as ties, then stop")
+    batch_size: Count = flag(64, "images per step of the scorer")
+    max_unreadable_images: Natural = flag(100, "count up to this many rows with an unreadable image as ties, then stop")
     out: str = flag("labels.parquet", "label file to write")
 
     def __post_init__(self):
+        check_limits(self)
         check_data_source(self.dataset_name, self.train_data_dir)
         if self.metric not in CHOICE_MODELS:
             raise InputError(f"--metric {self.metric!r}: choose from {', '.join(CHOICE_MODELS)}")
-        if not 0 <= self.margin < float("inf"):
-            raise InputError(f"--margin must be finite and not negative, got {self.margin}")
-        if not 1 <= self.batch_size < 2**31:
-            raise InputError(f"--batch_size must be at least 1 and below 2^31, got {self.batch_size}")
-        if self.max_unreadable_images < 0:
-            raise InputError(f"--max_unreadable_images must not be negative, got {self.max_unreadable_images}")
         if not Path(self.out).name or Path(self.out).is_dir():
             raise InputError(f"--out {self.out!r} is not the name of a file; give one for the labels")
 

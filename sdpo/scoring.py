@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sdpo.command import InputError, Parser, parse_assignments, run_command, show, within_memory
+from sdpo.command import Count, InputError, Parser, check_limits, parse_assignments, run_command, show, within_memory
 from sdpo.files import locked, sha256
 from sdpo.manifest import (
     Entry,
@@ -69,11 +69,10 @@ class ScoringOptions:
     sources: Mapping[str, str] = field(default_factory=dict)  # "metric.part" -> local path or hub reference
     dtype: str = "fp32"  # of the backbones, fp32 or bf16
     device: str | None = None  # a GPU if there is one
-    batch_size: int = 64
+    batch_size: Count = 64
 
     def __post_init__(self):
-        if not 1 <= self.batch_size < 2**31:
-            raise InputError(f"--batch_size must be at least 1 and below 2^31, got {self.batch_size}")
+        check_limits(self)
 
     def check(self, metrics: Sequence[str]) -> None:
         """Raises InputError for sources that are no parts of the metrics or do not exist: before hours are spent."""

@@ -235,7 +235,7 @@ def test_choice_model_answers():
     for alone in ("--choice_margin=0.1", "--choice_weights=clip.checkpoint=x"):
         with pytest.raises(InputError, match="go with --choice_model"):
             parse(alone)
-    with pytest.raises(InputError, match="must not be negative"):
+    with pytest.raises(InputError, match="must be at least 0"):
         parse("--choice_model=aes", "--choice_margin=-1")
 
 
