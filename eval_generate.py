@@ -29,6 +29,8 @@ from sdpo.scoring import (
 from sdpo.summary import summarise, write_summary
 from sdpo.winrates import collect_run
 
+log = logging.getLogger(__name__)
+
 
 def score(
     manifests: dict[str, Path], metrics: list[str], options: ScoringOptions, accelerator: Accelerator
@@ -58,7 +60,7 @@ def add_earlier(
                 continue
             check_models({**groups, group: scored}, metrics)
         except InputError as error:
-            logging.warning(f"CAUTION: {group} is left out of the summary: {error}")
+            log.warning(f"CAUTION: {group} is left out of the summary: {error}")
         else:
             groups[group] = scored
 
@@ -78,7 +80,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Path]:
             read_scores(run.output / "scores.jsonl")
     manifests = generate(run)
     for path in manifests.values():
-        logging.info(f"manifest       {path}")
+        log.info(f"manifest       {path}")
     groups = score(manifests, metrics, options, accelerator)
     if accelerator.is_main_process:
         check_models(groups, metrics)
@@ -88,7 +90,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Path]:
             size = run.height if run.height == run.width else run.size
             show(write_summary(summarise(runs), run.output, size))
         report = write_report(run.output / "report.html", runs, title=config.unet_path)
-        logging.info(f"report         {report}")
+        log.info(f"report         {report}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return manifests

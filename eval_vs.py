@@ -11,9 +11,8 @@ from pathlib import Path
 
 from sdpo.command import Parser, parse_assignments, run_command, show
 from sdpo.report import write_report
-from sdpo.scoring import add_flags, check_models, complete_scores, plan_scores, read_flags
+from sdpo.scoring import OFFICIAL_METRICS, add_flags, check_models, complete_scores, plan_scores, read_flags
 from sdpo.winrates import (
-    OFFICIAL_METRICS,
     PAIRINGS,
     ScoredRun,
     check_labels,

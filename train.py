@@ -45,7 +45,7 @@ from sdpo.sampling import sample
 from sdpo.step import AUTOCAST, SHARDING, Run, build_run, loss_name, update
 from sdpo.stopping import Skips, StopRequest
 
-log = logging.getLogger("train")
+log = logging.getLogger(__name__)
 LESS_MEMORY = (
     "try --gradient_checkpointing full, fewer pairs in --train_batch_size with as many more in "
     "--gradient_accumulation_steps, --latent_cache, --optimizer adamw8bit, or a smaller --resolution"
@@ -129,8 +129,9 @@ def build_dataset(run: Run, pairs: Pairs | CachedPairs, stream: str) -> PairData
 
 
 def announce(run: Run, notes: list[str], memory: dict[str, int]) -> None:
-    """Say what is about to happen and what memory it needs, planned_memory(run)."""
-    config, parameters = run.config, sum(p.numel() for p in run.policy.parameters())
+    """Log the plan, the method and the memory it needs; `memory` is planned_memory(run)."""
+    config = run.config
+    parameters = sum(p.numel() for p in run.policy.parameters())
     for line in (*notes, *run.plan.lines(config)):
         log.info(line)
     precision = "fp32" if config.mixed_precision == "no" else config.mixed_precision
@@ -168,23 +169,29 @@ def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
     prompts = [prompt.text for prompt in read_prompts(config.validation_prompts)] if config.validation_prompts else []
     family = load_family(**config.base, encoders=not config.latent_cache or bool(prompts))
     family.check_pipeline()
+
+    # data: what identifies the pairs is read before a latent cache stands in for them
     with accelerator.main_process_first():
         pairs, held_out_pairs, notes = prepare_pairs(config, seed)
     plan = Plan.of(config, accelerator.num_processes, len(pairs))
-    references, data = open_references(config, accelerator, family, plan, seed, pairs), pairs.fingerprint()
+    references = open_references(config, accelerator, family, plan, seed, pairs)
+    fingerprint = pairs.fingerprint()
     if config.latent_cache:
         pairs, held_out_pairs = open_cache(config, accelerator, pairs, held_out_pairs)
 
+    # models: tried out and announced before an engine wraps them
     run = build_run(config, accelerator, family, plan, seed, references)
-    try_out(run)
+    run.data = fingerprint
     run.base = on_main(accelerator, lambda: family.describe(config.unet_init))
-    run.data, run.prompts = data, prompts
+    run.prompts = prompts
+    try_out(run)
     dataset = build_dataset(run, pairs, "train")
     memory = planned_memory(run)
     announce(run, notes, memory)
     caution(run, memory)
     run.prepare()
 
+    # what an earlier run left
     checkpoints.register_hooks(accelerator, run.policy)
     if checkpoint:
         resume(run, checkpoint)
@@ -286,7 +293,7 @@ def train(run: Run, dataset: PairDataset, held_out: HeldOutPairs | None) -> int:
             if run.step % config.validation_steps == 0 or last:
                 figures = validate(run, held_out)
                 metrics.write(run.step, figures)
-                say_held_out(run, figures)
+                log_held_out(run, figures)
             due = config.checkpointing_steps and run.step % config.checkpointing_steps == 0
             if run.references and (due or stop or last):
                 run.references.write()
@@ -320,8 +327,8 @@ def show_progress(progress: tqdm, figures: dict[str, float]) -> None:
     progress.set_postfix(shown, refresh=False)
 
 
-def say_held_out(run: Run, figures: dict[str, float]) -> None:
-    """Whether winners are preserved, so far: a line per kind of weights on the console."""
+def log_held_out(run: Run, figures: dict[str, float]) -> None:
+    """Log how held-out errors have changed so far: a line for the raw weights, one for the averaged ones."""
     for name in ("heldout", "heldout_ema"):
         if f"{name}/margin" in figures:
             winner, loser, accuracy = (

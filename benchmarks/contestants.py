@@ -161,7 +161,7 @@ def make_batch(family: StableDiffusion, config: TrainConfig) -> Batch:
     return batch.pin_memory() if torch.cuda.is_available() else batch
 
 
-class Ours:
+class OurLoop:
     """A run as train.py sets it up, fed with one host batch."""
 
     def __init__(self, config: TrainConfig, family: StableDiffusion, variant: Variant):
@@ -192,7 +192,7 @@ def precision(device: torch.device) -> str:
     return "bf16" if device.type == "cuda" else "no"
 
 
-def build(base: Base, name: str, device: torch.device) -> Ours | OfficialLoop:
+def build(base: Base, name: str, device: torch.device) -> OurLoop | OfficialLoop:
     """A contestant with fresh models; what the one before it left is given back first."""
     give_back_memory()
     torch.compiler.reset()  # its limit of variants of a function is not for models that come and go
@@ -204,4 +204,4 @@ def build(base: Base, name: str, device: torch.device) -> Ours | OfficialLoop:
     config, family = base.config(**flags), base.build(device)
     if name == "baseline":
         return OfficialLoop(config, family, make_batch(family, config))
-    return Ours(config, family, variant)
+    return OurLoop(config, family, variant)

@@ -35,7 +35,7 @@ from torch import Tensor  # noqa: E402
 
 from benchmarks.architectures import BASES, Base  # noqa: E402
 from benchmarks.baseline import OfficialLoop  # noqa: E402
-from benchmarks.contestants import VARIANTS, Ours, build, cache_latents, know_reference, precision  # noqa: E402
+from benchmarks.contestants import VARIANTS, OurLoop, build, cache_latents, know_reference, precision  # noqa: E402
 from benchmarks.counting import count, counted  # noqa: E402
 from benchmarks.environment import environment  # noqa: E402
 from benchmarks.tables import PARTS, markdown, show_check, show_counts, show_safeguard  # noqa: E402
@@ -98,7 +98,7 @@ def ceilings(device: torch.device) -> dict[str, float]:
     }
 
 
-def measure_round(contestant: Ours | OfficialLoop, device: torch.device, least: float) -> dict[str, float]:
+def measure_round(contestant: OurLoop | OfficialLoop, device: torch.device, least: float) -> dict[str, float]:
     """Pairs per second over at least `least` seconds after one update of warm-up, and the peak memory of both."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -108,14 +108,14 @@ def measure_round(contestant: Ours | OfficialLoop, device: torch.device, least: 
     config = contestant.config
     pairs = config.train_batch_size * config.gradient_accumulation_steps
     figures = {"pairs_per_second": pairs / statistics.median(times), "updates": len(times), "first_update_s": first}
-    if isinstance(contestant, Ours):
+    if isinstance(contestant, OurLoop):
         figures["equal_models_margin"] = contestant.first_margin
     if device.type == "cuda":
         figures["peak_bytes"] = torch.cuda.max_memory_allocated(device)
     return figures
 
 
-def time_parts(contestant: Ours | OfficialLoop, device: torch.device) -> dict[str, float]:
+def time_parts(contestant: OurLoop | OfficialLoop, device: torch.device) -> dict[str, float]:
     """Milliseconds by part, each waited for on its own: PARTS per micro-step, the optimizer per update."""
     spent, family = Counter(), contestant.family
 

@@ -23,7 +23,7 @@ run() {
   wait $! || { echo "training $name failed:"; tail -n 20 "$out/$name.log"; exit 1; }
 }
 export OMP_NUM_THREADS=1 # on so small a model two runs side by side are faster than one with two threads
-source scripts/train/launch.sh && tiny_pairs
+source scripts/launch.sh && tiny_pairs
 run plain --use_winner_preserving false --winner_preserving_mu 0 &
 run safeguard &
 wait -n

@@ -16,13 +16,13 @@ class AveragedWeights:
     """Exponential moving average of the weights of a model, prepared by accelerate; it starts at what they are."""
 
     def __init__(self, model: nn.Module, decay: float):
-        self.model, self.move = model, get_ema_multi_avg_fn(decay)
+        self.model, self.average = model, get_ema_multi_avg_fn(decay)
         self.values = [own.detach().clone() for own in self._weights()]  # of this rank, in the model's order
 
     @torch.no_grad()
     def update(self) -> None:
         """Move by the share 1 - decay towards the model's weights."""
-        self.move(self.values, self._weights(), None)
+        self.average(self.values, self._weights(), None)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

@@ -34,7 +34,7 @@ from sdpo.pairs import Pairs, prepare_pairs
 from sdpo.ranks import PATIENCE, check_ranks, on_main
 from sdpo.shards import SHARD_BYTES, Shards, read_key, refuse_changes, refuse_damaged
 
-log = logging.getLogger("cache")
+log = logging.getLogger(__name__)
 
 
 # What a cache is made from
@@ -105,7 +105,7 @@ class CachedPairs:
         return [moments[image] for image in order], self.captions[index]
 
     def encode(self, caption: str) -> Conditioning:
-        """What the text encoders said of a caption, without a batch dimension."""
+        """Outputs of the text encoders for a caption, without a batch dimension."""
         return self.texts.read(self.text_places[caption])
 
 
@@ -127,7 +127,7 @@ class ImageRows(Dataset):
             except ValueError as error:
                 unreadable[f"{row} {number}"] = str(error)
                 images.append(Image.new("RGB", (1, 1)))
-        return torch.stack([self.transform.one(image, mirrored=False) for image in images]), unreadable
+        return torch.stack([self.transform.crop_and_flip(image, mirrored=False) for image in images]), unreadable
 
 
 def collate_rows(rows: list[tuple[Tensor, dict]]) -> tuple[Tensor, dict[str, str]]:
@@ -252,11 +252,12 @@ def open_cache(
     VAE and text encoders are loaded only where something is missing, and dropped again. Raises InputError for a cache
     that was made from something else.
     """
-    used = [part for part in (pairs, held_out) if part is not None]
-    folders = ["images" if part.table is pairs.table else "held-out" for part in used]
-    tables = dict(zip(folders, used, strict=True)) | {"images": pairs}
+    used = [("images", pairs)]
+    if held_out is not None:
+        used.append(("images" if held_out.table is pairs.table else "held-out", held_out))
+    tables = dict(reversed(used))  # pairs of one table share a folder
     stores, wanted = open_stores(config, accelerator, tables), {"captions": {""}}
-    for part, name in zip(used, folders, strict=True):
+    for name, part in used:
         wanted["captions"].update(itertools.chain(*part.captions()))
         wanted.setdefault(name, set()).update(part.rows.tolist())
     works = []
@@ -275,7 +276,7 @@ def open_cache(
                 f"CAUTION: {len(notes)} images could not be read when {stores[name].folder} was made; "
                 "their pairs are replaced by others"
             )
-    cached = [CachedPairs(part, stores[name], stores["captions"]) for part, name in zip(used, folders, strict=True)]
+    cached = [CachedPairs(part, stores[name], stores["captions"]) for name, part in used]
     return cached[0], None if held_out is None else cached[1]
 
 

@@ -71,7 +71,7 @@ def within_memory(fix: str) -> Iterator[None]:
 
 
 def show(text: str) -> None:
-    """Print results to standard output; what the terminal cannot show, which input may hold, is escaped."""
+    """Print to standard output; what it cannot encode is escaped, since input may hold any character."""
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
@@ -125,14 +125,14 @@ def flag(default: Any, text: str) -> Any:
 
 def parse_flags(cls: type, description: str, command: str, arguments: list[str] | None = None) -> Any:
     """An instance of the dataclass `cls` from arguments (sys.argv by default); InputError for what does not fit."""
-    from transformers import HfArgumentParser
+    from transformers import HfArgumentParser  # slow, and commands without it use Parser
 
-    class Parser(FlagErrors, HfArgumentParser):
+    class DataclassParser(FlagErrors, HfArgumentParser):
         pass
 
-    parser = Parser(cls, prog=command, description=description, allow_abbrev=False)
+    parser = DataclassParser(cls, prog=command, description=description, allow_abbrev=False)
     _, unknown = parser.parse_known_args(arguments)
-    if unknown:
+    if unknown:  # before what is missing is complained of
         parser.error(f"unknown flag {unknown[0]}")
     return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)[0]
 

@@ -57,7 +57,9 @@ class Transform:
     ) -> Tensor:
         """(len(images), 3, resolution, resolution) uint8."""
         flips = self.draw_flips(len(images), flip_rng)
-        return torch.stack([self.one(image, flip, crop_rng) for image, flip in zip(images, flips, strict=True)])
+        return torch.stack(
+            [self.crop_and_flip(image, flip, crop_rng) for image, flip in zip(images, flips, strict=True)]
+        )
 
     def draw_flips(self, count: int, rng: np.random.Generator) -> list[bool]:
         """Which of `count` images to mirror."""
@@ -66,7 +68,7 @@ class Transform:
             flips[:] = flips[0]
         return (flips & self.flip).tolist()
 
-    def one(self, image: Image.Image, mirrored: bool, crop_rng: np.random.Generator | None = None) -> Tensor:
+    def crop_and_flip(self, image: Image.Image, mirrored: bool, crop_rng: np.random.Generator | None = None) -> Tensor:
         """(3, resolution, resolution) uint8; a random crop needs its generator."""
         image = TF.resize(image, self.resolution, InterpolationMode.BILINEAR)
         if self.random_crop:

@@ -27,7 +27,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from sdpo.command import InputError, is_out_of_memory
 from sdpo.files import brief, parse_json, read_text, sha256
-from sdpo.hub import fetch, hash_part, is_weight_file, load_part, load_weights
+from sdpo.hub import check_vocabulary, fetch, hash_part, is_weight_file, load_part, load_weights
 
 Conditioning = dict[str, Tensor]  # every tensor has one row per sample
 
@@ -128,12 +128,7 @@ class StableDiffusion:
 
     def _check_tokenizers(self) -> None:
         for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
-            size = encoder.config.vocab_size
-            if len(tokenizer) != size:  # transformers makes an empty one where files are missing
-                raise InputError(
-                    f"tokenizer of {self.source!r} has {len(tokenizer)} entries, its text encoder {size}: "
-                    "files are missing or another model's; download it again"
-                )
+            check_vocabulary(tokenizer, encoder.config.vocab_size, self.source)
             most = tokenizer.model_max_length
             if not (isinstance(most, int) and 2 <= most <= encoder.config.max_position_embeddings):
                 raise InputError(
@@ -213,16 +208,16 @@ class StableDiffusion:
         return unet.float()
 
     def _check_kind(self, unet: UNet2DConditionModel, init: str) -> None:
-        scheduler, own = Path(init, "scheduler", "scheduler_config.json"), self.scheduler.config.prediction_type
-        theirs = parse_json(read_text(scheduler), scheduler, "download it again") if scheduler.is_file() else {}
-        if theirs.get("prediction_type", own) != own:
-            raise InputError(f"{init} makes {theirs['prediction_type']} predictions, {self.source} {own} ones")
+        kind, path = self.scheduler.config.prediction_type, Path(init, "scheduler", "scheduler_config.json")
+        scheduler = parse_json(read_text(path), path, "download it again") if path.is_file() else {}
+        if scheduler.get("prediction_type", kind) != kind:
+            raise InputError(f"{init} makes {scheduler['prediction_type']} predictions, {self.source} {kind} ones")
         base = UNet2DConditionModel.load_config(self.source, subfolder="unet", **self.options)
         for name in ("in_channels", "block_out_channels", "cross_attention_dim", "addition_embed_type"):
-            theirs, own = unet.config.get(name), base.get(name, unet.config.get(name))
-            if json.dumps(theirs) != json.dumps(own):  # tuples and lists are one in JSON
+            found, wanted = unet.config.get(name), base.get(name, unet.config.get(name))
+            if json.dumps(found) != json.dumps(wanted):  # tuples and lists are one in JSON
                 raise InputError(
-                    f"{init} belongs to another architecture: {name} is {theirs}, {own} in {self.source}; "
+                    f"{init} belongs to another architecture: {name} is {found}, {wanted} in {self.source}; "
                     "give the base model it was trained from"
                 )
 

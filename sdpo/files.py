@@ -1,4 +1,4 @@
-"""Files: text and JSON that users give, read or refused in one sentence; files of ours, written whole or not at all."""
+"""Files: users' text and JSON are read or refused in one sentence, ours are written whole or not at all."""
 
 from __future__ import annotations
 

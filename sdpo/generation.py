@@ -39,13 +39,12 @@ from sdpo.hub import DTYPES, WEIGHT_SUFFIXES, fetch
 from sdpo.manifest import MADE_WITH, write_manifest
 from sdpo.prompts import GROUPS, OFFICIAL, Prompt, read_prompts
 from sdpo.sampling import draw_noise, sample
-from sdpo.scoring import METRICS
-from sdpo.winrates import OFFICIAL_METRICS
+from sdpo.scoring import METRICS, OFFICIAL_METRICS
 
 CPU_PIXELS = 128 * 128  # batch on a CPU: larger ones only pay for tiny images
 GPU_SHARE, GPU_IMAGES = 0.8, 32  # batch on a GPU: share of its free memory, and what is enough to keep it busy
 FINGERPRINT = "fingerprint.json"
-log = logging.getLogger("generation")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,4 @@
-"""Models and files in the hub's formats: from the hub or from a local folder, whole and finite or not at all.
-
-Also what flags and files call precisions and weights.
-"""
+"""Models and weight files in the hub's formats, local or fetched; those incomplete or not finite are refused."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
 from sdpo.command import InputError
 from sdpo.files import brief, sha256
@@ -73,6 +70,15 @@ def load_part(cls, source: str, subfolder: str | None = None, **options):
         raise InputError(f"{part} has {len(unknown)} tensors that its config.json has no place for (e.g. {unknown[0]})")
     check_finite(model.state_dict(), part)
     return model
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, source: str) -> None:
+    """Raises InputError unless a tokenizer has `size` entries."""
+    if len(tokenizer) != size:  # transformers makes an empty one where files are missing
+        raise InputError(
+            f"the tokenizer of {source!r} has {len(tokenizer)} entries, its model {size}: files are missing or another "
+            "model's; give a local folder that holds them, or download it where the hub can be reached"
+        )
 
 
 def check_finite(state: dict[str, Tensor], source: str) -> None:

@@ -14,7 +14,7 @@ from sdpo.files import brief
 MAX_ASPECT = 100  # of a picture's sides: resized, the longer one has as many times the shorter one's pixels
 
 
-def encoded(value: Any) -> Any:
+def image_source(value: Any) -> Any:
     """The bytes or the path in an image record of `datasets`; anything else as it is."""
     if not isinstance(value, dict):
         return value
@@ -26,7 +26,7 @@ def decode(value: bytes | str | dict | Image.Image, min_side: int = 0) -> Image.
 
     With `min_side`, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if both sides are then at least so many pixels.
     """
-    value = encoded(value)
+    value = image_source(value)
     if isinstance(value, Image.Image):
         return to_rgb(value)
     if not isinstance(value, bytes | str):
@@ -42,7 +42,7 @@ def decode_column(row: dict[str, Any], name: str, min_side: int = 0) -> Image.Im
     try:
         return decode(row[name], min_side)
     except Exception as error:  # every decoder has errors of its own
-        path = encoded(row[name])
+        path = image_source(row[name])
         where = f"{name} ({path:.200})" if isinstance(path, str) else name
         reason = re.sub(r" <_io.BytesIO object at \w+>", "", brief(error))  # the same in every run
         raise ValueError(f"{where}: {reason}") from error

@@ -52,7 +52,7 @@ def adafactor(parameters: Iterable[nn.Parameter], config: TrainConfig, learning_
 
 
 @dataclass(frozen=True)
-class Kind:
+class OptimizerSpec:
     """What the trainer has to know of an optimizer."""
 
     build: Callable[[Iterable[nn.Parameter], TrainConfig, float], Optimizer]
@@ -62,9 +62,9 @@ class Kind:
 
 
 OPTIMIZERS = {
-    "adamw": Kind(adamw, state_bytes=8, moments=("exp_avg", "exp_avg_sq"), shards=True),
-    "adamw8bit": Kind(adamw8bit, state_bytes=2),
-    "adafactor": Kind(adafactor, state_bytes=0),
+    "adamw": OptimizerSpec(adamw, state_bytes=8, moments=("exp_avg", "exp_avg_sq"), shards=True),
+    "adamw8bit": OptimizerSpec(adamw8bit, state_bytes=2),
+    "adafactor": OptimizerSpec(adafactor, state_bytes=0),
 }
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from sdpo.command import InputError
 from sdpo.config import TrainConfig
 from sdpo.files import brief
-from sdpo.images import decode_column, encoded
+from sdpo.images import decode_column, image_source
 from sdpo.rng import draw
 from sdpo.tables import (
     IMAGE_FIELDS,
@@ -174,7 +174,7 @@ def check_rows_have_images(pairs: Pairs, limit: int) -> None:
         sizes = np.concatenate([measure_images(block[name]) for block in blocks(pairs.table, [name])])
         rows = pairs.rows[sizes[pairs.rows] < 0]
         if len(rows) > limit:
-            path = encoded(pairs.table[int(rows[0])][name])
+            path = image_source(pairs.table[int(rows[0])][name])
             what = "is empty" if path is None else f"{path:.200} is not a file"
             raise InputError(
                 f"{pairs.source} row {rows[0]}: {name} {what}; {len(rows)} such row(s) in all, more than "

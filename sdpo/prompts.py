@@ -27,7 +27,7 @@ OFFICIAL = {  # group: sha256 of its JSON file
 }
 TINY_REPEATS = 4
 FIX = "write it as JSON"
-log = logging.getLogger("prompts")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Errors of the reference, kept for runs that ask it the same questions: `train.py --reference_cache DIR`.
+"""Errors of the reference, kept for runs that show it the same samples: `train.py --reference_cache DIR`.
 
 What the reference is shown is a function of data, base model, seed, step and position. Runs that differ in loss, beta,
 safeguard, learning rate or optimizer therefore get the same errors from it: the first one writes them down, two numbers

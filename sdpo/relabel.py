@@ -36,14 +36,14 @@ from sdpo.command import (
 from sdpo.config import CHOICE_MODELS, TrainConfig, check_data_source
 from sdpo.console import quiet_libraries
 from sdpo.files import alone, brief, parse_json, read_text, write_file, write_text
-from sdpo.images import encoded
+from sdpo.images import image_source
 from sdpo.manifest import check_score
 from sdpo.pairs import IMAGES, LABELS_ABOUT, check_columns
 from sdpo.scorers import check_device, load_scorers, score_rows
 from sdpo.tables import as_list, column, hash_captions, read_table
 
 SCORES = ("score_0", "score_1")  # columns of a label file
-log = logging.getLogger("relabel")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ def iterate_images(table: datasets.Dataset, caption_column: str, first: int) -> 
         row = table[number]
         prompt = as_list(row[caption_column])[0]
         for name in IMAGES:
-            image = encoded(row[name])
+            image = image_source(row[name])
             yield image if isinstance(image, str) else NamedBytes(image or b"", f"{name} of row {number}"), prompt
 
 

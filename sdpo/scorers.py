@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import ClassVar
+from typing import BinaryIO, ClassVar
 
 import numpy as np
 import open_clip
@@ -28,7 +28,7 @@ from torchvision import transforms as T
 
 from sdpo.command import InputError
 from sdpo.files import brief, sha256
-from sdpo.hub import check_finite, check_fit, fetch, load_part, load_tensors
+from sdpo.hub import check_finite, check_fit, check_vocabulary, fetch, load_part, load_state
 from sdpo.images import to_rgb
 from sdpo.tiny import pictures
 
@@ -53,17 +53,12 @@ def check_file(source: str) -> None:
         raise InputError(f"there is no weights file {source}; give a file, or owner/repository:file of the hub")
 
 
-def load_state(module: nn.Module, source: str, rename: Callable[[str], str | None] = str) -> None:
+def assign_weights(module: nn.Module, source: str, rename: Callable[[str], str | None] = str) -> None:
     """Assign weights to a module that has none yet: `source` is a .safetensors or torch file, as `locate` finds it.
 
     `rename` maps the file's names to the module's, None drops one. Raises InputError where names or shapes differ.
     """
-    state = load_tensors(locate(source))
-    try:
-        state = state.get("state_dict", state)
-        state = {rename(name.removeprefix("module.")): value for name, value in state.items()}
-    except (AttributeError, TypeError) as error:
-        raise InputError(f"{source} cannot be read as weights: {brief(error)}; download it again") from error
+    state = {rename(name): value for name, value in load_state(locate(source)).items()}
     state.pop(None, None)  # what `rename` drops
     check_fit(state, module.state_dict(), source, "give the file that the metric's part names")
     check_finite(state, source)
@@ -71,17 +66,10 @@ def load_state(module: nn.Module, source: str, rename: Callable[[str], str | Non
 
 
 def load_tokenizer(cls, source: str, size: int, extra: Iterable[str] = ()):
-    """A tokenizer of `size` entries, `extra` included; raises InputError for any other size.
-
-    Where files are missing, transformers makes an empty one.
-    """
+    """A tokenizer of `size` entries, `extra` included; raises InputError for any other size."""
     tokenizer = load_part(cls, source)
     tokenizer.add_tokens(list(extra), special_tokens=True)
-    if len(tokenizer) != size:
-        raise InputError(
-            f"the tokenizer of {source!r} has {len(tokenizer)} entries, its model {size}: the vocabulary is missing "
-            "or another model's; give a local folder that holds it, or download it where the hub can be reached"
-        )
+    check_vocabulary(tokenizer, size, source)
     return tokenizer
 
 
@@ -187,7 +175,7 @@ class ClipScore(Scorer):
         architecture = architecture or open_clip.get_model_config("ViT-H-14")
         with init_empty_weights():  # so that no weight can stay random
             self.model = open_clip.CLIP(**architecture)
-        load_state(self.model, self.sources["checkpoint"])
+        assign_weights(self.model, self.sources["checkpoint"])
         self.model.to(self.dtype)
         self.tokenizer = open_clip.SimpleTokenizer(context_length=architecture["text_cfg"]["context_length"])
         self.preprocess = torchvision_preprocess(architecture["vision_cfg"]["image_size"])
@@ -257,7 +245,7 @@ class Aesthetics(Scorer):
         del self.model.text_model
         with init_empty_weights():
             self.head = Head(self.model.config.projection_dim)
-        load_state(self.head, source)
+        assign_weights(self.head, source)
         self.head.float()
         self.preprocess = processor_preprocess(self.sources["model"])
 
@@ -301,7 +289,7 @@ class ImageReward(Scorer):
                 "text": transformers.BlipTextModel(config, add_pooling_layer=False),
             }
             self.parts = nn.ModuleDict(blip | {"mlp": Head(config.hidden_size)})
-        load_state(self.parts, self.sources["checkpoint"], self.rename)
+        assign_weights(self.parts, self.sources["checkpoint"], self.rename)
         self.parts.to(self.dtype)["mlp"].float()
         self.tokenizer = load_tokenizer(
             transformers.BertTokenizer, self.sources["tokenizer"], config.vocab_size, ("[DEC]", "[ENC]")
@@ -401,7 +389,7 @@ def load_scorers(
 
 
 def score_rows(
-    rows: Iterable[tuple[str | Path, str]],
+    rows: Iterable[tuple[str | Path | BinaryIO, str]],
     scorers: Mapping[str, Scorer],
     *,
     batch_size: int = 64,
@@ -457,7 +445,7 @@ def check_device(name: str | torch.device | None) -> torch.device:
         raise InputError(f"--device {name} cannot be used ({brief(error)}); give cpu, cuda, cuda:1, ...") from error
 
 
-def prepare(image: str | Path, preprocesses: Iterable[Preprocess]) -> dict[Preprocess, Tensor] | InputError:
+def prepare(image: str | Path | BinaryIO, preprocesses: Iterable[Preprocess]) -> dict[Preprocess, Tensor] | InputError:
     """The image, decoded once, by preprocessing; an InputError that names it where it cannot be read."""
     try:
         with Image.open(image) as opened:

@@ -41,6 +41,7 @@ METRICS = {
     "ImageReward": "imagereward",
     "Pixels": "pixels",
 }
+OFFICIAL_METRICS = ("PickScore", "HPSv2", "CLIP", "Aesthetics", "ImageReward")  # in the order of summary.json
 
 
 @dataclass(frozen=True)
@@ -264,7 +265,7 @@ def read_flags(args: argparse.Namespace) -> ScoringOptions:
 def main(arguments: list[str] | None = None) -> None:
     """Score manifests as the command line says and print the means."""
     from sdpo.summary import format_summary, summarise
-    from sdpo.winrates import OFFICIAL_METRICS, collect_run
+    from sdpo.winrates import collect_run
 
     parser = Parser(prog="python -m sdpo.scoring", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("manifests", nargs="+", metavar="MANIFEST.json", help="the file beside a folder of images")

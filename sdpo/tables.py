@@ -31,7 +31,7 @@ from sdpo.files import brief, is_text, parse_json, read_text, write_json
 IMAGE_FIELDS = ("bytes", "path")  # of the image records of datasets
 MUCH = 0.5  # GiB of data, from which on it takes a while to copy them
 NUMBERED = re.compile(r"(.*)-\d+-of-(\d+)(?:-[0-9a-f]+)?\.\w+")  # as train-00000-of-00645-b66ac786bf6fb553.parquet
-log = logging.getLogger("data")
+log = logging.getLogger(__name__)
 
 
 def read_table(config: TrainConfig, split: str, folder: str | None = None) -> datasets.Dataset:

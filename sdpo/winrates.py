@@ -12,7 +12,7 @@ import secrets
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import combinations
@@ -26,8 +26,8 @@ from scipy import stats
 from sdpo.command import InputError
 from sdpo.files import write_json
 from sdpo.manifest import MADE_WITH, Entry, Scores, check_score, find_score
+from sdpo.scoring import OFFICIAL_METRICS
 
-OFFICIAL_METRICS = ("PickScore", "HPSv2", "CLIP", "Aesthetics", "ImageReward")  # as in summary.json; others come after
 TIE_FOR_A = {"half": 0.5, "loss_for_a": 0.0}  # what a tie counts by ties policy
 RESAMPLES = 9999  # of the bootstrap
 SHOWN = 10  # dropped prompts on the console
@@ -70,6 +70,11 @@ def collect_run(label: str, entries: Sequence[Entry], scores: Scores, metrics: S
             )
         table[metric] = [float(score) for score in found]  # ties are between floats
     return ScoredRun(label, entries, table)
+
+
+def in_order(metrics: Iterable[str], first: Sequence[str]) -> list[str]:
+    """Metrics, those of `first` in its order and then all others."""
+    return sorted(metrics, key=lambda metric: first.index(metric) if metric in first else len(first))
 
 
 def check_labels(labels: Sequence[str]) -> None:
@@ -188,7 +193,7 @@ def compare(a: ScoredRun, b: ScoredRun, *, ties: str = "half", pair_by: str = "p
     if a.scores.keys() != b.scores.keys():
         only = ", ".join(sorted(a.scores.keys() ^ b.scores.keys()))
         raise InputError(f"only one of {a.label} and {b.label} has {only}; score both with the same metrics")
-    metrics = [m for m in OFFICIAL_METRICS if m in a.scores] + [m for m in a.scores if m not in OFFICIAL_METRICS]
+    metrics = in_order(a.scores, OFFICIAL_METRICS)
     pairs = pair_runs(a, b, pair_by)
     details = {metric: _detail(a, b, pairs, metric, ties) for metric in metrics}
     rows = [_summary_row(metric, detail, seed) for metric, detail in details.items()]

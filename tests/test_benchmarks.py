@@ -15,7 +15,7 @@ from diffusers.models.attention_processor import AttnProcessor
 
 from benchmarks.architectures import BASES, SDXL, Base, batch_of
 from benchmarks.baseline import OfficialLoop
-from benchmarks.contestants import VARIANTS, Ours, Variant, build, cache_latents, make_batch
+from benchmarks.contestants import VARIANTS, OurLoop, Variant, build, cache_latents, make_batch
 from benchmarks.counting import count, counted
 from benchmarks.tables import show_margins, show_race
 from benchmarks.train import BaseBenchmark, check_baseline, compare, safeguard_cost
@@ -169,7 +169,7 @@ def test_an_update_that_is_skipped_is_an_error_and_no_fast_update():
 def test_cached_latents_are_the_encoded_ones():
     base = MICRO
     config, family = base.config(mixed_precision="no"), base.build(CPU)
-    contestant = Ours(config, family, Variant())
+    contestant = OurLoop(config, family, Variant())
     batch = make_batch(family, config)
     encoded = make_inputs(family, batch)
     cached = make_inputs(family, cache_latents(contestant.run, batch))
@@ -190,8 +190,10 @@ def test_the_safeguard_keeps_no_more_than_a_number_per_pair_for_the_backward_pas
 
 
 def test_the_safeguard_is_measured_on_and_off(monkeypatch):
-    made, update = [], Ours.update
-    monkeypatch.setattr(Ours, "update", lambda self: (made.append(self.run.config.use_winner_preserving), update(self)))
+    made, update = [], OurLoop.update
+    monkeypatch.setattr(
+        OurLoop, "update", lambda self: (made.append(self.run.config.use_winner_preserving), update(self))
+    )
     cost = safeguard_cost(MICRO, CPU, 0.0)
     assert cost["on_to_off"]["rounds"] >= 3
     assert made[1:] == [True, False, False, True] * (len(made) // 4) + [True, False] * (len(made) // 2 % 2)

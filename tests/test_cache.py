@@ -172,7 +172,7 @@ def test_both_orientations_are_stored(flags):
     for index in np.flatnonzero(pairs.rows > UNREADABLE + 1)[:10]:
         images, _ = pairs.load(index, 2)
         for image, (upright, flipped) in zip(images, cached.load(index, 2)[0], strict=True):
-            pixels = Transform(32).one(image, mirrored=False)[None].float() / 127.5 - 1
+            pixels = Transform(32).crop_and_flip(image, mirrored=False)[None].float() / 127.5 - 1
             torch.testing.assert_close(upright, family.encode_moments(pixels)[0], rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(flipped, family.encode_moments(pixels.flip(-1))[0], rtol=1e-4, atol=1e-5)
             differ += not torch.equal(upright, flipped)

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from benchmarks.architectures import BASES
-from benchmarks.contestants import Ours, Variant
+from benchmarks.contestants import OurLoop, Variant
 from benchmarks.counting import like_a_gpu
 from sdpo import step
 from sdpo.batch import collate
@@ -199,7 +199,7 @@ def test_nothing_but_the_decision_to_step_waits_for_the_device(family, cached, m
     monkeypatch.setattr(step, "make_step", lambda run, norm: True)
     base = dataclasses.replace(BASES[family], flags=BASES[family].flags | {"gradient_accumulation_steps": 2})
     config = base.config(train_batch_size=1, optimizer="adafactor")  # fused AdamW refuses the meta device
-    contestant = Ours(config, base.build("meta"), Variant())
+    contestant = OurLoop(config, base.build("meta"), Variant())
     batch = next(contestant.batches)
     if cached:
         moments = torch.zeros(2, 2, *batch.posterior_noise.shape[1:])

@@ -2,7 +2,7 @@
 # this machine or on the CPU. DATA=FOLDER trains on other pairs, GPUS=2 uses two GPUs; PYTHON=... names the interpreter.
 # For several machines use `accelerate launch` with its own config file.
 set -euo pipefail
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PYTHON=${PYTHON:-$([ -x "$ROOT/.venv/bin/python" ] && echo "$ROOT/.venv/bin/python" || echo python)}
 command -v "$PYTHON" >/dev/null || { echo "error: PYTHON=$PYTHON is not a program: name a Python interpreter" >&2; exit 2; }
 if [[ -n "${GPUS:-}" && ! "$GPUS" =~ ^[1-9][0-9]*$ ]]; then
