@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sdpo.command import Parser, parse_assignments, run_command, show
 from sdpo.report import write_report
-from sdpo.scoring import OFFICIAL_METRICS, add_flags, check_models, complete_scores, plan_scores, read_flags
+from sdpo.scoring import add_flags, check_models, complete_scores, plan_scores, read_flags
 from sdpo.winrates import (
     PAIRINGS,
     ScoredRun,
@@ -38,7 +38,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--outdir", default="output/vs_eval", help="folder of the results")
     parser.add_argument("--ties_as_loss_for_a", action="store_true", help="a tie counts zero for A, not one half")
     parser.add_argument("--pair_by", choices=PAIRINGS, default="prompt", help="how images of two runs are paired")
-    add_flags(parser, OFFICIAL_METRICS)
+    add_flags(parser)
     return parser.parse_args(arguments)
 
 
@@ -57,7 +57,8 @@ def main(arguments: list[str] | None = None) -> None:
     scored = {label: complete_scores(plan, args.metrics, options) for label, plan in pending.items()}
     runs = [collect_run(label, *pair, args.metrics) for label, pair in scored.items()]
     ties = "loss_for_a" if args.ties_as_loss_for_a else "half"
-    comparisons, said = compare_all(runs, ties=ties, pair_by=args.pair_by), []
+    comparisons = compare_all(runs, ties=ties, pair_by=args.pair_by)
+    said = []
     for comparison in comparisons:
         folder = write_comparison(comparison, args.outdir)
         said.append(f"{format_comparison(comparison)}\nwritten to {folder}\n")

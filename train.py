@@ -113,7 +113,8 @@ def choose_seed(config: TrainConfig, accelerator: Accelerator, checkpoint: Path 
 def build_dataset(run: Run, pairs: Pairs | CachedPairs, stream: str) -> PairDataset:
     """Samples of the stream "train", or of "held-out": without flips, random crops, dropped captions or added noise."""
     config = run.config
-    transform, options = Transform(run.resolution), {}
+    transform = Transform(run.resolution)
+    options = {}
     if stream == "train":
         transform = Transform(run.resolution, config.random_crop, not config.no_hflip, config.shared_flip)
         options = {
@@ -262,7 +263,9 @@ def train(run: Run, dataset: PairDataset, held_out: HeldOutPairs | None) -> int:
 
     Returns 0, or the number of the signal that stopped the run early, with a checkpoint.
     """
-    config, plan, metrics = run.config, run.plan, start_logs(run)
+    config = run.config
+    plan = run.plan
+    metrics = start_logs(run)
     with StopRequest(run.accelerator) as request, logging_redirect_tqdm():
         if run.step == 0:
             metrics.write(0, validate(run, held_out))
@@ -270,9 +273,12 @@ def train(run: Run, dataset: PairDataset, held_out: HeldOutPairs | None) -> int:
         hidden = not run.accelerator.is_local_main_process
         progress = tqdm(total=plan.steps, initial=run.step, desc=config.method, unit="update", disable=hidden)
         logged = began_at = run.step
-        seconds, skipped, stop = 0.0, Skips(run, dataset), 0
+        seconds = 0.0
+        skipped = Skips(run, dataset)
+        stop = 0
         while run.step < plan.steps and not stop:
-            learning_rate, began = run.optimizer.param_groups[0]["lr"], time.monotonic()
+            learning_rate = run.optimizer.param_groups[0]["lr"]
+            began = time.monotonic()
             try:
                 outcome = update(run, micro_batches)
             except InputError:  # about the data; weights and state are those of the last update
@@ -286,7 +292,8 @@ def train(run: Run, dataset: PairDataset, held_out: HeldOutPairs | None) -> int:
             stop = 0 if last else request.agreed()
             if run.step % config.logging_steps == 0 or last:
                 speed = (run.step - logged) * plan.global_batch / seconds
-                logged, seconds = run.step, 0.0
+                logged = run.step
+                seconds = 0.0
                 figures = run.meter.reduce() | {"lr": learning_rate, "pairs_per_second": speed}
                 show_progress(progress, figures)
                 metrics.write(run.step, figures)

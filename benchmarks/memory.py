@@ -29,9 +29,9 @@ ROWS = (
     ("sdxl", "adamw", 4),
 )
 COLUMNS = (
-    *("base, optimizer", "pairs per GPU", "before activations"),
-    *("activations, none recomputed", "all recomputed", "total"),
-)
+    "base, optimizer", "pairs per GPU", "before activations",
+    "activations, none recomputed", "all recomputed", "total",
+)  # fmt: skip
 NAMES = {"sd15": "SD1.5", "sdxl": "SDXL", "adamw": "AdamW", "adamw8bit": "AdamW in 8 bits", "adafactor": "Adafactor"}
 
 

@@ -247,6 +247,7 @@ def check_baseline(base: Base, parts: dict[str, dict[str, float]], device: torch
 def compare(results: dict[str, Any], flops: dict[str, float], peak: float) -> None:
     """Add speed, ratios by round to the first contestant and to the uncompiled one, share of the peak, memory."""
     speeds = {name: [r["pairs_per_second"] for r in result["rounds"]] for name, result in results.items()}
+    first = next(iter(results))
     for name, result in results.items():
         if not speeds[name]:
             continue
@@ -254,7 +255,8 @@ def compare(results: dict[str, Any], flops: dict[str, float], peak: float) -> No
         parts = [r["parts_ms"] for r in result["rounds"]]
         result["parts_ms"] = {part: statistics.median(times[part] for times in parts) for part in parts[0]}
         result["share_of_matmul_peak"] = statistics.median(speeds[name]) * flops[name] / peak
-        for other in (next(iter(results)), name.removesuffix(", compiled")):
+        others = [first, name.removesuffix(", compiled")] if name.endswith(", compiled") else [first]
+        for other in others:
             if speeds[other]:
                 ratios = [own / theirs for own, theirs in zip(speeds[name], speeds[other], strict=False)]
                 result[f"ratio_to_{other}"] = spread(ratios)

@@ -16,7 +16,8 @@ class AveragedWeights:
     """Exponential moving average of the weights of a model, prepared by accelerate; it starts at what they are."""
 
     def __init__(self, model: nn.Module, decay: float):
-        self.model, self.average = model, get_ema_multi_avg_fn(decay)
+        self.model = model
+        self.average = get_ema_multi_avg_fn(decay)
         self.values = [own.detach().clone() for own in self._weights()]  # of this rank, in the model's order
 
     @torch.no_grad()

@@ -42,7 +42,8 @@ log = logging.getLogger(__name__)
 
 def make_keys(config: TrainConfig, family: StableDiffusion, tables: dict[str, Pairs]) -> dict[str, dict]:
     """Keys of the captions and of the images of each table: all that the stored numbers depend on."""
-    prints, dtype = family.fingerprints(), DTYPES[config.mixed_precision]
+    prints = family.fingerprints()
+    dtype = DTYPES[config.mixed_precision]
     precision = {"stored in": config.latent_cache_dtype}
     keys = {
         "captions": {
@@ -120,7 +121,9 @@ class ImageRows(Dataset):
 
     def __getitem__(self, row: int) -> tuple[Tensor, dict[str, str]]:
         """Pixels (columns, 3, H, W) uint8, black where unreadable, and what is unreadable: {"row column": why}."""
-        values, unreadable, images = self.pairs.table[row], {}, []
+        values = self.pairs.table[row]
+        unreadable = {}
+        images = []
         for number, name in enumerate(self.pairs.columns):
             try:
                 images.append(decode_column(values, name, self.pairs.min_side))
@@ -188,13 +191,15 @@ def make(config: TrainConfig, accelerator: Accelerator, family: StableDiffusion,
     if accelerator.is_main_process:
         work.shards.create()
     accelerator.wait_for_everyone()
-    share, batch = work.share(work.row_bytes(family), accelerator), config.train_batch_size if work.pairs else 64
+    share = work.share(work.row_bytes(family), accelerator)
+    batch = config.train_batch_size if work.pairs else 64
     batches = [piece for names in share for piece in cut(names, batch)]
     if work.pairs:
         encoded = encode_images(family, work, batches, config.dataloader_num_workers)
     else:
         encoded = ((family.encode_texts(texts), {}) for texts in batches)
-    dtype, unreadable = DTYPES[work.shards.key["stored in"]], {}
+    dtype = DTYPES[work.shards.key["stored in"]]
+    unreadable = {}
     progress = tqdm(
         desc=f"caching {work.shards.folder.name}",
         unit="pair" if work.pairs else "text",
@@ -202,7 +207,8 @@ def make(config: TrainConfig, accelerator: Accelerator, family: StableDiffusion,
         disable=not accelerator.is_local_main_process,
     )
     for names in share:
-        parts, notes = [], {}
+        parts = []
+        notes = {}
         for piece in cut(names, batch):
             tensors, texts = next(encoded)
             parts.append({name: tensor.to(dtype).cpu() for name, tensor in tensors.items()})
@@ -256,7 +262,8 @@ def open_cache(
     if held_out is not None:
         used.append(("images" if held_out.table is pairs.table else "held-out", held_out))
     tables = dict(reversed(used))  # pairs of one table share a folder
-    stores, wanted = open_stores(config, accelerator, tables), {"captions": {""}}
+    stores = open_stores(config, accelerator, tables)
+    wanted = {"captions": {""}}
     for name, part in used:
         wanted["captions"].update(itertools.chain(*part.captions()))
         wanted.setdefault(name, set()).update(part.rows.tolist())
@@ -297,7 +304,7 @@ class CacheConfig(TrainConfig):
 
     verify: bool = flag(False, "read the whole cache and compare its checksums")
 
-    def _conflicts(self):
+    def _conflicts(self) -> Iterator[tuple[object, str]]:
         yield not self.latent_cache, "--latent_cache is missing: name the folder to fill"
         yield from super()._conflicts()
 

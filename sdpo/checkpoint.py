@@ -118,7 +118,9 @@ def save_checkpoint(run: Run, prune: bool = True) -> Path:
     Older ones beyond --checkpoints_total_limit are removed then, unless `prune` is False. Raises InputError, and leaves
     them as they were, if it cannot be written.
     """
-    accelerator, config, state = run.accelerator, run.config, run.state()
+    accelerator = run.accelerator
+    config = run.config
+    state = run.state()
     folder = Path(config.output_dir, f"checkpoint-{run.step}")
     partial = folder.with_name(folder.name + ".partial")
     try:
@@ -320,7 +322,8 @@ def space_cautions(folder: str | Path, size: int) -> list[str]:
 
 def read_state(checkpoint: Path) -> dict:
     """state.json of a checkpoint: what Run.state gave; raises InputError for anything else."""
-    path, fix = checkpoint / "state.json", "remove the checkpoint, or resume from another one"
+    path = checkpoint / "state.json"
+    fix = "remove the checkpoint, or resume from another one"
     state = parse_json(read_text(path), path, fix)
     kinds = {"step": int, "seed": int, "config": dict, "plan": dict, "data": str, "base": dict, "meter": dict}
     known = isinstance(state, dict) and all(type(state.get(key)) is kind for key, kind in kinds.items())
@@ -335,16 +338,16 @@ def read_state(checkpoint: Path) -> dict:
 
 # Flags that a resumed run may change: they decide where and how it runs, or only the order of summation
 FREE = {
-    *("output_dir", "logging_dir", "report_to", "tracker_project_name", "cache_dir"),
-    *("resume_from_checkpoint", "resume_with_changes", "checkpointing_steps", "checkpoints_total_limit"),
-    *("logging_steps", "validation_steps", "validation_prompts", "dataloader_num_workers"),
-    *("max_unreadable_images", "max_skipped_updates", "reference_cache"),
-    *("gradient_checkpointing", "activation_memory", "compile", "channels_last"),
-    *("hub_model_id", "local_rank", "hard_skip_resume"),  # without effect
-    *("gradient_accumulation_steps", "global_batch_size"),  # the plan says what they come to
+    "output_dir", "logging_dir", "report_to", "tracker_project_name", "cache_dir",
+    "resume_from_checkpoint", "resume_with_changes", "checkpointing_steps", "checkpoints_total_limit",
+    "logging_steps", "validation_steps", "validation_prompts", "dataloader_num_workers",
+    "max_unreadable_images", "max_skipped_updates", "reference_cache",
+    "gradient_checkpointing", "activation_memory", "compile", "channels_last",
+    "hub_model_id", "local_rank", "hard_skip_resume",  # without effect
+    "gradient_accumulation_steps", "global_batch_size",  # the plan says what they come to
     # Run.base says what these come to
-    *("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "unet_init", "revision"),
-}
+    "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "unet_init", "revision",
+}  # fmt: skip
 
 
 DATA_PLACES = {"dataset_name", "train_data_dir", "validation_data_dir", "labels_file", "latent_cache"}  # may be local
@@ -358,7 +361,9 @@ def resolve(name: str, value: Any) -> Any:
 def changed_settings(run: Run, checkpoint: Path) -> list[str]:
     """What shapes the numbers of a run and differs from what the checkpoint was trained with."""
     config, plan = run.config, run.plan
-    then, now, free = read_state(checkpoint), dataclasses.asdict(config), {*FREE, "seed"}
+    then = read_state(checkpoint)
+    now = dataclasses.asdict(config)
+    free = {*FREE, "seed"}
     if config.lr_scheduler.startswith("constant"):
         free |= {"max_train_steps", "num_train_epochs"}
     per_pair = not config.use_winner_preserving or config.winner_preserving_per == "pair"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -203,13 +204,13 @@ class TrainConfig:
             if wrong:
                 raise InputError(message)
 
-    def _conflicts(self):
+    def _conflicts(self) -> Iterator[tuple[object, str]]:
         """Pairs (is wrong, what to do about it) of what is missing or does not go together."""
         yield from self._place_conflicts()
         yield from self._data_conflicts()
         yield from self._training_conflicts()
 
-    def _place_conflicts(self):
+    def _place_conflicts(self) -> Iterator[tuple[object, str]]:
         yield (
             not self.pretrained_model_name_or_path,
             "--pretrained_model_name_or_path is missing: give a hub id or a local diffusers folder",
@@ -226,7 +227,7 @@ class TrainConfig:
                 f"--output_dir {self.output_dir} holds --{name}, which training would write over: name another folder",
             )
 
-    def _data_conflicts(self):
+    def _data_conflicts(self) -> Iterator[tuple[object, str]]:
         yield (
             self.choice_model and self.choice_model not in CHOICE_MODELS,
             f"--choice_model {self.choice_model!r}: choose from {', '.join(CHOICE_MODELS)}, "
@@ -261,7 +262,7 @@ class TrainConfig:
             "--latent_cache with --max_train_samples needs --seed, which chooses the pairs",
         )
 
-    def _training_conflicts(self):
+    def _training_conflicts(self) -> Iterator[tuple[object, str]]:
         yield (
             self.sft and self.train_method not in ("diffusion-dpo", "sft"),
             f"--sft and --train_method {self.train_method} exclude each other: drop one",
@@ -368,7 +369,7 @@ class TrainConfig:
         """
         return [text for applies, text in self._cautions(loss, steps) if applies]
 
-    def _cautions(self, loss: str, steps: int):
+    def _cautions(self, loss: str, steps: int) -> Iterator[tuple[object, str]]:
         alpha = min(max(self.dmpo_alpha, 1e-6), 1 - 1e-6)  # as the loss has it
         turn = math.log1p(-alpha) - math.log(alpha)
         yield (

@@ -196,7 +196,8 @@ def check_shared_memory(workers: int, batch_bytes: int) -> None:
     if not workers or not SHARED_MEMORY.is_dir():
         return
     workers *= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of all ranks on this machine
-    there, needed = shutil.disk_usage(SHARED_MEMORY).total, workers * PREFETCHED * batch_bytes
+    there = shutil.disk_usage(SHARED_MEMORY).total
+    needed = workers * PREFETCHED * batch_bytes
     if 0 < there < needed:  # 0 is without a limit
         raise InputError(
             f"{SHARED_MEMORY} has {there / 2**20:.0f} MiB, of which {workers} loader workers need "

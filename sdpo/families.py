@@ -34,7 +34,8 @@ Conditioning = dict[str, Tensor]  # every tensor has one row per sample
 
 def read_pipeline_class(source: str, **options: str | None) -> str:
     """The class of pipeline that a hub id or local folder says it holds; raises InputError if it does not say."""
-    index, fix = Path(source, "model_index.json"), "download the model again"
+    index = Path(source, "model_index.json")
+    fix = "download the model again"
     if Path(source).is_dir() and not index.is_file():
         raise InputError(f"{source} has no {index.name}, which says what kind of model it is; {fix}")
     if not index.is_file():
@@ -208,7 +209,8 @@ class StableDiffusion:
         return unet.float()
 
     def _check_kind(self, unet: UNet2DConditionModel, init: str) -> None:
-        kind, path = self.scheduler.config.prediction_type, Path(init, "scheduler", "scheduler_config.json")
+        kind = self.scheduler.config.prediction_type
+        path = Path(init, "scheduler", "scheduler_config.json")
         scheduler = parse_json(read_text(path), path, "download it again") if path.is_file() else {}
         if scheduler.get("prediction_type", kind) != kind:
             raise InputError(f"{init} makes {scheduler['prediction_type']} predictions, {self.source} {kind} ones")
@@ -244,7 +246,8 @@ class StableDiffusion:
 
         Raises InputError if the VAE cannot halve it often enough.
         """
-        factor, width = self.image_size(1), width or height
+        factor = self.image_size(1)
+        width = width or height
         for side in (height, width):
             if side % factor:
                 raise InputError(f"--resolution must be a multiple of {factor} for {self.source}, got {side}")
@@ -323,7 +326,8 @@ class StableDiffusion:
     @torch.no_grad()
     def try_out(self, unet: nn.Module) -> None:
         """Encode, predict and decode a small image; raises InputError where that fails or numbers are not finite."""
-        side, draw = self.image_size(8), torch.full((1,), 0.5, device=self.device)
+        side = self.image_size(8)
+        draw = torch.full((1,), 0.5, device=self.device)
         wrong = f"{self.source} cannot encode, predict and decode an image"
         fix = "its config files do not go with its weights; download it again"
         try:

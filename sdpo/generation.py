@@ -158,7 +158,8 @@ def locate_unet(config: EvalConfig) -> tuple[str, Path]:
     Raises InputError where a file is missing or cannot be fetched.
     """
     reference = RELEASED.get(config.unet_path, config.unet_path)
-    path, hub_folder = Path(reference), Path("output/eval")
+    path = Path(reference)
+    hub_folder = Path("output/eval")
     if reference == "base":
         return "", hub_folder / f"base-{Path(config.pretrain_path).name}"
     if path.is_dir():
@@ -233,7 +234,8 @@ class EvalRun:
 
 def choose_size(config: EvalConfig, family: StableDiffusion, unet: UNet2DConditionModel) -> tuple[int, int]:
     """Height and width of the images in pixels; raises InputError unless their latents have the official size."""
-    factor, own = family.image_size(1), unet.config.sample_size
+    factor = family.image_size(1)
+    own = unet.config.sample_size
     default = own * factor if isinstance(own, int) and own > 0 else None
     height, width = (side or config.resolution or default for side in (config.height, config.width))
     if not (height and width):
@@ -247,7 +249,8 @@ def choose_size(config: EvalConfig, family: StableDiffusion, unet: UNet2DConditi
 def own_settings(part: ConfigMixin | PreTrainedModel) -> dict[str, Any]:
     """Settings of a part that are not the defaults of its class, which a library may write out or leave out."""
     if isinstance(part, PreTrainedModel):
-        settings, other = part.config.to_diff_dict(), ("transformers_version", "dtype", "architectures")
+        settings = part.config.to_diff_dict()
+        other = ("transformers_version", "dtype", "architectures")
         return {name: value for name, value in settings.items() if name not in other and not name.startswith("_")}
     parameters = inspect.signature(type(part).__init__).parameters
     return {
@@ -290,7 +293,8 @@ def describe_images(
 
 def load_run(config: EvalConfig, accelerator: Accelerator) -> EvalRun:
     """Models on the device in their dtypes, weights hashed, batch size chosen; raises InputError."""
-    device, dtype = accelerator.device, DTYPES[config.dtype]
+    device = accelerator.device
+    dtype = DTYPES[config.dtype]
     source, folder = locate_unet(config)
     options = {"vae": config.vae_path or None, "revision": config.revision, "cache_dir": config.cache_dir}
     family = load_family(None, config.pretrain_path, **options)
@@ -325,7 +329,8 @@ def sample_images(run: EvalRun, captions: list[str], seeds: list[int], steps: in
     Raises InputError where memory runs out or numbers overflow.
     """
     config, family = run.config, run.family
-    shape, fix = family.latent_shape(run.height, run.width), "run again with a smaller --batch_size or smaller images"
+    shape = family.latent_shape(run.height, run.width)
+    fix = "run again with a smaller --batch_size or smaller images"
     try:
         with within_memory(f"{len(captions)} images of {run.size} at a time; what was made is kept, {fix}"):
             noise = draw_noise(shape, seeds, run.accelerator.device, DTYPES[config.dtype])
@@ -362,7 +367,8 @@ def find_damage(path: Path, height: int, width: int) -> str:
     """What is wrong with an existing PNG, checked by its size and checksums; empty if nothing is."""
     try:
         with Image.open(path) as image:
-            size, kind = image.size, (image.format, image.mode)
+            size = image.size
+            kind = (image.format, image.mode)
             image.verify()
     except Exception as error:  # a broken file may raise anything
         return str(error).splitlines()[0] if str(error) else repr(error)
@@ -374,7 +380,8 @@ def find_damage(path: Path, height: int, width: int) -> str:
 def claim_folder(run: EvalRun, group: str) -> None:
     """Write the fingerprint of a group's folder; raises InputError if images there were made with other settings."""
     folder = run.folder(group)
-    path, texts = folder / FINGERPRINT, json.dumps([prompt.text for prompt in run.prompts[group]])
+    path = folder / FINGERPRINT
+    texts = json.dumps([prompt.text for prompt in run.prompts[group]])
     settings = {**run.made_with, "prompts": hashlib.sha256(texts.encode()).hexdigest()}
     fix = "choose another --output_path, or remove the folder"
     if not path.exists():
@@ -407,7 +414,8 @@ def read_settings(fingerprint: Path) -> dict[str, object] | None:
 
 def find_groups(run: EvalRun) -> dict[str, Path]:
     """Manifests in the output folder by group, of this command and of others with the same weights and settings."""
-    ending, found = run.beside("", ".json").name, {}
+    ending = run.beside("", ".json").name
+    found = {}
     for path in sorted(run.output.glob(f"*{glob.escape(ending)}")):
         group = path.name.removesuffix(ending)
         settings = read_settings(run.folder(group) / FINGERPRINT) or {}
@@ -418,7 +426,9 @@ def find_groups(run: EvalRun) -> dict[str, Path]:
 
 def find_missing(run: EvalRun, group: str) -> list[int]:
     """Indices to make, the same on every rank: images that do not exist, and damaged ones, which are named."""
-    count, rank, ranks = len(run.prompts[group]), run.accelerator.process_index, run.accelerator.num_processes
+    count = len(run.prompts[group])
+    rank = run.accelerator.process_index
+    ranks = run.accelerator.num_processes
     there = [index for index in range(rank, count, ranks) if run.image(group, index).exists()]
     found = gather_object([(index, find_damage(run.image(group, index), run.height, run.width)) for index in there])
     damaged = {index: damage for index, damage in sorted(found) if damage}
@@ -429,7 +439,9 @@ def find_missing(run: EvalRun, group: str) -> list[int]:
 
 def make_images(run: EvalRun, group: str) -> None:
     """Sample and write this rank's share of the missing images, with a progress bar on the main one."""
-    accelerator, size, prompts = run.accelerator, run.batch_size, run.prompts[group]
+    accelerator = run.accelerator
+    size = run.batch_size
+    prompts = run.prompts[group]
     share = run.missing[group][accelerator.process_index :: accelerator.num_processes]
     hidden = not accelerator.is_main_process or not share
     label = group if accelerator.num_processes == 1 else f"{group}, process 1 of {accelerator.num_processes}"

@@ -48,7 +48,8 @@ def fetch(repository: str, name: str, **options: str | None) -> Path:
 
 def load_part(cls, source: str, subfolder: str | None = None, **options):
     """`cls.from_pretrained`; raises InputError where it fails, and for models that lack tensors or are not finite."""
-    part, is_model = f"{subfolder or cls.__name__} of {source!r}", issubclass(cls, nn.Module)
+    part = f"{subfolder or cls.__name__} of {source!r}"
+    is_model = issubclass(cls, nn.Module)
     if subfolder:
         options["subfolder"] = subfolder
     if is_model:

@@ -142,7 +142,8 @@ def require_images(entries: Sequence[Entry], why: str = "") -> None:
     """Raises InputError, naming the first and counting the rest, if images do not exist; `why` says who needs them."""
     missing = [entry for entry in entries if not os.path.isfile(entry.path)]  # Path.is_file raises for long names
     if missing:
-        first, more = missing[0], f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        first = missing[0]
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         why = f", and {why}" if why else ""
         raise InputError(
             f"{first.where}: image {first.image}{more} is neither in the working directory nor in the manifest's "
@@ -216,7 +217,8 @@ def append_scores(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
 
     Raises InputError, before anything is written, for a row that read_scores would refuse.
     """
-    path, lines = Path(path), [json.dumps(row) + "\n" for row in rows]
+    path = Path(path)
+    lines = [json.dumps(row) + "\n" for row in rows]
     for line in lines:
         _parse_row(line.encode(), f"new row of {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -244,7 +246,8 @@ def match_scores(entries: Iterable[Entry], scores: Scores) -> Scores:
     same prompt and content counts whatever its spelling of the path.
     """
     contents = {(row["prompt"], row["sha256"]): row for row in scores.values() if "sha256" in row}
-    matched, changed = {}, 0
+    matched = {}
+    changed = 0
     for entry in entries:
         row = scores.get(entry.key)
         if os.path.isfile(entry.path) and (row is None or "sha256" in row) and contents:

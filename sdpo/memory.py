@@ -43,7 +43,9 @@ def choose_checkpointing(run: Run, batch: Batch) -> str:
     Returns a sentence for the console. The budget is --activation_memory, or what is free on the fullest GPU; raises
     InputError where there is neither.
     """
-    config, device, budget = run.config, run.accelerator.device, run.config.activation_memory
+    config = run.config
+    device = run.accelerator.device
+    budget = run.config.activation_memory
     if budget is None:
         if device.type != "cuda":
             raise InputError("--gradient_checkpointing auto: say how many GiB may be kept with --activation_memory")
@@ -52,7 +54,8 @@ def choose_checkpointing(run: Run, batch: Batch) -> str:
         rooms = run.accelerator.gather(torch.tensor([room / 2**30], device=device))
         budget = rooms.min().item()  # ranks that recompute other units would wait for each other
     inputs = make_inputs(run.family, batch.to(device))
-    unet, dtype = run.accelerator.unwrap_model(run.policy), DTYPES[config.mixed_precision]
+    unet = run.accelerator.unwrap_model(run.policy)
+    dtype = DTYPES[config.mixed_precision]
     units, kept = choose_units(run.family, unet, inputs, dtype, budget * 2**30)
     unet.enable_gradient_checkpointing()
     for name, unit in checkpoint_units(unet).items():

@@ -33,7 +33,10 @@ from sdpo.tables import (
 
 IMAGES = ("jpg_0", "jpg_1")
 IMAGE_TYPES = (
-    *(pa.types.is_binary, pa.types.is_large_binary, pa.types.is_string, pa.types.is_large_string),
+    pa.types.is_binary,
+    pa.types.is_large_binary,
+    pa.types.is_string,
+    pa.types.is_large_string,
     pa.types.is_null,
 )
 LABELS_ABOUT = b"sdpo"  # key of the JSON object in a label file that says what it was made from
@@ -224,7 +227,8 @@ def read_label_file(path: Path, captions: list, source: str) -> np.ndarray:
         labels = table["label_0"].to_pylist()
         numbers = table["row"].to_pylist() if "row" in table.column_names else list(range(len(labels)))
         about = json.loads((table.schema.metadata or {}).get(LABELS_ABOUT, b"{}"))
-        rows, made_for = len(captions), about.get("captions")
+        rows = len(captions)
+        made_for = about.get("captions")
     except Exception as error:  # pyarrow has many
         raise InputError(
             f"cannot read labels from {path} ({brief(error)}); make it with python -m sdpo.relabel"
@@ -288,7 +292,8 @@ def prepare_pairs(config: TrainConfig, seed: int) -> tuple[Pairs, Pairs | None, 
 
         labelled = [relabel(RelabelConfig.of(config))]
     pairs, notes = load_pairs(config, config.split)
-    notes, held_out = labelled + notes, None
+    notes = labelled + notes
+    held_out = None
     if config.validation_split or config.validation_data_dir:
         split = config.validation_split or "train"
         trained, other = (

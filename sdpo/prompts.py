@@ -45,7 +45,9 @@ class Prompt:
 
 def fetch_official(group: str) -> list[Prompt]:
     """Prompts of an official group, downloaded on first use and checked; raises InputError where that fails."""
-    path, url, digest = FOLDER / f"{group}.json", f"{SOURCE}/{group}.json", OFFICIAL[group]
+    path = FOLDER / f"{group}.json"
+    url = f"{SOURCE}/{group}.json"
+    digest = OFFICIAL[group]
     if not path.exists():
         pooch.get_logger().setLevel(logging.WARNING)
         try:

@@ -25,10 +25,10 @@ from sdpo.ranks import on_main
 from sdpo.shards import Shards, refuse_changes, refuse_damaged
 
 FLAGS = (  # that decide what the reference is shown, or how its numbers are rounded
-    *("random_crop", "no_hflip", "shared_flip", "draft_decoding", "proportion_empty_prompts"),
-    *("noise_offset", "input_perturbation"),
-    *("train_batch_size", "official_reference_errors", "mixed_precision", "allow_tf32", "compile", "channels_last"),
-)
+    "random_crop", "no_hflip", "shared_flip", "draft_decoding", "proportion_empty_prompts",
+    "noise_offset", "input_perturbation",
+    "train_batch_size", "official_reference_errors", "mixed_precision", "allow_tf32", "compile", "channels_last",
+)  # fmt: skip
 log = logging.getLogger(__name__)
 
 

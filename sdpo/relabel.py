@@ -115,8 +115,10 @@ def relabel(config: RelabelConfig) -> str:
     Another margin needs no new scores. Raises InputError for data, weights and images that cannot be used.
     """
     table = read_table(config, config.split)
-    scored, out = describe_scores(config, table), Path(config.out)
-    about, then = scored | {"margin": config.margin}, read_about(out)
+    scored = describe_scores(config, table)
+    out = Path(config.out)
+    about = scored | {"margin": config.margin}
+    then = read_about(out)
     if out.exists() and then is None:
         raise InputError(f"--out {out} is there already and is no label file: name another one")
     scores = read_scored(out, len(table)) if then and then | {"margin": config.margin} == about else None

@@ -39,7 +39,8 @@ def write_report(
     path = Path(os.path.abspath(path))
     if not runs:
         raise InputError("a report needs at least one run; give a manifest with scores")
-    labels, scored = [run.label for run in runs], any(run.scores for run in runs)
+    labels = [run.label for run in runs]
+    scored = any(run.scores for run in runs)
     if comparisons:
         views = [_pair_view(comparison, runs, path.parent) for comparison in comparisons]
     else:
@@ -150,7 +151,8 @@ def _win_rates(comparison: Comparison) -> str:
 
 def _win_bars(a: str, b: str, summary: dict[str, Any]) -> str:
     """Bars of the win rates with 95 % intervals, a row of 30 units per metric, 0 to 100 % from x = 110 to 510."""
-    rows, bottom = [], 30 * len(summary["metrics"])
+    rows = []
+    bottom = 30 * len(summary["metrics"])
     for place, row in enumerate(summary["metrics"]):
         rate, (low, high) = row["win_rate_a_over_b"], row["win_rate_ci95"]
         middle, left, right = 30 * place + 15, 110 + 400 * low, 110 + 400 * high
@@ -190,7 +192,8 @@ def _histogram(metric: str, runs: Sequence[ScoredRun]) -> str:
     margin = largest / 2 if high - low < 1e-9 * largest else 0  # too close together for bins of their own
     edges = np.linspace(low - margin, high + margin, BINS + 1)
     shares = [np.histogram(values, edges)[0] / len(values) for _, values in shown]
-    top, outlines = max(share.max() for share in shares), []
+    top = max(share.max() for share in shares)
+    outlines = []
     for (place, _), share in zip(shown, shares, strict=True):
         steps = "".join(f"V{HEIGHT - 120 * height / top:.1f}h{WIDTH / BINS:.2f}" for height in share)
         outlines.append(f'<path class="series s{place % COLOURS}" d="M0 {HEIGHT}{steps}V{HEIGHT}z"/>')

@@ -122,7 +122,8 @@ class Scorer(nn.Module):
 
     def __init__(self, sources: Mapping[str, str] | None = None, dtype: torch.dtype = torch.float32, **options):
         super().__init__()
-        self.sources, self.dtype = self.official | dict(sources or {}), dtype
+        self.sources = self.official | dict(sources or {})
+        self.dtype = dtype
         if unknown := sorted(self.sources.keys() - self.official.keys()):
             raise InputError(f"{type(self).__name__} has no part {unknown[0]!r}; it has {', '.join(self.official)}")
         self.load(**options)
@@ -369,7 +370,8 @@ def load_scorers(
 
     Raises InputError for names that do not exist and for weights that cannot be used.
     """
-    metrics, sources = list(metrics), sources or {}
+    metrics = list(metrics)
+    sources = sources or {}
     check_names(metrics, SCORERS)
     check_parts(sources)
     parts = {metric: {} for metric in SCORERS}
@@ -407,7 +409,8 @@ def score_rows(
     """
     device = check_device(device)
     in_turn = exceed(scorers.values(), device) if in_turn is None else in_turn
-    preprocesses, home = {scorer.preprocess for scorer in scorers.values()}, "cpu" if in_turn else device
+    preprocesses = {scorer.preprocess for scorer in scorers.values()}
+    home = "cpu" if in_turn else device
     block_size = max(batch_size, IN_TURN_BLOCK) if in_turn else batch_size
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for block, prepared in work_ahead(pool, lambda row: prepare(row[0], preprocesses), rows, block_size):
@@ -457,7 +460,8 @@ def prepare(image: str | Path | BinaryIO, preprocesses: Iterable[Preprocess]) ->
 
 def work_ahead(pool: ThreadPoolExecutor, function: Callable, rows: Iterable, size: int) -> Iterator[tuple[list, list]]:
     """Blocks of `size` rows with the function's results, while the next block is being worked on."""
-    rows, begun = iter(rows), None
+    rows = iter(rows)
+    begun = None
     while block := list(islice(rows, size)):
         results = pool.map(function, block)
         if begun:

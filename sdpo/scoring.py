@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sdpo.command import Count, InputError, Parser, check_limits, parse_assignments, run_command, show, within_memory
 from sdpo.files import locked, sha256
@@ -25,6 +26,9 @@ from sdpo.manifest import (
     read_scores,
     require_images,
 )
+
+if TYPE_CHECKING:  # scores that are there need no torch
+    from accelerate import Accelerator
 
 Scored = tuple[list[Entry], Scores]  # a manifest and its scores
 Todo = dict[tuple[str, ...], list[Entry]]  # entries by the metrics that they lack
@@ -244,9 +248,48 @@ def check_models(scored: Mapping[str, Scored], metrics: Sequence[str]) -> None:
             )
 
 
-def add_flags(parser: argparse.ArgumentParser, default: Sequence[str]) -> None:
+# Groups of prompts
+
+
+def score_groups(
+    manifests: Mapping[str, Path], metrics: Sequence[str], options: ScoringOptions, accelerator: Accelerator
+) -> dict[str, Scored]:
+    """Entries and scores by group in the metrics, on the main process; every rank computes a share of them."""
+    if accelerator.num_processes > 1:
+        for path in manifests.values():
+            if accelerator.is_main_process:
+                take_in_shares(_beside(path))
+            accelerator.wait_for_everyone()
+            score_share(path, metrics, options, accelerator.process_index, accelerator.num_processes)
+            accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        return {}
+    return {group: score_manifest(path, metrics, options) for group, path in manifests.items()}
+
+
+def add_earlier(
+    groups: dict[str, Scored], manifests: Mapping[str, Path], metrics: Sequence[str], options: ScoringOptions
+) -> None:
+    """Add groups that earlier commands made and scored alike; those that cannot be are named."""
+    for group, path in manifests.items():
+        if group in groups:
+            continue
+        try:
+            if not (scored := read_complete(path, metrics, options)):
+                continue
+            check_models({**groups, group: scored}, metrics)
+        except InputError as error:
+            log.warning(f"CAUTION: {group} is left out of the summary: {error}")
+        else:
+            groups[group] = scored
+
+
+# The command
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that say which metrics are scored and how, for read_flags."""
-    parser.add_argument("--metrics", nargs="+", choices=METRICS, default=list(default), help="what to score")
+    parser.add_argument("--metrics", nargs="+", choices=METRICS, default=list(OFFICIAL_METRICS), help="what to score")
     parser.add_argument("--device", help="where missing scores are computed: cpu, cuda, ...; on a GPU if there is one")
     parser.add_argument("--batch_size", type=int, default=64, help="images per step of a scorer")
     parser.add_argument("--weights", nargs="*", default=[], metavar="METRIC.PART=SOURCE", help="local path or hub file")
@@ -269,7 +312,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     parser = Parser(prog="python -m sdpo.scoring", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("manifests", nargs="+", metavar="MANIFEST.json", help="the file beside a folder of images")
-    add_flags(parser, OFFICIAL_METRICS)
+    add_flags(parser)
     args = parser.parse_args(arguments)
     options = read_flags(args)
     pending = {manifest: plan_scores(manifest, args.metrics, options) for manifest in args.manifests}

@@ -57,7 +57,9 @@ class Shards:
         self.files, self.places, self.notes = on_main(PartialState(), self._find_rows)
 
     def _find_rows(self) -> tuple[list[Path], dict, dict]:
-        files, places, notes = sorted(self.folder.glob("*.safetensors")), {}, {}
+        files = sorted(self.folder.glob("*.safetensors"))
+        places = {}
+        notes = {}
         for number, path in enumerate(files):
             about = read_about(path)
             if about["key"] != self.mark:

@@ -157,7 +157,8 @@ def pair_loss(config: TrainConfig, family: StableDiffusion) -> Callable[[PairTer
 def compute_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """(mean loss of a micro-batch, its metrics): policy and reference see the same inputs under the same autocast."""
     config, family = run.config, run.family
-    inputs, reference = make_inputs(family, batch), None
+    inputs = make_inputs(family, batch)
+    reference = None
     if config.method != "sft" and batch.reference_error is None:  # before the policy, while no activations are kept
         with run.accelerator.autocast(), torch.no_grad():
             reference = family.predict(run.reference, inputs.noisy, inputs.timesteps, inputs.conditioning)

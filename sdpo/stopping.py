@@ -66,7 +66,8 @@ class Skips:
         if skipped is None:
             self.in_a_row = 0
             return
-        scaler, config = self.run.accelerator.scaler, self.run.config
+        scaler = self.run.accelerator.scaler
+        config = self.run.config
         overflow = scaler is not None and not math.isfinite(skipped.grad_norm)  # of fp16, while its scale is found
         finding_scale = overflow and scaler.get_scale() > 1
         self.in_a_row += not finding_scale
@@ -94,7 +95,8 @@ class Skips:
 
     def _describe(self, skipped: Skipped) -> str:
         bad = [micro for micro, loss in enumerate(skipped.losses) if not math.isfinite(loss)]
-        micros, rank = bad or range(len(skipped.losses)), self.run.accelerator.process_index
+        micros = bad or range(len(skipped.losses))
+        rank = self.run.accelerator.process_index
         places = [
             place for micro in micros for place in micro_batch_places(self.run.plan, rank, self.run.step - 1, micro)
         ]

@@ -41,7 +41,9 @@ def format_summary(rows: Sequence[dict]) -> str:
 
 def write_summary(rows: Sequence[dict], folder: str | Path, size: int | str) -> str:
     """Write summary.json, summary.csv and joint_test_{size}.log into a folder; returns the console text."""
-    folder, text, table = Path(folder), format_summary(rows), io.StringIO()
+    folder = Path(folder)
+    text = format_summary(rows)
+    table = io.StringIO()
     writer = csv.DictWriter(table, ["group", "metric", "mean", "standard_error", "n"], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)

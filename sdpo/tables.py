@@ -196,7 +196,8 @@ def fetch_files(files: list[str]) -> list[str]:
     if not all(file.startswith("hf://") for file in files):
         return files
     places = [HfFileSystem().resolve_path(file) for file in files]
-    first, names = places[0], [place.path_in_repo for place in places]
+    first = places[0]
+    names = [place.path_in_repo for place in places]
     where = {"repo_type": first.repo_type, "revision": first.revision}
     folder = snapshot_download(first.repo_id, allow_patterns=[glob.escape(name) for name in names], **where)
     return [str(Path(folder, name)) for name in names]

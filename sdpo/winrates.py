@@ -302,7 +302,8 @@ def win_matrix(comparisons: Sequence[Comparison]) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     for (comparison, row), p in zip(cells, holm([row["sign_test_p"] for _, row in cells]), strict=True):
         empty = {name: [[None] * len(labels) for _ in labels] for name in ("win_rate", "p_holm")}
-        matrices, pair = metrics.setdefault(row["metric"], empty), comparison.summary["pair"]
+        matrices = metrics.setdefault(row["metric"], empty)
+        pair = comparison.summary["pair"]
         i, j = labels.index(pair["model_a"]), labels.index(pair["model_b"])
         wins_b = row["wins_b"] + TIE_FOR_A[pair["ties_policy"]] * row["ties"]
         matrices["win_rate"][i][j], matrices["win_rate"][j][i] = row["win_rate_a_over_b"], wins_b / row["total_pairs"]
@@ -358,7 +359,8 @@ def write_matrix(matrix: dict[str, Any], outdir: str | Path, now: datetime | Non
 
 def list_cautions(comparison: Comparison) -> list[str]:
     """What a reader of the figures should know: repeated prompts, and settings by which the runs' images differ."""
-    results, cautions = next(iter(comparison.details.values()))["results"], []
+    results = next(iter(comparison.details.values()))["results"]
+    cautions = []
     if (prompts := len({result["prompt"] for result in results})) < len(results):
         cautions.append(f"only {prompts} prompts are distinct, but intervals and p count pairs as independent")
     for name, count in comparison.summary["pairing"]["differing"].items():
