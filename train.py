@@ -30,7 +30,7 @@ from sdpo.config import Plan, TrainConfig
 from sdpo.console import start_console
 from sdpo.data import PairDataset, Transform, train_batches
 from sdpo.families import FAMILIES, load_family
-from sdpo.files import write_json
+from sdpo.files import brief, write_json
 from sdpo.heldout import HeldOutPairs
 from sdpo.hub import check_precision
 from sdpo.memory import choose_checkpointing, planned_memory
@@ -59,15 +59,18 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     """Accelerate, console logging on rank 0 and the output folder; InputError for what this machine lacks."""
     check_precision(config.mixed_precision)
     logs = str(Path(config.output_dir, config.logging_dir))
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        dynamo_backend="no",  # ignore the launcher's, which would compile the policy alone; --compile compiles both
-        log_with=None if config.report_to == "none" else config.report_to,
-        project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=logs),
-        # after the first update, gradients are views of DDP's buckets
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True), AUTOCAST, PATIENCE],
-        step_scheduler_with_optimizer=False,  # the schedule advances once per update, on any number of ranks
-    )
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            dynamo_backend="no",  # ignore the launcher's, which would compile the policy alone; --compile compiles both
+            log_with=None if config.report_to == "none" else config.report_to,
+            project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=logs),
+            # after the first update, gradients are views of DDP's buckets
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True), AUTOCAST, PATIENCE],
+            step_scheduler_with_optimizer=False,  # the schedule advances once per update, on any number of ranks
+        )
+    except ImportError as error:  # of DeepSpeed
+        raise InputError(f"the launcher's configuration needs another package: {brief(error)}") from error
     if config.report_to not in ("all", "none") and not accelerator.log_with:
         raise InputError(f"--report_to {config.report_to}: it is not installed; pip install {config.report_to}")
     check_ranks(accelerator)
@@ -155,9 +158,10 @@ def caution(run: Run, memory: dict[str, int]) -> None:
             f"an update takes {run.plan.global_batch} pairs and the data has {run.plan.pairs}, which repeat within it: "
             "choose a smaller --global_batch_size or --train_batch_size"
         )
+    sizes = {"the trained model": 2 * memory["policy"] + memory.get("average", 0)}  # unet.pth and a pipeline
     if config.checkpointing_steps:
-        size = sum(memory.get(part, 0) for part in ("policy", "optimizer", "average"))
-        cautions += checkpoints.space_cautions(config.output_dir, size)
+        sizes["a checkpoint"] = sum(memory.get(part, 0) for part in ("policy", "optimizer", "average"))
+    cautions += checkpoints.space_cautions(config.output_dir, sizes)
     for text in cautions:
         log.warning(f"CAUTION: {text}")
 
@@ -258,7 +262,7 @@ def start_logs(run: Run) -> MetricsLog:
 # Training
 
 
-def train(run: Run, dataset: PairDataset, held_out: HeldOutPairs | None) -> int:
+def train(run: Run, dataset: PairDataset, held_out: HeldOutPairs | None, request: StopRequest) -> int:
     """Update until the run's last step; log, measure held-out pairs and write checkpoints on the way.
 
     Returns 0, or the number of the signal that stopped the run early, with a checkpoint.
@@ -266,7 +270,7 @@ def train(run: Run, dataset: PairDataset, held_out: HeldOutPairs | None) -> int:
     config = run.config
     plan = run.plan
     metrics = start_logs(run)
-    with StopRequest(run.accelerator) as request, logging_redirect_tqdm():
+    with logging_redirect_tqdm():
         if run.step == 0:
             metrics.write(0, validate(run, held_out))
         micro_batches = train_batches(config, dataset, plan, run.accelerator.process_index, run.step)
@@ -284,7 +288,6 @@ def train(run: Run, dataset: PairDataset, held_out: HeldOutPairs | None) -> int:
             except InputError:  # about the data; weights and state are those of the last update
                 save_progress(run, began_at, prune=not skipped.in_a_row)
                 raise
-            skipped.note(outcome)
             seconds += time.monotonic() - began
             progress.update()
 
@@ -297,6 +300,7 @@ def train(run: Run, dataset: PairDataset, held_out: HeldOutPairs | None) -> int:
                 figures = run.meter.reduce() | {"lr": learning_rate, "pairs_per_second": speed}
                 show_progress(progress, figures)
                 metrics.write(run.step, figures)
+            skipped.note(outcome)  # may end the run
             if run.step % config.validation_steps == 0 or last:
                 figures = validate(run, held_out)
                 metrics.write(run.step, figures)
@@ -309,6 +313,8 @@ def train(run: Run, dataset: PairDataset, held_out: HeldOutPairs | None) -> int:
                 log.info(f"saved          {folder}")
         progress.close()
         skipped.sum_up()
+        if run.meter.unreadable:
+            log.warning(f"CAUTION: {len(run.meter.unreadable)} pairs could not be read and were replaced by others")
     return stop
 
 
@@ -403,8 +409,8 @@ def main(arguments: list[str] | None = None) -> None:
     config = parse_flags(TrainConfig, __doc__.splitlines()[0], "python train.py", arguments)
     with checkpoints.alone_in(config.output_dir), within_memory(LESS_MEMORY):
         run, dataset, held_out = set_up(config)
-        with checkpoints.writing_to(config.output_dir):
-            stopped_by = train(run, dataset, held_out)
+        with checkpoints.writing_to(config.output_dir), StopRequest(run.accelerator) as request:
+            stopped_by = train(run, dataset, held_out, request)
             if not stopped_by:
                 save_model(run)
         run.accelerator.wait_for_everyone()

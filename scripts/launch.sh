@@ -36,6 +36,8 @@ on_gpus() { # SCRIPT FLAGS...: on every GPU of this machine, or on the CPU where
     exit 2
   }
   if [ "$gpus" -gt 1 ]; then
+    # seconds that ranks have, after a signal, to finish an update and write a checkpoint; 30 by default
+    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-3600}
     exec "$PYTHON" -m accelerate.commands.launch --multi_gpu --num_processes "$gpus" --num_machines 1 \
       --mixed_precision no --dynamo_backend no "$@"
   fi

@@ -33,16 +33,16 @@ run winner_only --use_winner_preserving false --winner_preserving_mu 0 --constan
 wait -n
 wait -n
 
-unset OMP_NUM_THREADS
 echo "sampling held-out captions"
 "$PYTHON" -m sdpo.tiny.compare --out "$out" "plain DPO=$out/plain" "safeguard mu 0.9=$out/safeguard" \
-  "constant 0.2=$out/constant" "winner only=$out/winner_only"
-
-echo
+  "constant 0.2=$out/constant" "winner only=$out/winner_only" &
+compare=$!
 for name in plain safeguard; do
   bash scripts/eval/test_tiny.sh "$out/$name/unet.pth" --output_path "$out/$name/eval" >"$out/$name-eval.log" 2>&1 ||
     { echo "evaluating $name failed:"; tail -n 20 "$out/$name-eval.log"; exit 1; }
 done
+wait "$compare"
+echo
 group=tiny_seed0_32x32_20s_1.0cfg.json
 bash scripts/eval/test_vs.sh --json_a "$out/safeguard/eval/$group" --json_b "$out/plain/eval/$group" \
   --label_a safeguard --label_b plain --metrics Pixels --outdir "$out/vs"

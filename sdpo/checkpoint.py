@@ -7,7 +7,6 @@ are functions of the step: accelerate's random states are saved, but nothing dep
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import logging
@@ -47,9 +46,12 @@ def writing_to(folder: str | Path) -> Iterator[None]:
         if getattr(error, "errno", None) in NO_ROOM or any(words in str(error) for words in FULL):
             reason = getattr(error, "strerror", None) or "a write failed"
             free = shutil.disk_usage(folder).free / 2**30
+            left = (
+                "the checkpoints already written are intact" if list_checkpoints(folder) else "no checkpoint is there"
+            )
             raise InputError(
                 f"{folder} cannot hold more ({reason}; {free:.3g} GiB free): free space there, lower "
-                "--checkpoints_total_limit or choose another --output_dir; the checkpoints already written are intact"
+                f"--checkpoints_total_limit or choose another --output_dir; {left}"
             ) from error
         raise
 
@@ -173,8 +175,16 @@ def damage(folder: Path) -> str | None:
             return f"{path.name} is missing"
         if path.stat().st_size != size:
             return f"{path.name} has {path.stat().st_size} bytes instead of {size}"
-    changed = (path.name for path, (_, digest) in known.items() if sha256(path) != digest)
-    return next((f"{name} has changed since it was written (sha256 differs)" for name in changed), None)
+    for path, (_, digest) in known.items():
+        if sha256(path) != digest:
+            return f"{path.name} has changed since it was written (sha256 differs)"
+    try:
+        step = read_state(folder)["step"]
+    except InputError as error:
+        return str(error)
+    if re.fullmatch(r"checkpoint-\d+", folder.name) and number_of(folder) != step:
+        return f"it is of update {step} and has been renamed"
+    return None
 
 
 def put_in_place(partial: Path, folder: Path) -> None:
@@ -276,7 +286,7 @@ def set_others_aside(run: Run, checkpoint: Path | None) -> None:
     if checkpoint is None or checkpoint.parent.resolve() != Path(run.config.output_dir).resolve():
         set_results_aside(Path(run.config.output_dir), run.config.logging_dir, anew=checkpoint is None)
     elif run.config.resume_from_checkpoint != "latest":
-        set_later_aside(run)
+        set_aside(run.config.output_dir, run.step + 1, "abandoned", "was written after the one resumed from")
 
 
 def set_results_aside(folder: Path, logging_dir: str, anew: bool) -> None:
@@ -299,24 +309,24 @@ def set_results_aside(folder: Path, logging_dir: str, anew: bool) -> None:
         log.warning(f"CAUTION: {folder} held the results of another run, which are now in {aside}")
 
 
-def set_later_aside(run: Run) -> None:
-    """Rename checkpoints beyond the one resumed from: they are not of the run that goes on from there."""
-    for path in list_checkpoints(run.config.output_dir):
-        if number_of(path) > run.step:
-            aside = path.with_name(path.name + ".abandoned")
+def set_aside(folder: str | Path, first: int, ending: str, why: str) -> None:
+    """Rename checkpoints of `first` updates and more, so that none of them is resumed from."""
+    for path in list_checkpoints(folder):
+        if number_of(path) >= first:
+            aside = path.with_name(f"{path.name}.{ending}")
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(path, aside)
-            log.warning(f"CAUTION: {path} was written after the one resumed from, and is now {aside.name}")
+            log.warning(f"CAUTION: {path} {why}, and is now {aside.name}")
 
 
-def space_cautions(folder: str | Path, size: int) -> list[str]:
-    """A warning, if a folder has less free space than a checkpoint of so many bytes takes."""
+def space_cautions(folder: str | Path, sizes: dict[str, int]) -> list[str]:
+    """Warnings of what will not fit into a folder; `sizes` are bytes by what takes them."""
     free = shutil.disk_usage(folder).free
-    if free >= size:
-        return []
     return [
-        f"{folder} has {free / 2**30:.3g} GiB free and a checkpoint takes about {size / 2**30:.3g} GiB: "
+        f"{folder} has {free / 2**30:.3g} GiB free and {what} takes about {size / 2**30:.3g} GiB: "
         "free space there or choose another --output_dir"
+        for what, size in sizes.items()
+        if free < size
     ]
 
 
@@ -355,14 +365,15 @@ DATA_PLACES = {"dataset_name", "train_data_dir", "validation_data_dir", "labels_
 
 def resolve(name: str, value: Any) -> Any:
     """A setting's value, but for a local file or folder where it really is."""
-    return os.path.realpath(value) if name in DATA_PLACES and value and os.path.exists(value) else value
+    is_place = name in DATA_PLACES and isinstance(value, str) and os.path.exists(value)
+    return os.path.realpath(value) if is_place else value
 
 
 def changed_settings(run: Run, checkpoint: Path) -> list[str]:
     """What shapes the numbers of a run and differs from what the checkpoint was trained with."""
     config, plan = run.config, run.plan
     then = read_state(checkpoint)
-    now = dataclasses.asdict(config)
+    now = run.settings()
     free = {*FREE, "seed"}
     if config.lr_scheduler.startswith("constant"):
         free |= {"max_train_steps", "num_train_epochs"}
@@ -381,7 +392,7 @@ def changed_settings(run: Run, checkpoint: Path) -> list[str]:
         if old != new:
             changes.append(f"{what} was {old}, is {new}")
     if then["plan"].get("pairs") == plan.pairs and then["data"] != run.data:
-        changes.append("captions or labels of the pairs trained on have changed")
+        changes.append("captions, labels or images of the pairs trained on have changed")
     return changes + [
         f"the base's {name} has changed" for name, value in run.base.items() if then["base"].get(name) != value
     ]

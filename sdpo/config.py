@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from sdpo.command import Count, Decay, InputError, Natural, NotNegative, Positive, Share, Side, check_limits, flag
 from sdpo.scoring import METRICS
@@ -326,8 +326,8 @@ class TrainConfig:
         """Whether there are held-out pairs."""
         return bool(self.validation_pairs or self.validation_split or self.validation_data_dir)
 
-    def without_effect(self, optimizer: str) -> list[str]:
-        """A sentence for every flag that was given and has no effect; `optimizer` is the row of OPTIMIZERS."""
+    def _idle(self, optimizer: str) -> dict[str, str]:
+        """Flags that have no effect, and why; `optimizer` is the row of OPTIMIZERS."""
         reasons = {  # flags -> (whether they have none, why)
             "hub_model_id": (
                 True,
@@ -341,6 +341,8 @@ class TrainConfig:
                 "without --use_winner_preserving",
             ),
             "beta_dpo": (self.method == "sft" and not self.holds_out, "on sft"),
+            "revision": (Path(self.pretrained_model_name_or_path).is_dir(), "on a base model in a local folder"),
+            "image_column": (self.method != "sft", f"on {self.method}"),
             "dmpo_alpha": (self.method != "dmpo", f"on {self.method}"),
             "dspo_form": (self.method != "dspo", f"on {self.method}"),
             "official_reference_errors": (
@@ -354,13 +356,19 @@ class TrainConfig:
             "shared_flip": (self.no_hflip, "with --no_hflip"),
             "latent_cache_dtype": (not self.latent_cache, "without --latent_cache"),
         }
-        defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        return [
-            f"--{name} has no effect {why}"
-            for names, (idle, why) in reasons.items()
-            for name in names.split()
-            if idle and getattr(self, name) != defaults[name]
-        ]
+        return {name: why for names, (idle, why) in reasons.items() for name in names.split() if idle}
+
+    def without_effect(self, optimizer: str) -> list[str]:
+        """A sentence for every flag that was given and has no effect; `optimizer` is the row of OPTIMIZERS."""
+        defaults = self.idle_defaults(optimizer)
+        reasons = self._idle(optimizer)
+        given = [name for name in reasons if getattr(self, name) != defaults[name]]
+        return [f"--{name} has no effect {reasons[name]}" for name in given]
+
+    def idle_defaults(self, optimizer: str) -> dict[str, Any]:
+        """Defaults of the flags that have no effect; `optimizer` is the row of OPTIMIZERS."""
+        idle = self._idle(optimizer)
+        return {f.name: f.default for f in dataclasses.fields(self) if f.name in idle}
 
     def cautions(self, loss: str, steps: int) -> list[str]:
         """A sentence for every combination that is known to be inert or harmful in a run of so many updates.
@@ -383,12 +391,12 @@ class TrainConfig:
             "so training is close to sft and the safeguard close to inert",
         )
         yield (
-            self.use_winner_preserving and self.winner_preserving_mu == 0,
+            self.use_winner_preserving and self.method != "sft" and self.winner_preserving_mu == 0,
             "--winner_preserving_mu 0 only forbids a first-order rise of the winner's error on outputs; "
             "in experiments it was close to inert, and held-out winner errors still rose; try 0.6 to 0.9",
         )
         yield (
-            self.use_winner_preserving and self.winner_preserving_mu == 1,
+            self.use_winner_preserving and self.method != "sft" and self.winner_preserving_mu == 1,
             "--winner_preserving_mu 1 makes the scale 0 wherever <e_w, e_l> > 0: training is on winners only, mostly",
         )
         yield (

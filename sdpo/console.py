@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from contextlib import suppress
 from typing import Any, TextIO
 
 import datasets
 import diffusers
 import transformers
+
+from sdpo.command import NO_ROOM
+
+log = logging.getLogger(__name__)
 
 
 class Unbreakable:
@@ -33,8 +38,17 @@ class Unbreakable:
         return getattr(self.stream, name)
 
 
+def report_thread(failed: threading.ExceptHookArgs) -> None:
+    """Say in a sentence that a thread, as TensorBoard's, could not write; anything else is shown as it would be."""
+    if isinstance(failed.exc_value, OSError) and failed.exc_value.errno in NO_ROOM:
+        log.error(f"{failed.thread.name if failed.thread else 'a thread'} cannot write: {failed.exc_value.strerror}")
+    else:
+        threading.__excepthook__(failed)
+
+
 def start_console(main_process: bool) -> None:
     """Log sentences on the main process, errors only on the others, and no progress bars of the libraries."""
+    threading.excepthook = report_thread
     if not isinstance(sys.stderr, Unbreakable):
         sys.stderr = Unbreakable(sys.stderr)
     logging.basicConfig(format="%(message)s", level=logging.INFO if main_process else logging.ERROR, force=True)

@@ -142,11 +142,14 @@ class PairDataset(Dataset):
         while True:
             try:
                 return *self.pairs.load(index, self.members), unreadable
+            except InputError:  # of a latent cache
+                raise
             except Exception as error:  # every decoder has errors of its own
                 unreadable.append(f"{self.pairs.source} row {self.pairs.rows[index]}: {error}")
                 if len(unreadable) > self.max_unreadable:
                     raise InputError(
-                        f"{len(unreadable)} unreadable images in a row, the last: {unreadable[-1]}; check the data"
+                        f"no readable pair in {len(unreadable)} draw(s), more than --max_unreadable_images "
+                        f"{self.max_unreadable}; the last: {unreadable[-1]}; check the data"
                     ) from error
                 index = int(self._draw("replacement", (*place, len(unreadable))).integers(len(self.pairs)))
 
@@ -233,7 +236,7 @@ def train_batches(config: TrainConfig, dataset: PairDataset, plan: Plan, rank: i
     """Micro-batches of this rank from `first_step` to the end of the run."""
     workers = config.dataloader_num_workers
     if workers:
-        check_shared_memory(workers, config.train_batch_size * collate([dataset[0, 0]]).nbytes)
+        check_shared_memory(workers, config.train_batch_size * collate([dataset[first_step, 0]]).nbytes)
     loader = DataLoader(
         dataset,
         batch_sampler=deal_out(plan, rank, first_step),

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import secrets
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -121,6 +122,14 @@ def write_file(path: Path, write: Callable[[Path], object], replace: bool = True
             error.filename = str(path)  # which a full disk does not say
         raise
     sync(path.parent)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove what writers that were killed left half written: files that have not grown for an hour."""
+    for path in folder.glob(PARTIAL):
+        with suppress(OSError):  # another process may be first
+            if time.time() - path.stat().st_mtime > 3600:
+                path.unlink()
 
 
 def put_first(partial: Path, path: Path) -> None:

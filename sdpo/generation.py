@@ -127,7 +127,7 @@ class EvalConfig:
         for group in self.groups:
             yield group not in GROUPS, f"--groups {group}: known are {', '.join(GROUPS)}; give files with --test_json"
         names = [*self.groups, *(Path(path).stem for path in self.test_json)]
-        yield len(set(names)) < len(names), f"groups must have different names, got {', '.join(names)}"
+        yield len(set(names)) < len(names), f"groups must have different names, got {', '.join(names)}: rename a file"
         for metric in self.metrics:
             yield metric not in (*METRICS, "none"), f"--metrics {metric}: known are {', '.join(METRICS)}, or none"
         yield "none" in self.metrics and len(self.metrics) > 1, "--metrics none goes with no other: drop one of them"

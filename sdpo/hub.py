@@ -96,6 +96,10 @@ def check_fit(state: Mapping[str, Tensor], own: Mapping[str, Tensor], source: st
     if missing or unknown or resized:
         if any("lora" in name.lower() for name in unknown):
             raise InputError(f"{source} holds LoRA weights, which are not read: merge them into the UNet and save that")
+        if any(name.startswith("model.diffusion_model.") for name in unknown):
+            raise InputError(
+                f"{source} has the names of the original Stable Diffusion: convert it to diffusers' format"
+            )
         raise InputError(
             f"{source} belongs to another architecture: {len(missing)} tensors missing, {len(unknown)} unknown, "
             f"{len(resized)} of another shape (e.g. {(missing or unknown or resized)[0]}); {fix}"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import re
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,15 @@ def image_source(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     return value["bytes"] if value.get("bytes") is not None else value.get("path")
+
+
+def read_content(value: Any) -> bytes:
+    """The encoded bytes of an image, read if it is given by its path; none where that is not possible."""
+    source = image_source(value)
+    if isinstance(source, str):
+        with suppress(OSError):
+            return Path(source).read_bytes()
+    return source if isinstance(source, bytes) else b""
 
 
 def decode(value: bytes | str | dict | Image.Image, min_side: int = 0) -> Image.Image:

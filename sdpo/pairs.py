@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from sdpo.tables import (
     column,
     find_pair_file,
     hash_captions,
+    hash_images,
     measure_images,
     read_table,
 )
@@ -69,14 +71,15 @@ class Pairs:
         return images, as_list(row[self.caption_column])
 
     def fingerprint(self) -> str:
-        """SHA-256 over captions, rows and winners; images are not looked at."""
+        """SHA-256 over captions, rows, winners and a sample of the images."""
         chosen = self.rows.astype("int64").tobytes() + self.first_won.tobytes()
-        return hashlib.sha256(hash_captions(self.captions()).encode() + chosen).hexdigest()
+        known = hash_captions(self.captions()) + hash_images(self.table, self.columns, self.rows)
+        return hashlib.sha256(known.encode() + chosen).hexdigest()
 
     def describe(self) -> dict:
-        """Rows of the table, and SHA-256 of its captions and of the sizes of its images.
+        """Rows of the table, and SHA-256 of its captions, of the sizes of its images and of a sample of these.
 
-        Notices rows that were added, removed, moved or edited; not an image replaced by another one of the same size.
+        Notices rows that were added, removed, moved or edited; not a few images replaced by others of the same size.
         """
         sizes = hashlib.sha256()
         for block in blocks(self.table, self.columns):
@@ -87,6 +90,7 @@ class Pairs:
             "captions of the data": hash_captions(column(self.table, self.caption_column)),
             "image columns": list(self.columns),
             "image sizes of the data": sizes.hexdigest(),
+            "sample of its images": hash_images(self.table, self.columns, np.arange(len(self.table))),
         }
 
     def select(self, keep: np.ndarray) -> Pairs:
@@ -110,7 +114,10 @@ def load_pairs(config: TrainConfig, split: str, folder: str | None = None) -> tu
         notes.append(f"dropped {(keep & ~dreamlike).sum():,} pairs that are not dreamlike")
         keep &= dreamlike
     if not keep.any():
-        raise InputError(f"{source}: no pair is left after the filters ({'; '.join(notes)})")
+        filters = "; ".join(notes)
+        raise InputError(
+            f"{source}: no pair is left after the filters ({filters}): correct the labels or drop a filter"
+        )
     min_side = config.resolution if config.draft_decoding else 0
     rows, first_won = np.flatnonzero(keep), labels[keep] == 1
     return Pairs(table, rows, first_won, columns, config.caption_column, source, min_side), notes
@@ -309,6 +316,9 @@ def prepare_pairs(config: TrainConfig, seed: int) -> tuple[Pairs, Pairs | None, 
         notes += more
         held_out = draw_subset(held_out, config.validation_pairs or None, seed, "held-out")
         notes.append(f"held out {len(held_out):,} pairs")
+        trained_on = set(itertools.chain(*pairs.captions()))
+        if shared := sum(not trained_on.isdisjoint(options) for options in held_out.captions()):
+            notes.append(f"CAUTION: {shared:,} of them have captions of pairs that are trained on")
     elif config.validation_pairs:
         everything = len(pairs)
         pairs, held_out = split_by_prompt(pairs, config.validation_pairs, seed)

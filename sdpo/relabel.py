@@ -40,7 +40,7 @@ from sdpo.images import image_source
 from sdpo.manifest import check_score
 from sdpo.pairs import IMAGES, LABELS_ABOUT, check_columns
 from sdpo.scorers import check_device, load_scorers, score_rows
-from sdpo.tables import as_list, column, hash_captions, read_table
+from sdpo.tables import as_list, column, hash_captions, hash_images, read_table
 
 SCORES = ("score_0", "score_1")  # columns of a label file
 log = logging.getLogger(__name__)
@@ -147,6 +147,7 @@ def describe_scores(config: RelabelConfig, table: datasets.Dataset) -> dict:
         "config": config.dataset_config_name,
         "rows": len(table),
         "captions": hash_captions(column(table, config.caption_column)),
+        "images": hash_images(table, IMAGES, np.arange(len(table))),
         "metric": config.metric,
         "weights": config.sources,
     }

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
@@ -15,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sdpo.command import InputError
-from sdpo.files import brief, parse_json, read_text, write_file, write_json
+from sdpo.files import brief, parse_json, read_text, remove_abandoned, write_file, write_json
 from sdpo.ranks import on_main
 
 SHARD_BYTES = 2**29  # a file is no larger, unless one row is
@@ -33,6 +35,7 @@ class Shards:
         self.files: list[Path] = []
         self.places: dict[int | str, tuple[int, int]] = {}  # name of a row: file, row in it
         self.notes: dict[str, str] = {}
+        self.checksums: list[np.ndarray] = []  # of each file's rows
         self._mapped: dict[int, dict[str, Tensor]] = {}
 
     def __getstate__(self) -> dict:
@@ -43,6 +46,7 @@ class Shards:
         if not (self.folder / "index.json").is_file():  # the folder may be one that can only be read
             write_json(self.folder / "index.json", {"key": self.key}, replace=False)
         refuse_changes([self], "cache")  # another command may have been first
+        remove_abandoned(self.folder)
 
     @property
     def mark(self) -> str:
@@ -54,34 +58,52 @@ class Shards:
 
         The main process looks, so that ranks agree while others write; every rank calls this.
         """
-        self.files, self.places, self.notes = on_main(PartialState(), self._find_rows)
+        self.files, self.places, self.notes, self.checksums = on_main(PartialState(), self._find_rows)
 
-    def _find_rows(self) -> tuple[list[Path], dict, dict]:
+    def _find_rows(self) -> tuple[list[Path], dict, dict, list[np.ndarray]]:
         files = sorted(self.folder.glob("*.safetensors"))
         places = {}
         notes = {}
+        checksums = []
         for number, path in enumerate(files):
             about = read_about(path)
             if about["key"] != self.mark:
                 raise InputError(f"{path} was made from something else than the files beside it: delete it")
             places |= {name: (number, row) for row, name in enumerate(about["names"])}
             notes |= about["notes"]
-        return files, places, notes
+            checksums.append(np.array(about["crc32"], np.uint32))
+        return files, places, notes, checksums
 
     def write(self, names: list[int | str], tensors: dict[str, Tensor], notes: dict[str, str]) -> None:
         """Write one file of len(names) rows; every tensor is (len(names), ...)."""
-        about = {"names": names, "notes": notes, "sha256": hash_content(names, notes, tensors), "key": self.mark}
+        rows = [{key: tensor[row] for key, tensor in tensors.items()} for row in range(len(names))]
+        about = {"names": names, "notes": notes, "crc32": list(map(checksum, rows)), "key": self.mark}
+        about["sha256"] = hash_content(names, notes, tensors)
         name = hashlib.sha256(json.dumps([self.mark, names]).encode()).hexdigest()[:16]
         path = self.folder / f"{name}.safetensors"
         write_file(path, lambda partial: save_readable(tensors, partial, about, self.folder / "index.json"))
 
     def read(self, place: tuple[int, int]) -> dict[str, Tensor]:
-        """The tensors of one row, as views of the mapped file."""
+        """The tensors of one row, as views of the mapped file; raises InputError for a row that has changed."""
         number, row = place
         if number not in self._mapped:
             with safe_open(self.files[number], "pt") as file:
                 self._mapped[number] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return {name: tensor[row] for name, tensor in self._mapped[number].items()}
+        tensors = {name: tensor[row] for name, tensor in self._mapped[number].items()}
+        if checksum(tensors) != self.checksums[number][row]:
+            raise InputError(
+                f"{self.files[number]} is damaged (CRC-32 of row {row}): delete it and run the same command again, "
+                "which makes it anew"
+            )
+        return tensors
+
+
+def checksum(row: dict[str, Tensor]) -> int:
+    """CRC-32 over the bytes of a row's tensors."""
+    value = 0
+    for name in sorted(row):
+        value = zlib.crc32(row[name].reshape(-1).view(torch.uint8).numpy(), value)
+    return value
 
 
 def is_intact(path: Path) -> bool:
@@ -111,14 +133,15 @@ def read_key(folder: Path) -> dict:
 
 
 def read_about(path: Path) -> dict:
-    """{"names", "notes", "sha256", "key"} of a file; raises InputError where its header or length is wrong."""
+    """{"names", "notes", "crc32", "sha256", "key"} of a file; raises InputError where its header or length is wrong."""
     try:
         with safe_open(path, "pt") as file:
             about = json.loads(file.metadata()["about"])
             rows = {file.get_slice(name).get_shape()[0] for name in file.keys()}  # noqa: SIM118
-        if rows != {len(set(about["names"]))} or not isinstance(about["notes"], dict):  # which are hashable
+        described = rows == {len(set(about["names"]))} == {len(np.array(about["crc32"], np.uint32))}  # hashable names
+        if not described or not isinstance(about["notes"], dict):
             raise ValueError("it does not describe its own rows")
-        return {name: about[name] for name in ("names", "notes", "sha256", "key")}
+        return {name: about[name] for name in ("names", "notes", "crc32", "sha256", "key")}
     except (OSError, SafetensorError, TypeError, LookupError, ValueError) as error:
         raise InputError(
             f"{path} is damaged ({brief(error)}): delete it and run the same command again, which makes it anew"

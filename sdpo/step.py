@@ -61,9 +61,22 @@ class Run:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint says about the run besides weights and optimizer; every rank calls this."""
-        shape = {"config": dataclasses.asdict(self.config), "plan": dataclasses.asdict(self.plan)}
+        shape = {"config": self.settings(), "plan": dataclasses.asdict(self.plan)}
         made_from = {"data": self.data, "base": self.base}
         return {"step": self.step, "seed": self.seed, **made_from, **shape, "meter": self.meter.state()}
+
+    def settings(self) -> dict[str, Any]:
+        """The config's settings as they come out: one spelling for each, defaults where they have no effect."""
+        optimizer = optimizer_name(self.config, self.family)
+        settled = {
+            "sft": False,
+            "train_method": self.config.method,
+            "use_adafactor": False,
+            "optimizer": optimizer,
+            "dspo_form": loss_name(self.config, self.family).removeprefix("dspo-"),
+            "resolution": self.resolution,
+        }
+        return dataclasses.asdict(self.config) | settled | self.config.idle_defaults(optimizer)
 
     def prepare(self) -> None:
         """Let accelerate wrap what it has to, policy, optimizer and schedule, and begin to average."""

@@ -11,10 +11,11 @@ from contextlib import suppress
 import torch
 from accelerate import Accelerator
 
-from sdpo.checkpoint import list_checkpoints, save_checkpoint
+from sdpo.batch import collate
+from sdpo.checkpoint import list_checkpoints, save_checkpoint, set_aside
 from sdpo.command import InputError
 from sdpo.data import STOP_SIGNALS, PairDataset, micro_batch_places
-from sdpo.step import Run, Skipped
+from sdpo.step import Run, Skipped, compute_loss
 
 SHOWN_ROWS = 16  # of a skipped update, on the console
 log = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class StopRequest:
             signal.signal(other, signal.SIG_IGN if other == signal.SIGHUP else signal.SIG_DFL)
         if self.accelerator.is_local_main_process:
             with suppress(OSError):  # the terminal may be gone
-                os.write(2, b"\nstopping after this update, with a checkpoint; a second signal stops at once\n")
+                os.write(2, b"\nstopping once this update is made and saved; a second signal stops at once\n")
 
     def agreed(self) -> int:
         """Number of the signal that any rank received, 0 if none did; every rank calls this."""
@@ -59,12 +60,18 @@ class Skips:
     """
 
     def __init__(self, run: Run, dataset: PairDataset):
-        self.run, self.dataset, self.in_a_row, self.in_all = run, dataset, 0, 0
+        self.run, self.dataset = run, dataset
+        self.in_a_row = self.in_all = 0
+        self.last_made = run.step  # the last update that was not skipped
 
     def note(self, skipped: Skipped | None) -> None:
-        """Take in the outcome of an update; raises InputError, after a checkpoint, for one too many in a row."""
+        """Take in the outcome of an update; raises InputError for one skipped too many in a row.
+
+        A checkpoint is written before, unless the weights are broken.
+        """
         if skipped is None:
             self.in_a_row = 0
+            self.last_made = self.run.step
             return
         scaler = self.run.accelerator.scaler
         config = self.run.config
@@ -75,16 +82,34 @@ class Skips:
         report = f"update {self.run.step} skipped: {self._describe(skipped)}"
         if not finding_scale or not all(map(math.isfinite, skipped.losses)):
             log.error(report)
-        if self.in_a_row < config.max_skipped_updates:
-            return
-        folder = save_checkpoint(self.run, prune=False)
-        earlier = list_checkpoints(folder.parent)[:-1]
-        raise InputError(
-            f"{self.in_a_row} updates in a row skipped, the last: {report}. {folder} holds the weights that the last "
-            "update left. Look at these pairs, lower --learning_rate, or try --mixed_precision bf16 or no; then "
-            "--resume_with_changes"
-            + (f", with --resume_from_checkpoint {earlier[-1]} if that update broke the weights" if earlier else "")
+        if self.in_a_row >= config.max_skipped_updates:
+            raise InputError(f"{self.in_a_row} updates in a row skipped, the last: {report}. {self._conclude()}")
+
+    def _conclude(self) -> str:
+        """Write a checkpoint, or see to it that none holds broken weights; returns what that means and what to do."""
+        run, output, fix = self.run, self.run.config.output_dir, "--learning_rate, or try --mixed_precision bf16 or no"
+        if self._weights_are_sound():
+            folder = save_checkpoint(run, prune=False)
+            return f"{folder} holds the last good state. Look at these pairs, lower {fix}; then --resume_with_changes"
+        if run.accelerator.is_main_process:
+            set_aside(output, self.last_made, "broken", "holds weights that give no finite loss")
+        run.accelerator.wait_for_everyone()
+        earlier = list_checkpoints(output)
+        goes_on = f"goes on from {earlier[-1]}, with --resume_with_changes" if earlier else "begins again"
+        return (
+            f"The weights after update {self.last_made} give no finite loss on the run's first pairs either, so they "
+            f"are not kept. Lower {fix}; the same command then {goes_on}"
         )
+
+    @torch.compiler.set_stance("force_eager")
+    @torch.no_grad()
+    def _weights_are_sound(self) -> bool:
+        """Whether the loss of the run's first micro-batches is finite on every rank."""
+        run = self.run
+        places = micro_batch_places(run.plan, run.accelerator.process_index, step=0, micro=0)
+        batch = collate([self.dataset[place] for place in places])
+        loss, _ = compute_loss(run, batch.to(run.accelerator.device))
+        return bool(run.accelerator.gather(loss[None]).isfinite().all())
 
     def sum_up(self) -> None:
         """Say at the end what was skipped since the start or the last resume."""

@@ -27,8 +27,10 @@ from huggingface_hub import HfFileSystem, snapshot_download
 from sdpo.command import NO_ROOM, InputError
 from sdpo.config import TrainConfig
 from sdpo.files import brief, is_text, parse_json, read_text, write_json
+from sdpo.images import read_content
 
 IMAGE_FIELDS = ("bytes", "path")  # of the image records of datasets
+SAMPLED = 64  # rows by whose images a change of all of them is noticed
 MUCH = 0.5  # GiB of data, from which on it takes a while to copy them
 NUMBERED = re.compile(r"(.*)-\d+-of-(\d+)(?:-[0-9a-f]+)?\.\w+")  # as train-00000-of-00645-b66ac786bf6fb553.parquet
 log = logging.getLogger(__name__)
@@ -74,6 +76,7 @@ def find_fix(cause: Exception, path: Path, split: str, cache_dir: str | None) ->
         return "it is empty: give the folder that holds them"
     files = list_shards(path)
     fault = find_fault([file for file in files if split in str(file.relative_to(path))] or files)
+    fault = find_json_fault(sorted(filter(Path.is_file, path.rglob("*.json*")))) or fault
     return fault or f"look at the files there, or delete their copy in {copy} if that is damaged"
 
 
@@ -99,6 +102,18 @@ def find_fault(files: list[Path]) -> str | None:
             return f"{file} cannot be read ({error.strerror}): correct its permissions"
         except Exception as error:  # pyarrow has many
             return f"{file} is damaged, or not what its name says ({brief(error)}): replace or remove it"
+    return None
+
+
+def find_json_fault(files: list[Path]) -> str | None:
+    """What to do about the first JSON or JSONL file, which describe data or hold them, that is none."""
+    for file in files:
+        texts = read_text(file).split("\n") if file.suffix == ".jsonl" else [read_text(file)]
+        for number, text in enumerate(texts, 1):
+            try:
+                parse_json(text or "{}", f"{file}, line {number}" if len(texts) > 1 else file, "write it again")
+            except InputError as error:
+                return str(error)
     return None
 
 
@@ -222,7 +237,7 @@ def find_pair_file(path: Path) -> Path | None:
     if path.is_file() and path.suffix in (".jsonl", ".csv"):
         return path
     found = sorted([*path.glob("*.jsonl"), *path.glob("*.csv")]) if path.is_dir() else []
-    found = [file for file in found if not describes_images(file)]
+    found = [file for file in found if file.is_file() and not describes_images(file)]
     if len(found) > 1:
         names = ", ".join(file.name for file in found)
         raise InputError(f"{path} holds several pair files ({names}): name one of them as --train_data_dir")
@@ -362,6 +377,16 @@ def measure_images(values: pa.ChunkedArray) -> np.ndarray:
     if pa.types.is_null(values.type):
         return np.full(len(values), -1)
     return pc.fill_null(pc.binary_length(values).cast(pa.int64()), -1).to_numpy()
+
+
+def hash_images(table: datasets.Dataset, columns: Iterable[str], rows: np.ndarray) -> str:
+    """SHA-256 over the content of the images of SAMPLED of these rows, spread evenly, or of all if there are fewer."""
+    digest = hashlib.sha256()
+    for place in np.linspace(0, len(rows) - 1, min(SAMPLED, len(rows))).astype(int):
+        values = table[int(rows[place])]
+        for name in columns:
+            digest.update(read_content(values[name]))
+    return digest.hexdigest()
 
 
 def hash_captions(captions: list) -> str:

@@ -372,7 +372,7 @@ def format_comparison(comparison: Comparison) -> str:
     """Console text: a table in percent with a row per metric, and how many images were dropped, with some prompts."""
     summary = comparison.summary
     pair, pairing, averages = (summary[key] for key in ("pair", "pairing", "averages"))
-    head = ["metric", "A wins", "95 % interval", "wins/ties/losses", "p", "p (Holm)", "mean A", "mean B", "A - B",
+    head = ["metric", "win rate", "95 % interval", "wins/ties/losses", "p", "p (Holm)", "mean A", "mean B", "A - B",
             "95 % interval"]  # fmt: skip
     lines = [
         f"A = {pair['model_a']}, B = {pair['model_b']}: {summary['metrics'][0]['total_pairs']} pairs by "

@@ -38,6 +38,7 @@ from sdpo.inputs import make_inputs
 from sdpo.metrics import read_metrics
 from sdpo.pairs import Pairs, prepare_pairs
 from sdpo.shards import Shards, is_intact, read_about, refuse_changes
+from sdpo.stopping import StopRequest
 from sdpo.tiny import pictures
 from sdpo.tiny.make_pairs import encode
 
@@ -189,7 +190,8 @@ def test_encoders_are_not_loaded(flags, monkeypatch):
     for cls in (AutoencoderKL, CLIPTextModel, CLIPTextModelWithProjection):
         monkeypatch.setattr(cls, "from_pretrained", refuse)
     run, dataset, held_out = train.set_up(train.parse_flags(TrainConfig, "", "", flags()))
-    train.train(run, dataset, held_out)
+    with StopRequest(run.accelerator) as request:
+        train.train(run, dataset, held_out, request)
     assert run.step == 3 and run.family.text_encoders == []
     assert {parameter.device.type for parameter in run.family.vae.parameters()} == {"meta"}
 
@@ -465,12 +467,13 @@ def test_data_is_described_by_rows_captions_and_sizes(form, tmp_path):
     first = describe(table([one, two]))
     assert first == describe(table([one, two]))
     other = describe(table([one, three]))
-    assert {name for name in first if first[name] != other[name]} == {"image sizes of the data"}
+    assert {name for name in first if first[name] != other[name]} == {"image sizes of the data", "sample of its images"}
     swapped = table([one, two]).select([1, 0])
     changed = describe(swapped)
     assert {name for name in first if first[name] != changed[name]} == {
         "captions of the data",
         "image sizes of the data",
+        "sample of its images",
     }
 
 
@@ -530,6 +533,9 @@ def test_files_of_other_keys_rows_or_notes_are_refused(tmp_path):
     for part, value in {"names": [1, 3], "notes": {}, "sha256": "0" * 64}.items():
         save_file(tensors, path, {"about": json.dumps(about | {part: value})})
         assert not is_intact(path), part
+    with pytest.raises(InputError, match=f"{path} is damaged .*its own rows"):
+        save_file(tensors, path, {"about": json.dumps(about | {"crc32": about["crc32"][:1]})})
+        shards.scan()
     for names in ([1], [1, 1], [1, 2, 3]):
         save_file(tensors, path, {"about": json.dumps(about | {"names": names})})
         with pytest.raises(InputError, match=f"{path} is damaged .*its own rows"):
@@ -567,6 +573,32 @@ def test_as_many_images_may_be_unreadable_as_are_allowed():
     refuse_unreadable(notes, 2, pairs)
     with pytest.raises(InputError, match=r"2 unreadable images, .* 1; the last: pairs row 7: cut off"):
         refuse_unreadable(notes, 1, pairs)
+
+
+@pytest.mark.parametrize("folder", ["images", "captions"])
+def test_a_bit_that_flipped_is_not_trained_on(flags, tmp_path, folder):
+    train.main(flags())
+    for path in (tmp_path / "cache" / folder).glob("*.safetensors"):
+        content = bytearray(path.read_bytes())
+        content[-5] ^= 1  # of the last row
+        path.write_bytes(content)
+    again = flags(f"--output_dir={tmp_path / 'again'}", "--max_train_steps=30", "--proportion_empty_prompts=0")
+    with pytest.raises(InputError, match=rf"cache/{folder}/.*safetensors is damaged \(CRC-32 of row \d+\): delete it"):
+        train.main(again)
+    for path in (tmp_path / "cache" / folder).glob("*.safetensors"):
+        path.unlink()
+    train.main(again)
+
+
+def test_other_images_of_the_same_sizes_are_noticed():
+    def describe(images):
+        table = datasets.Dataset.from_dict({"caption": ["c"] * len(images), "image": images})
+        pairs = Pairs(table, np.arange(len(images)), np.ones(len(images), bool), ("image",), "caption", "pairs")
+        return pairs.describe() | {"fingerprint": pairs.fingerprint()}
+
+    first, second = describe([b"one"] * 300), describe([b"two"] * 300)
+    assert {name for name in first if first[name] != second[name]} == {"sample of its images", "fingerprint"}
+    assert first == describe([b"one"] * 300)
 
 
 def test_images_far_down_the_data_are_described_too():

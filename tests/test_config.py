@@ -254,6 +254,7 @@ WITHOUT_EFFECT = {
     "--winner_preserving_mu=0.5": "without --use_winner_preserving",
     "--winner_preserving_per=pair": "without --use_winner_preserving",
     "--beta_dpo=7 --sft": "on sft",
+    "--image_column=picture": "on diffusion-dpo",
     "--dmpo_alpha=0.01": "on diffusion-dpo",
     "--dspo_form=score --train_method=dmpo": "on dmpo",
     "--official_reference_errors": "on sft or with --mixed_precision no",

@@ -308,6 +308,14 @@ def test_limit_keeps_the_new_checkpoint_among_later_damaged_ones(arguments, run)
     assert damage(run / "checkpoint-2") is None
 
 
+def test_a_renamed_checkpoint_is_not_taken_for_a_later_one(arguments, run, capsys):
+    """Else every start would go on from its earlier state."""
+    (run / "checkpoint-3").rename(run / "checkpoint-9")
+    train.main(arguments(*WHOLE))
+    assert "checkpoint-9 is damaged and not used: it is of update 3 and has been renamed" in capsys.readouterr().err
+    assert damage(run / "checkpoint-3") is None
+
+
 # Full and read-only disks
 
 
@@ -329,7 +337,9 @@ def error_of(flags, capsys):
     with pytest.raises(SystemExit) as stopped:
         run_command(lambda: train.main(flags))
     assert stopped.value.code == 2
-    return capsys.readouterr().err.splitlines()[-1].removeprefix("error: ")
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return said.splitlines()[-1].removeprefix("error: ")
 
 
 def begin(arguments, folder, *more):
@@ -341,7 +351,8 @@ def begin(arguments, folder, *more):
 
 @pytest.mark.parametrize("free", [20, 200, 400, 700])  # KiB: a checkpoint has 254 of weights and 516 of optimizer
 def test_full_disk_is_one_sentence_and_costs_no_checkpoint(arguments, disk, capsys, free):
-    flags = begin(arguments, disk / "run", "--checkpoints_total_limit=1")
+    tracker = ["--report_to=tensorboard"] if free == 20 else []  # which writes in a thread of its own
+    flags = begin(arguments, disk / "run", "--checkpoints_total_limit=1", *tracker)
     room = shutil.disk_usage(disk).free - free * 1024
     (disk / "ballast").write_bytes(bytes(room))
     error = error_of(flags, capsys)

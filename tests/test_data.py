@@ -404,6 +404,13 @@ def test_held_out_pairs_come_from_another_split_or_folder(tmp_path):
     assert len(captions_of(held_out) & everything) == len(held_out) == 2
 
 
+def test_held_out_captions_that_are_trained_on_are_counted(tmp_path):
+    folder = as_parquet(tmp_path / "pairs")
+    as_parquet(folder, make_rows((1.0, 0.0), caption=lambda i: f"{('caption', 'other')[i]} {DECIDED[0]}"), "validation")
+    notes = prepare_pairs(settings(folder, validation_split="validation"), 0)[2]
+    assert notes[-1] == "CAUTION: 1 of them have captions of pairs that are trained on"
+
+
 # Transforms
 
 
@@ -776,7 +783,7 @@ def test_a_copy_that_cannot_be_made_is_not_the_datas_fault(tmp_path, monkeypatch
 
 
 def test_much_data_is_copied_with_a_word(tmp_path, monkeypatch, caplog):
-    caplog.set_level(logging.INFO, "data")
+    caplog.set_level(logging.INFO, tables.__name__)
     load(as_parquet(tmp_path))
     assert "makes a copy" not in caplog.text
     monkeypatch.setattr(tables, "MUCH", 0)
@@ -849,7 +856,9 @@ def test_only_unreadable_images(limit):
     pairs = in_memory(jpg_0=lambda i: b"no image")
     with pytest.raises(InputError, match=r"memory row .*check the data") as error:
         samples(pairs, max_unreadable=limit)[0, 0]
-    assert str(error.value).startswith(f"{limit + 1} unreadable")
+    assert str(error.value).startswith(
+        f"no readable pair in {limit + 1} draw(s), more than --max_unreadable_images {limit}; "
+    )
 
 
 def test_only_unreadable_images_in_a_worker():

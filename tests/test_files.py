@@ -4,12 +4,13 @@ import errno
 import hashlib
 import os
 import resource
+import time
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from sdpo.files import sha256, write_file, write_json, write_text
+from sdpo.files import remove_abandoned, sha256, write_file, write_json, write_text
 
 
 def test_writers_of_the_same_file_do_not_meet(tmp_path):
@@ -48,6 +49,16 @@ def test_the_first_one_stays_where_it_is_not_to_be_replaced(tmp_path, monkeypatc
     for value in (1, 2):
         write_json(path, value, replace=False)
     assert path.read_text() == "1" and list(tmp_path.iterdir()) == [path]
+
+
+def test_only_what_has_not_grown_for_long_is_abandoned(tmp_path):
+    """Others write there too."""
+    for name in ("old.bin.0123abcd.partial", "new.bin.0123abcd.partial", "old.bin", "old.partial"):
+        (tmp_path / name).touch()
+        if name.startswith("old"):
+            os.utime(tmp_path / name, times=(time.time() - 4000,) * 2)
+    remove_abandoned(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["new.bin.0123abcd.partial", "old.bin", "old.partial"]
 
 
 def test_a_full_disk_names_the_file(tmp_path):

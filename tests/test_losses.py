@@ -247,8 +247,8 @@ def test_hook_leaves_loss_and_winner_untouched(method, safeguard):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_scale_one_is_the_plain_method(method):
-    """Bit for bit, against the losses written out without any hook."""
+def test_scale_one_is_the_plain_method(method, monkeypatch):
+    """Bit for bit that without any hook, and to rounding the losses written out."""
     prediction, reference, target = pairs(2)
     beta, alpha = 20.0, 0.01
     leaf = prediction.clone().requires_grad_()
@@ -270,6 +270,10 @@ def test_scale_one_is_the_plain_method(method):
     loss, grad = backward(method, prediction, reference, target, constant=1.0)
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(grad, leaf.grad, rtol=1e-5, atol=1e-8)
+    with monkeypatch.context() as without_hook:
+        without_hook.setattr("sdpo.losses.scale_gradient", lambda x, scale: x)
+        bare_loss, bare_grad = backward(method, prediction, reference, target)
+    assert torch.equal(loss, bare_loss) and torch.equal(grad, bare_grad)
     anti = torch.cat([target.chunk(2)[0] + 0.1, target.chunk(2)[1] - 0.1])  # lambda = 1 by the rule
     plain, ruled = (backward(method, anti, reference, target, **options) for options in ({}, {"mu": 0.9}))
     assert torch.equal(plain[0], ruled[0])

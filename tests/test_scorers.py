@@ -578,9 +578,9 @@ def test_clip_folders_that_would_stay_partly_random_are_refused(weights, tmp_pat
 def test_tokenizers_without_vocabulary_are_refused(weights, tmp_path):
     """transformers builds an empty tokenizer without a word."""
     blip = {"checkpoint": str(weights / "ImageReward.pt"), "tokenizer": str(tmp_path)}
-    refused([tmp_path, "its model 64", "vocabulary"], ImageReward, blip, **blip_sizes())
+    refused([tmp_path, "its model 64", "files are missing"], ImageReward, blip, **blip_sizes())
     refused(
-        [weights / "bert", "vocabulary"],
+        [weights / "bert", "files are missing or another model's"],
         PickScore,
         {"model": str(weights / "clip"), "processor": str(weights / "bert")},
     )

@@ -1,11 +1,13 @@
 """Runs that are told to stop, meet numbers that are not finite, or are continued with other settings."""
 
+import errno
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +20,7 @@ from recording import optimizer_state, same, weights
 
 import train
 from sdpo.command import InputError
+from sdpo.console import report_thread
 from sdpo.data import SHARED_MEMORY, PairDataset, explain_failures
 from sdpo.metrics import read_metrics
 from sdpo.pairs import Pairs
@@ -110,6 +113,36 @@ def test_a_console_on_a_full_disk_does_not_end_the_run(arguments, tmp_path):
     with open("/dev/full", "w") as full:
         assert subprocess.run(command, cwd=ROOT, stderr=full, timeout=120).returncode == 0
     assert (tmp_path / "run" / "unet.pth").exists()
+
+
+def test_a_thread_on_a_full_disk_is_one_sentence(caplog, capsys):
+    """As TensorBoard's; any other error of a thread is shown as it would be."""
+
+    def fail(error):
+        def run():
+            raise error
+
+        thread = threading.Thread(target=run, name="writer")
+        thread.start()
+        thread.join()
+
+    earlier, threading.excepthook = threading.excepthook, report_thread
+    try:
+        fail(OSError(errno.ENOSPC, "No space left on device"))
+        assert caplog.messages == ["writer cannot write: No space left on device"] and capsys.readouterr().err == ""
+        fail(ValueError("unforeseen"))
+        assert "ValueError: unforeseen" in capsys.readouterr().err
+    finally:
+        threading.excepthook = earlier
+
+
+def test_a_package_that_the_launcher_needs_is_named(arguments, monkeypatch):
+    def refuse(**options):
+        raise ImportError("DeepSpeed is not installed => run `pip install deepspeed` or build it from source.")
+
+    monkeypatch.setattr(train, "Accelerator", refuse)
+    with pytest.raises(InputError, match="another package: DeepSpeed is not installed => run `pip install deepspeed`"):
+        train.main(arguments())
 
 
 def test_what_was_trained_is_kept_where_data_end_the_run(arguments, tmp_path, monkeypatch):
@@ -267,7 +300,7 @@ def test_a_signal_to_the_whole_group_spares_loader_workers(arguments, tmp_path, 
         assert process.returncode == code, said
         (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
         assert f"stopped after {checkpoint.name.split('-')[1]} updates" in said
-        assert said.count("stopping after this update") == 1
+        assert said.count("stopping once this update is made and saved") == 1
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -327,11 +360,33 @@ def test_too_many_skipped_updates_end_the_run_with_a_checkpoint(arguments, tmp_p
     poison(monkeypatch, lambda place: place[0] in (1, 3, 4, 5))  # one alone, then three in a row
     with pytest.raises(
         InputError,
-        match=r"3 updates in a row skipped, the last: update 6 .* holds the weights that the last .*_checkpoint .*checkpoint-3 if",
+        match=r"3 updates in a row skipped, the last: update 6 .*checkpoint-6 holds the last good state.*--resume_with_changes$",
     ):
         flags = ["--max_skipped_updates=3", "--checkpointing_steps=3", "--checkpoints_total_limit=1"]
         train.main(arguments("--max_train_steps=9", *flags))
     assert same(weights(tmp_path / "run" / "checkpoint-6"), weights(tmp_path / "run" / "checkpoint-3"))
+
+
+def test_weights_that_an_update_has_broken_are_not_kept(arguments, tmp_path, capsys):
+    """After the first update of a far too high learning rate all others are skipped, whatever their pairs."""
+    flags = ["--max_train_steps=9", "--checkpointing_steps=1"]
+    train.main(arguments(*flags, "--max_train_steps=2"))
+    broken = [*flags, "--max_skipped_updates=3", "--learning_rate=1e18", "--resume_with_changes"]
+    with pytest.raises(InputError, match=r"after update 3 give no finite loss .* goes on from .*checkpoint-2, with"):
+        train.main(arguments(*broken))
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == [
+        *("checkpoint-1", "checkpoint-2", "checkpoint-3.broken", "checkpoint-4.broken", "checkpoint-5.broken")
+    ]
+    assert list(dict(read_metrics(tmp_path / "run", "skipped_updates"))) == [1, 2, 3, 4, 5, 6]
+    train.main(arguments(*flags, "--resume_with_changes"))
+    assert "checkpoint-2, after 2 updates" in capsys.readouterr().err
+    assert list(dict(read_metrics(tmp_path / "run", "train_loss"))) == list(range(1, 10))
+
+
+def test_broken_weights_without_an_earlier_checkpoint_are_not_kept_either(arguments, tmp_path):
+    with pytest.raises(InputError, match=r"after update 2 give no finite loss .*; the same command then begins again$"):
+        train.main(arguments("--max_train_steps=9", "--max_skipped_updates=3", "--learning_rate=1e18"))
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
 @pytest.fixture
@@ -458,6 +513,7 @@ def test_flags_without_effect_and_other_names_of_a_place_do_not_change_a_run(arg
     train.main(arguments("--checkpointing_steps=1", "--max_train_steps=1", f"--latent_cache={cache}"))
     monkeypatch.chdir(tmp_path)
     flags = ["--hub_model_id=me/x", "--local_rank=0", "--hard_skip_resume", "--latent_cache=cache"]
+    flags += ["--optimizer=adamw", "--dspo_form=switched", "--dmpo_alpha=0.3", "--image_column=x", "--adam_beta1=0.9"]
     train.main(arguments("--max_train_steps=2", "--lr_scheduler=constant_with_warmup", *flags))
 
 
@@ -472,13 +528,14 @@ def test_other_labels_and_captions_are_noticed(arguments, pairs_folder, tmp_path
     changes = {
         "label_0": [label if label == 0.5 else 1 - label for label in table["label_0"].to_pylist()],
         "caption": table["caption"].to_pylist()[::-1],
+        "jpg_0": table["jpg_0"].to_pylist()[::-1],
     }
     train.main(arguments("--checkpointing_steps=1", "--max_train_steps=1"))
     for name, values in changes.items():
         folder = tmp_path / "data"
         folder.mkdir(exist_ok=True)
         pq.write_table(table.set_column(table.column_names.index(name), name, [values]), folder / "train.parquet")
-        with pytest.raises(InputError, match="captions or labels of the pairs trained on have changed"):
+        with pytest.raises(InputError, match="captions, labels or images of the pairs trained on have changed"):
             train.main([*arguments(), f"--train_data_dir={folder}"])
 
 
@@ -491,6 +548,26 @@ def test_damaged_lines_of_metrics_are_left_out(arguments, tmp_path, damaged, cap
     train.main(arguments("--checkpointing_steps=1"))
     assert [step for step, _ in read_metrics(tmp_path / "run", "train_loss")] == [1, 2, 3]
     assert (f"CAUTION: {path}, line 2 is damaged and left out" in capsys.readouterr().err) == bool(damaged)
+
+
+def test_metrics_that_are_gone_are_named(arguments, tmp_path, capsys):
+    train.main(arguments("--checkpointing_steps=1", "--max_train_steps=2"))
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    train.main(arguments("--checkpointing_steps=1"))
+    assert "metrics.jsonl is gone: it will lack the first 2 updates" in capsys.readouterr().err
+    assert [step for step, _ in read_metrics(tmp_path / "run", "train_loss")] == [3]
+
+
+def test_a_signal_while_the_model_is_saved_does_not_cost_it(arguments, tmp_path, monkeypatch):
+    save = train.save_model
+
+    def save_after_a_signal(run):
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(run)
+
+    monkeypatch.setattr(train, "save_model", save_after_a_signal)
+    train.main(arguments())
+    assert (tmp_path / "run" / "unet.pth").is_file() and (tmp_path / "run" / "model_index.json").is_file()
 
 
 def test_skipped_updates_are_summed_up(arguments, capsys):
@@ -592,7 +669,7 @@ def test_a_changed_learning_rate_stays(arguments, tmp_path):
         ([], "--proportion_empty_prompts=0.5", "--proportion_empty_prompts was 0.2, is 0.5"),
         ([], "--use_ema", "--use_ema was False, is True"),
         (["--use_ema"], "--ema_decay=0.5", "--ema_decay was "),
-        ([], "--dspo_form=score", "--dspo_form was 'auto', is 'score'"),
+        (["--train_method=dspo"], "--dspo_form=switched", "--dspo_form was 'score', is 'switched'"),
         ([], "--noise_offset=0.1", "--noise_offset was 0.0, is 0.1"),
         ([], "--no_hflip", "--no_hflip was False, is True"),
     ],
