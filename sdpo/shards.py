@@ -142,7 +142,7 @@ def read_about(path: Path) -> dict:
         if not described or not isinstance(about["notes"], dict):
             raise ValueError("it does not describe its own rows")
         return {name: about[name] for name in ("names", "notes", "crc32", "sha256", "key")}
-    except (OSError, SafetensorError, TypeError, LookupError, ValueError) as error:
+    except (OSError, SafetensorError, TypeError, LookupError, ValueError, OverflowError) as error:
         raise InputError(
             f"{path} is damaged ({brief(error)}): delete it and run the same command again, which makes it anew"
         ) from error

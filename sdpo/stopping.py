@@ -62,7 +62,7 @@ class Skips:
     def __init__(self, run: Run, dataset: PairDataset):
         self.run, self.dataset = run, dataset
         self.in_a_row = self.in_all = 0
-        self.last_made = run.step  # the last update that was not skipped
+        self.began_at = self.last_made = run.step  # the last update that was not skipped
 
     def note(self, skipped: Skipped | None) -> None:
         """Take in the outcome of an update; raises InputError for one skipped too many in a row.
@@ -87,19 +87,19 @@ class Skips:
 
     def _conclude(self) -> str:
         """Write a checkpoint, or see to it that none holds broken weights; returns what that means and what to do."""
-        run, output, fix = self.run, self.run.config.output_dir, "--learning_rate, or try --mixed_precision bf16 or no"
+        run, fix = self.run, "lower --learning_rate, or try --mixed_precision bf16 or no"
         if self._weights_are_sound():
             folder = save_checkpoint(run, prune=False)
-            return f"{folder} holds the last good state. Look at these pairs, lower {fix}; then --resume_with_changes"
+            return f"{folder} holds the last good state. Look at these pairs, {fix}; then --resume_with_changes"
+        broken = f"The weights after update {self.last_made} give no finite loss on the run's first pairs either"
+        if self.last_made == self.began_at:
+            return f"{broken}, and this run began with them: {fix}, or go on from others with --resume_from_checkpoint"
         if run.accelerator.is_main_process:
-            set_aside(output, self.last_made, "broken", "holds weights that give no finite loss")
+            set_aside(run.config.output_dir, self.last_made, "broken", "holds weights that give no finite loss")
         run.accelerator.wait_for_everyone()
-        earlier = list_checkpoints(output)
+        earlier = list_checkpoints(run.config.output_dir)
         goes_on = f"goes on from {earlier[-1]}, with --resume_with_changes" if earlier else "begins again"
-        return (
-            f"The weights after update {self.last_made} give no finite loss on the run's first pairs either, so they "
-            f"are not kept. Lower {fix}; the same command then {goes_on}"
-        )
+        return f"{broken}, so they are not kept: {fix}; the same command then {goes_on}"
 
     @torch.compiler.set_stance("force_eager")
     @torch.no_grad()

@@ -389,6 +389,15 @@ def test_broken_weights_without_an_earlier_checkpoint_are_not_kept_either(argume
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
+def test_a_run_that_makes_no_update_does_not_put_away_what_it_began_with(arguments, tmp_path, monkeypatch):
+    """It may be the data, or a precision in which everything overflows."""
+    train.main(arguments("--checkpointing_steps=1", "--max_train_steps=1"))
+    poison(monkeypatch, lambda place: True)
+    with pytest.raises(InputError, match=r"after update 1 give no finite .*, and this run began with them: lower"):
+        train.main(arguments("--max_train_steps=9", "--max_skipped_updates=3"))
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]
+
+
 @pytest.fixture
 def fp16(monkeypatch):
     """Accelerate takes fp16 for GPUs only; its parts work on a CPU too."""
