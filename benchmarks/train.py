@@ -203,8 +203,10 @@ def safeguard_cost(base: Base, device: torch.device, least: float) -> dict[str, 
     shape = (2 * on.train_batch_size, *run.family.latent_shape(on.resolution))
     loss = {name: loss_seconds(shape, mu, device) for name, mu in (("off", None), ("on", on.winner_preserving_mu))}
     micro_step = statistics.median(times["off"]) / run.plan.accumulation
+    ratios = [a / b for a, b in zip(times["on"], times["off"], strict=True)]
+    error = statistics.stdev(ratios) / len(ratios) ** 0.5
     result = {
-        "on_to_off": spread([a / b for a, b in zip(times["on"], times["off"], strict=True)]),
+        "on_to_off": spread(ratios) | {"mean": statistics.fmean(ratios), "standard_error": error},
         "added_to_loss_s": loss["on"] - loss["off"],
         "share_of_micro_step": (loss["on"] - loss["off"]) / micro_step,
     }

@@ -198,6 +198,7 @@ def test_the_safeguard_is_measured_on_and_off(monkeypatch):
     assert cost["on_to_off"]["rounds"] >= 3
     assert made[1:] == [True, False, False, True] * (len(made) // 4) + [True, False] * (len(made) // 2 % 2)
     assert 0 < cost["on_to_off"]["low"] <= cost["on_to_off"]["median"] <= cost["on_to_off"]["high"]
+    assert cost["on_to_off"]["mean"] > 0 and cost["on_to_off"]["standard_error"] > 0
 
 
 BLOCK = """
