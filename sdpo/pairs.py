@@ -293,32 +293,17 @@ def prepare_pairs(config: TrainConfig, seed: int) -> tuple[Pairs, Pairs | None, 
 
     Labels of a choice model are made first. Raises InputError for data that cannot be used or does not suffice.
     """
-    labelled = []
+    notes = []
     if config.choice_model:
         from sdpo.relabel import RelabelConfig, relabel  # the scorers need open_clip, which training does not
 
-        labelled = [relabel(RelabelConfig.of(config))]
-    pairs, notes = load_pairs(config, config.split)
-    notes = labelled + notes
+        notes.append(relabel(RelabelConfig.of(config)))
+    pairs, more = load_pairs(config, config.split)
+    notes += more
     held_out = None
     if config.validation_split or config.validation_data_dir:
-        split = config.validation_split or "train"
-        trained, other = (
-            place and (find_pair_file(Path(place)) or Path(place)).resolve()
-            for place in (config.dataset_name or config.train_data_dir, config.validation_data_dir)
-        )
-        if other == trained and split == config.split:
-            raise InputError(
-                f"--validation_data_dir {config.validation_data_dir} holds the pairs trained on: name another folder "
-                "or --validation_split, or use --validation_pairs"
-            )
-        held_out, more = load_pairs(config, split, config.validation_data_dir)
+        held_out, more = load_held_out(config, pairs, seed)
         notes += more
-        held_out = draw_subset(held_out, config.validation_pairs or None, seed, "held-out")
-        notes.append(f"held out {len(held_out):,} pairs")
-        trained_on = set(itertools.chain(*pairs.captions()))
-        if shared := sum(not trained_on.isdisjoint(options) for options in held_out.captions()):
-            notes.append(f"CAUTION: {shared:,} of them have captions of pairs that are trained on")
     elif config.validation_pairs:
         everything = len(pairs)
         pairs, held_out = split_by_prompt(pairs, config.validation_pairs, seed)
@@ -332,6 +317,27 @@ def prepare_pairs(config: TrainConfig, seed: int) -> tuple[Pairs, Pairs | None, 
         if part is not None:
             check_rows_have_images(part, config.max_unreadable_images)
     return pairs, held_out, notes
+
+
+def load_held_out(config: TrainConfig, pairs: Pairs, seed: int) -> tuple[Pairs, list[str]]:
+    """(held-out pairs of another split or folder, sentences); raises InputError where that is what is trained on."""
+    split = config.validation_split or "train"
+    trained, other = (
+        place and (find_pair_file(Path(place)) or Path(place)).resolve()
+        for place in (config.dataset_name or config.train_data_dir, config.validation_data_dir)
+    )
+    if other == trained and split == config.split:
+        raise InputError(
+            f"--validation_data_dir {config.validation_data_dir} holds the pairs trained on: name another folder "
+            "or --validation_split, or use --validation_pairs"
+        )
+    held_out, notes = load_pairs(config, split, config.validation_data_dir)
+    held_out = draw_subset(held_out, config.validation_pairs or None, seed, "held-out")
+    notes.append(f"held out {len(held_out):,} pairs")
+    trained_on = set(itertools.chain(*pairs.captions()))
+    if shared := sum(not trained_on.isdisjoint(options) for options in held_out.captions()):
+        notes.append(f"CAUTION: {shared:,} of them have captions of pairs that are trained on")
+    return held_out, notes
 
 
 def draw_subset(pairs: Pairs, count: int | None, seed: int, stream: str) -> Pairs:
