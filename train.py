@@ -314,7 +314,8 @@ def train(run: Run, dataset: PairDataset, held_out: HeldOutPairs | None, request
         progress.close()
         skipped.sum_up()
         if run.meter.unreadable:
-            log.warning(f"CAUTION: {len(run.meter.unreadable)} pairs could not be read and were replaced by others")
+            count = len(run.meter.unreadable)
+            log.warning(f"CAUTION: {count} pairs that this process drew could not be read and were replaced by others")
     return stop
 
 
@@ -413,7 +414,7 @@ def main(arguments: list[str] | None = None) -> None:
             stopped_by = train(run, dataset, held_out, request)
             if not stopped_by:
                 save_model(run)
-        run.accelerator.wait_for_everyone()
+            run.accelerator.wait_for_everyone()  # a signal meanwhile must not end a rank that waits
         run.accelerator.end_training()
     if stopped_by:
         log.warning(

@@ -178,13 +178,16 @@ def damage(folder: Path) -> str | None:
     for path, (_, digest) in known.items():
         if sha256(path) != digest:
             return f"{path.name} has changed since it was written (sha256 differs)"
+    return None
+
+
+def misplaced(folder: Path) -> str | None:
+    """What is wrong with the number in the name of an undamaged checkpoint, or None: it is that of its updates."""
     try:
         step = read_state(folder)["step"]
     except InputError as error:
         return str(error)
-    if re.fullmatch(r"checkpoint-\d+", folder.name) and number_of(folder) != step:
-        return f"it is of update {step} and has been renamed"
-    return None
+    return None if number_of(folder) == step else f"it is of update {step} and has been renamed"
 
 
 def put_in_place(partial: Path, folder: Path) -> None:
@@ -264,7 +267,7 @@ def newest_whole(folder: str | Path) -> Path | None:
     """The newest undamaged checkpoint, None if there are none at all; InputError if there are only damaged ones."""
     found = list_checkpoints(folder)
     for path in reversed(found):
-        wrong = damage(path)
+        wrong = damage(path) or misplaced(path)
         if wrong is None:
             return path
         log.warning(f"CAUTION: {path} is damaged and not used: {wrong}")

@@ -32,7 +32,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import CLIPTokenizer, PreTrainedModel
 
-from sdpo.command import Count, InputError, Natural, check_limits, flag, parse_assignments, within_memory
+from sdpo.command import InputError, Natural, Size, check_limits, flag, parse_assignments, within_memory
 from sdpo.families import RELEASED, StableDiffusion, load_family
 from sdpo.files import brief, write_file, write_json
 from sdpo.hub import DTYPES, WEIGHT_SUFFIXES, fetch
@@ -72,10 +72,10 @@ class EvalConfig:
     )
 
     # Sampling
-    resolution: Count | None = flag(None, "side of the square images in pixels; the base model's own by default")
-    height: Count | None = flag(None, "height of the images in pixels, in place of --resolution")
-    width: Count | None = flag(None, "width of the images in pixels, in place of --resolution")
-    steps: Count = flag(50, "Euler steps")
+    resolution: Size | None = flag(None, "side of the square images in pixels; the base model's own by default")
+    height: Size | None = flag(None, "height of the images in pixels, in place of --resolution")
+    width: Size | None = flag(None, "width of the images in pixels, in place of --resolution")
+    steps: Size = flag(50, "Euler steps")
     cfg: float = flag(7.5, "guidance scale")
     guidance: Literal["official", "standard"] = flag(
         "official", "rule: cond + cfg (cond - uncond), official, whose 7.5 is 8.5 in the standard uncond + cfg (...)"
@@ -88,7 +88,7 @@ class EvalConfig:
     latents_dtype: Literal["bf16", "fp32", "fp16"] | None = flag(
         None, "of latents and guidance between UNet calls; that of --dtype by default (official), fp32 is more exact"
     )
-    batch_size: Count | None = flag(
+    batch_size: Size | None = flag(
         None,
         "images at a time and process; by default as many as fit 0.8 of the GPU's free memory, 32 at most, or on a "
         "CPU as many as fill 128 x 128 pixels",
@@ -106,7 +106,7 @@ class EvalConfig:
     score_dtype: Literal["fp32", "bf16"] = flag(
         "fp32", "of the scorers' backbones; bf16 is faster on a GPU and moves scores by up to about 2e-3"
     )
-    score_batch_size: Count = flag(64, "images per step of a scorer")
+    score_batch_size: Size = flag(64, "images per step of a scorer")
 
     # Output
     output_path: str | None = flag(

@@ -186,7 +186,7 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not state or not all(map(is_parameter, state.items())):
         raise InputError(
             f"{path} is not a state dict: expected parameter names with their tensors, "
-            "as written by torch.save(unet.state_dict())"
+            "as written by torch.save(model.state_dict())"
         )
     for prefix in WRAPPERS:
         if all(name.startswith(prefix) for name in state):

@@ -112,7 +112,7 @@ class MetricsLog:
     def __init__(self, accelerator: Accelerator, folder: str | Path, first_step: int):
         self.accelerator, self.path = accelerator, Path(folder, "metrics.jsonl")
         if accelerator.is_main_process:
-            if first_step and not self.path.exists():
+            if first_step and not self.path.exists() and any(self.path.parent.glob("checkpoint-*")):
                 log.warning(f"CAUTION: {self.path} is gone: it will lack the first {first_step} updates")
             keep = [line for step, line in self._lines() if step <= first_step] if first_step else []
             write_text(self.path, "".join(keep))  # what was logged after the checkpoint will be logged again

@@ -22,10 +22,10 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from sdpo.command import (
-    Count,
     InputError,
     Natural,
     NotNegative,
+    Size,
     check_limits,
     flag,
     parse_assignments,
@@ -62,7 +62,7 @@ class RelabelConfig:
         default_factory=list, metadata={"help": "METRIC.PART=SOURCE: local path or hub file of a scorer's part"}
     )
     device: str | None = flag(None, "where scores are computed: cpu, cuda, cuda:1, ...; on a GPU if there is one")
-    batch_size: Count = flag(64, "images per step of the scorer")
+    batch_size: Size = flag(64, "images per step of the scorer")
     max_unreadable_images: Natural = flag(100, "count up to this many rows with an unreadable image as ties, then stop")
     out: str = flag("labels.parquet", "label file to write")
 

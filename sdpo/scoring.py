@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdpo.command import Count, InputError, Parser, check_limits, parse_assignments, run_command, show, within_memory
+from sdpo.command import InputError, Parser, Size, check_limits, parse_assignments, run_command, show, within_memory
 from sdpo.files import locked, sha256
 from sdpo.manifest import (
     Entry,
@@ -74,7 +74,7 @@ class ScoringOptions:
     sources: Mapping[str, str] = field(default_factory=dict)  # "metric.part" -> local path or hub reference
     dtype: str = "fp32"  # of the backbones, fp32 or bf16
     device: str | None = None  # a GPU if there is one
-    batch_size: Count = 64
+    batch_size: Size = 64
 
     def __post_init__(self):
         check_limits(self)

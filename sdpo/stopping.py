@@ -91,22 +91,24 @@ class Skips:
         if self._weights_are_sound():
             folder = save_checkpoint(run, prune=False)
             return f"{folder} holds the last good state. Look at these pairs, {fix}; then --resume_with_changes"
-        broken = f"The weights after update {self.last_made} give no finite loss on the run's first pairs either"
+        broken = f"The weights after update {self.last_made} give no finite loss on its own pairs either"
         if self.last_made == self.began_at:
             return f"{broken}, and this run began with them: {fix}, or go on from others with --resume_from_checkpoint"
         if run.accelerator.is_main_process:
             set_aside(run.config.output_dir, self.last_made, "broken", "holds weights that give no finite loss")
         run.accelerator.wait_for_everyone()
-        earlier = list_checkpoints(run.config.output_dir)
+        wanted = run.config.resume_from_checkpoint
+        earlier = [wanted] if wanted not in (None, "", "none", "latest") else list_checkpoints(run.config.output_dir)
         goes_on = f"goes on from {earlier[-1]}, with --resume_with_changes" if earlier else "begins again"
         return f"{broken}, so they are not kept: {fix}; the same command then {goes_on}"
 
     @torch.compiler.set_stance("force_eager")
     @torch.no_grad()
     def _weights_are_sound(self) -> bool:
-        """Whether the loss of the run's first micro-batches is finite on every rank."""
+        """Whether the pairs of the last update that was made still have a finite loss on every rank."""
         run = self.run
-        places = micro_batch_places(run.plan, run.accelerator.process_index, step=0, micro=0)
+        step = max(self.last_made - 1, 0)
+        places = micro_batch_places(run.plan, run.accelerator.process_index, step, micro=0)
         batch = collate([self.dataset[place] for place in places])
         loss, _ = compute_loss(run, batch.to(run.accelerator.device))
         return bool(run.accelerator.gather(loss[None]).isfinite().all())

@@ -30,7 +30,7 @@ from sdpo.files import brief, is_text, parse_json, read_text, write_json
 from sdpo.images import read_content
 
 IMAGE_FIELDS = ("bytes", "path")  # of the image records of datasets
-SAVED_WITH = ("dataset_dict.json", "dataset_info.json", "state.json")  # what save_to_disk writes beside data
+SAVED_WITH = ("dataset_dict.json", "dataset_info.json", "state.json", "metadata.jsonl")  # what describes data
 SAMPLED = 64  # rows by whose images a change of all of them is noticed
 MUCH = 0.5  # GiB of data, from which on it takes a while to copy them
 NUMBERED = re.compile(r"(.*)-\d+-of-(\d+)(?:-[0-9a-f]+)?\.\w+")  # as train-00000-of-00645-b66ac786bf6fb553.parquet
@@ -77,7 +77,7 @@ def find_fix(cause: Exception, path: Path, split: str, cache_dir: str | None) ->
         return "it is empty: give the folder that holds them"
     files = list_shards(path)
     fault = find_fault([file for file in files if split in str(file.relative_to(path))] or files)
-    fault = find_json_fault([file for file in sorted(path.rglob("*.json*")) if file.is_file()]) or fault
+    fault = fault or find_json_fault([file for name in SAVED_WITH for file in sorted(path.rglob(name))])
     return fault or f"look at the files there, or delete their copy in {copy} if that is damaged"
 
 
@@ -107,13 +107,12 @@ def find_fault(files: list[Path]) -> str | None:
 
 
 def find_json_fault(files: list[Path]) -> str | None:
-    """What to do about the first JSON file of `datasets` or JSONL file that is none."""
+    """What to do about the first JSON or JSONL file that is none."""
     for file in files:
         try:
-            if file.name in SAVED_WITH:
-                parse_json(read_text(file), file, "save the data again")
-            for number, line in enumerate(read_text(file).split("\n") if file.suffix == ".jsonl" else (), 1):
-                parse_json(line or "{}", f"{file}, line {number}", "write it again")
+            lines = read_text(file).split("\n") if file.suffix == ".jsonl" else [read_text(file)]
+            for number, line in enumerate(lines, 1):
+                parse_json(line or "{}", f"{file}, line {number}" if len(lines) > 1 else file, "write it again")
         except InputError as error:
             return str(error)
     return None

@@ -575,6 +575,15 @@ def test_as_many_images_may_be_unreadable_as_are_allowed():
         refuse_unreadable(notes, 1, pairs)
 
 
+def test_what_a_killed_writer_left_is_removed(flags, tmp_path):
+    open_cache(flags())
+    for shard in (tmp_path / "cache" / "images").glob("*.safetensors"):
+        shard.rename(f"{shard}.0123abcd.partial")
+        os.utime(f"{shard}.0123abcd.partial", times=(0, 0))
+    open_cache(flags())
+    assert not list((tmp_path / "cache").glob("*/*.partial"))
+
+
 @pytest.mark.parametrize("folder", ["images", "captions"])
 def test_a_bit_that_flipped_is_not_trained_on(flags, tmp_path, folder):
     train.main(flags())

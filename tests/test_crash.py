@@ -313,6 +313,7 @@ def test_a_renamed_checkpoint_is_not_taken_for_a_later_one(arguments, run, capsy
     (run / "checkpoint-3").rename(run / "checkpoint-9")
     train.main(arguments(*WHOLE))
     assert "checkpoint-9 is damaged and not used: it is of update 3 and has been renamed" in capsys.readouterr().err
+    train.main(arguments(*WHOLE, f"--resume_from_checkpoint={run / 'checkpoint-9'}"))  # which says what is meant
     assert damage(run / "checkpoint-3") is None
 
 
@@ -351,8 +352,7 @@ def begin(arguments, folder, *more):
 
 @pytest.mark.parametrize("free", [20, 200, 400, 700])  # KiB: a checkpoint has 254 of weights and 516 of optimizer
 def test_full_disk_is_one_sentence_and_costs_no_checkpoint(arguments, disk, capsys, free):
-    tracker = ["--report_to=tensorboard"] if free == 20 else []  # which writes in a thread of its own
-    flags = begin(arguments, disk / "run", "--checkpoints_total_limit=1", *tracker)
+    flags = begin(arguments, disk / "run", "--checkpoints_total_limit=1")
     room = shutil.disk_usage(disk).free - free * 1024
     (disk / "ballast").write_bytes(bytes(room))
     error = error_of(flags, capsys)
@@ -367,12 +367,14 @@ def test_full_disk_is_one_sentence_and_costs_no_checkpoint(arguments, disk, caps
 
 def test_too_little_space_is_said_before_training(arguments, disk, capsys):
     begin(arguments, disk / "run")
-    assert "a checkpoint takes about" not in capsys.readouterr().err
-    (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - 700 * 1024))
+    assert "takes about" not in capsys.readouterr().err
+    (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - 400 * 1024))
     flags = [*arguments("--checkpointing_steps=1"), f"--output_dir={disk / 'run'}"]
     with pytest.raises(InputError):
         train.main(flags)
-    assert f"CAUTION: {disk / 'run'} has 0.000668 GiB free and a checkpoint takes about" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    for what in ("a checkpoint", "the trained model"):
+        assert f"CAUTION: {disk / 'run'} has 0.000381 GiB free and {what} takes about" in said
 
 
 def test_file_too_large_is_one_sentence(arguments, tmp_path, capsys):

@@ -20,7 +20,7 @@ from recording import optimizer_state, same, weights
 
 import train
 from sdpo.command import InputError
-from sdpo.console import report_thread
+from sdpo.console import start_console
 from sdpo.data import SHARED_MEMORY, PairDataset, explain_failures
 from sdpo.metrics import read_metrics
 from sdpo.pairs import Pairs
@@ -115,7 +115,7 @@ def test_a_console_on_a_full_disk_does_not_end_the_run(arguments, tmp_path):
     assert (tmp_path / "run" / "unet.pth").exists()
 
 
-def test_a_thread_on_a_full_disk_is_one_sentence(caplog, capsys):
+def test_a_thread_on_a_full_disk_is_one_sentence(capsys):
     """As TensorBoard's; any other error of a thread is shown as it would be."""
 
     def fail(error):
@@ -126,10 +126,11 @@ def test_a_thread_on_a_full_disk_is_one_sentence(caplog, capsys):
         thread.start()
         thread.join()
 
-    earlier, threading.excepthook = threading.excepthook, report_thread
+    earlier = threading.excepthook
     try:
+        start_console(main_process=True)
         fail(OSError(errno.ENOSPC, "No space left on device"))
-        assert caplog.messages == ["writer cannot write: No space left on device"] and capsys.readouterr().err == ""
+        assert capsys.readouterr().err == "writer cannot write: No space left on device\n"
         fail(ValueError("unforeseen"))
         assert "ValueError: unforeseen" in capsys.readouterr().err
     finally:
@@ -143,6 +144,20 @@ def test_a_package_that_the_launcher_needs_is_named(arguments, monkeypatch):
     monkeypatch.setattr(train, "Accelerator", refuse)
     with pytest.raises(InputError, match="another package: DeepSpeed is not installed => run `pip install deepspeed`"):
         train.main(arguments())
+
+
+def test_pairs_that_were_replaced_are_summed_up(arguments, monkeypatch, capsys):
+    original = Pairs.load
+
+    def load(pairs, index, members):
+        if index == 0:
+            raise ValueError("jpg_0: broken")
+        return original(pairs, index, members)
+
+    monkeypatch.setattr(Pairs, "load", load)
+    train.main(arguments("--max_train_steps=60"))  # two passes over the pairs
+    said = "CAUTION: 1 pairs that this process drew could not be read and were replaced by others"
+    assert said in capsys.readouterr().err
 
 
 def test_what_was_trained_is_kept_where_data_end_the_run(arguments, tmp_path, monkeypatch):

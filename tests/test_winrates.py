@@ -80,7 +80,7 @@ def random_runs(labels, pairs=50, seed=0):
 
 
 def official_part(ours, theirs):
-    """OurLoop without the keys that theirs lacks, all the way down; the order of keys is kept."""
+    """Ours without the keys that theirs lacks, all the way down; the order of keys is kept."""
     if isinstance(theirs, dict):
         return {key: official_part(value, theirs[key]) for key, value in ours.items() if key in theirs}
     if isinstance(theirs, list):
