@@ -273,30 +273,56 @@ def test_a_second_signal_ends_the_process_at_once(arguments, tmp_path):
     assert not list((tmp_path / "run").glob("checkpoint*"))
 
 
-def test_a_signal_to_one_rank_stops_all_after_the_same_update(arguments, tmp_path):
-    """Ranks that a scheduler starts itself, as scripts/slurm/train.sbatch does."""
+def signal_second_rank(command, ready):
+    """(exit codes, errors) of two ranks, as a scheduler starts them itself; the second gets SIGTERM when `ready`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, ROOT / "train.py", *arguments("--max_train_steps=100000", "--train_batch_size=1")]
     ranks = [
-        subprocess.Popen(command, env={**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(command, env={**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True, cwd=ROOT)
         for rank in "01"
     ]  # fmt: skip
     try:
-        log = tmp_path / "run" / "metrics.jsonl"
-        while not (log.exists() and log.read_text().count("\n") > 1):
+        while not ready():
             assert all(rank.poll() is None for rank in ranks)
             time.sleep(0.1)
         ranks[1].send_signal(signal.SIGTERM)
         said = [rank.communicate(timeout=60)[1] for rank in ranks]
-        assert [rank.returncode for rank in ranks] == [143, 143], said
-        (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
-        assert f"stopped after {checkpoint.name.split('-')[1]} updates" in said[0]
+        return [rank.returncode for rank in ranks], said
     finally:
         for rank in ranks:
             rank.kill()
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_update(arguments, tmp_path):
+    log = tmp_path / "run" / "metrics.jsonl"
+    command = [sys.executable, "train.py", *arguments("--max_train_steps=100000", "--train_batch_size=1")]
+    codes, said = signal_second_rank(command, lambda: log.exists() and log.read_text().count("\n") > 1)
+    assert codes == [143, 143], said
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    assert f"stopped after {checkpoint.name.split('-')[1]} updates" in said[0]
+
+
+SAVE_SLOWLY = """
+import time, train
+from sdpo.command import run_command
+from sdpo.families import StableDiffusion
+
+def save(*given, original=StableDiffusion.save_pipeline):
+    time.sleep(3)
+    original(*given)
+
+StableDiffusion.save_pipeline = save
+run_command(train.main)
+"""
+
+
+def test_a_signal_to_a_rank_that_waits_for_the_model_to_be_saved_does_not_end_it(arguments, tmp_path):
+    command = [sys.executable, "-c", SAVE_SLOWLY, *arguments("--max_train_steps=1", "--train_batch_size=1")]
+    codes, said = signal_second_rank(command, (tmp_path / "run" / "unet.pth").exists)
+    assert codes == [0, 0], said
+    assert (tmp_path / "run" / "model_index.json").is_file()
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
