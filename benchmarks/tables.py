@@ -61,8 +61,7 @@ def show_safeguard(cost: dict[str, Any]) -> str:
     alone, share = 1000 * cost["added_to_loss_s"], cost["share_of_micro_step"]
     text = f"{alone:.3f} ms on the loss alone, {share:.3%} of a micro-step"
     text += f"; updates with it take {show_ratio(cost['on_to_off'], 3)} of the time without"
-    if "mean" in cost["on_to_off"]:
-        text += ", on average {mean:.4f} with a standard error of {standard_error:.4f}".format(**cost["on_to_off"])
+    text += ", on average {mean:.4f} with a standard error of {standard_error:.4f}".format(**cost["on_to_off"])
     return text + (f"; {cost['added_peak_bytes']:+d} bytes at the peak" if "added_peak_bytes" in cost else "")
 
 

@@ -415,9 +415,8 @@ def test_weights_that_an_update_has_broken_are_not_kept(arguments, tmp_path, cap
     broken = [*flags, "--max_skipped_updates=3", "--learning_rate=1e18", "--resume_with_changes"]
     with pytest.raises(InputError, match=r"after update 3 give no finite loss .* goes on from .*checkpoint-2, with"):
         train.main(arguments(*broken))
-    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == [
-        *("checkpoint-1", "checkpoint-2", "checkpoint-3.broken", "checkpoint-4.broken", "checkpoint-5.broken")
-    ]
+    left = sorted(path.name.removeprefix("checkpoint-") for path in (tmp_path / "run").glob("checkpoint-*"))
+    assert left == ["1", "2", "3.broken", "4.broken", "5.broken"]
     assert list(dict(read_metrics(tmp_path / "run", "skipped_updates"))) == [1, 2, 3, 4, 5, 6]
     train.main(arguments(*flags, "--resume_with_changes"))
     assert "checkpoint-2, after 2 updates" in capsys.readouterr().err
