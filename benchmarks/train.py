@@ -403,6 +403,7 @@ def main() -> None:
         for name, benchmark in benchmarks.items():
             print(f"{name}, compiled", flush=True)
             benchmark.compare("compiled", COMPILED, until)
+    save()  # also where no turn was left time for
     print(f"\n{markdown(results)}\nwritten to {path}")
     sys.exit(any(benchmark.failed for benchmark in benchmarks.values()))
 

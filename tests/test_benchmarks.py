@@ -86,6 +86,14 @@ def test_the_count_is_a_command():
     assert result.returncode == 0 and "| small, 128 px, 4 pairs | 0.00857 / " in result.stdout, result.stderr
 
 
+def test_results_are_written_where_there_is_time_for_no_contestant(tmp_path):
+    flags = ["--bases", "tiny", "--seconds", "0", "--minutes", "0", "--device", "cpu", "--out", tmp_path]
+    command = [sys.executable, ROOT / "benchmarks" / "train.py", *flags]
+    subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    (path,) = tmp_path.glob("cpu-*.json")
+    assert json.loads(path.read_text())["bases"]["tiny"]["safeguard"]["on_to_off"]["rounds"] >= 3
+
+
 def test_bytes_are_inputs_and_outputs_and_views_cost_nothing():
     counts, a, b = {}, torch.randn(8, 16), torch.randn(16, 32)
     with counted(counts, share=0.5):
