@@ -120,7 +120,7 @@ def pair_terms(
     reference_error_w, reference_error_l = reference_error.float().chunk(2)
     drift_w = None if reference is None else (prediction - reference).chunk(2)[0]
     scale = (
-        error_l.new_tensor(constant) if mu is None else winner_preserving_scale(residual_w, residual_l, mu, per_pair)
+        error_l.new_full((), constant) if mu is None else winner_preserving_scale(residual_w, residual_l, mu, per_pair)
     )
     error_l = scale_gradient(error_l, scale)
     margin = -beta / 2 * ((error_w - error_l) - (reference_error_w - reference_error_l))
@@ -177,7 +177,7 @@ def dmpo(terms: PairTerms, alpha: float) -> Tensor:
     """DMPO (arXiv 2507.07510), (B,): KL(Bernoulli(sigmoid(u)) || Bernoulli(q)), q = 1 - alpha in [1e-6, 1 - 1e-6]."""
     u = terms.margin
     p, log_p, log_not_p = torch.sigmoid(u), -F.softplus(-u), -F.softplus(u)
-    q = u.new_tensor(1 - alpha).clamp(1e-6, 1 - 1e-6)
+    q = u.new_full((), 1 - alpha).clamp(1e-6, 1 - 1e-6)
     return p * (log_p - q.log()) + (1 - p) * (log_not_p - torch.log1p(-q))
 
 

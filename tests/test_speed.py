@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState
 from diffusers import UNet2DConditionModel
 from recording import same, weights
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
@@ -174,6 +175,20 @@ def test_room_for_activations_is_what_gradients_and_new_optimizer_state_leave(ar
     assert room_for_activations(run, 20 * weights) == pytest.approx(0.85 * (20 - 4) * weights)
 
 
+class NumbersMadeTensors(TorchFunctionMode):
+    """Notes calls that copy numbers from the host, which wait on a GPU but are invisible on the meta device."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.Tensor.new_tensor, torch.tensor) and out.device.type != "cpu":
+            self.calls.append(func.__name__)
+        return out
+
+
 class WaitingCopies(TorchDispatchMode):
     """Notes the shapes of copies between devices for which the host waits."""
 
@@ -192,24 +207,31 @@ class WaitingCopies(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("cached", [False, True], ids=["encoded", "cached"])
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
-def test_nothing_but_the_decision_to_step_waits_for_the_device(family, cached, monkeypatch):
+@pytest.mark.parametrize(
+    "base, flags",
+    [
+        ("sd15", {}),
+        ("sdxl", {"train_method": "dspo"}),
+        ("small", {"train_method": "dmpo"}),
+        ("small", {"use_winner_preserving": False, "winner_preserving_mu": 0.0}),
+    ],
+)
+def test_nothing_but_the_decision_to_step_waits_for_the_device(base, flags, cached, monkeypatch):
     """On the meta device, from which nothing can be fetched: .item() or .cpu() would raise."""
     monkeypatch.setattr(Accelerator, "device", torch.device("meta"))
     monkeypatch.setattr(step, "make_step", lambda run, norm: True)
-    base = dataclasses.replace(BASES[family], flags=BASES[family].flags | {"gradient_accumulation_steps": 2})
-    config = base.config(train_batch_size=1, optimizer="adafactor")  # fused AdamW refuses the meta device
-    contestant = OurLoop(config, base.build("meta"), Variant())
+    flags = {"train_batch_size": 1, "gradient_accumulation_steps": 2, "optimizer": "adafactor"} | flags
+    contestant = OurLoop(BASES[base].config(**flags), BASES[base].build("meta"), Variant())  # fused AdamW refuses meta
     batch = next(contestant.batches)
     if cached:
         moments = torch.zeros(2, 2, *batch.posterior_noise.shape[1:])
         texts = contestant.family.encode_texts(batch.captions)
         texts = {name: torch.zeros(value.shape) for name, value in texts.items()}
         batch = dataclasses.replace(batch, pixels=None, moments=moments, texts=texts)
-    with WaitingCopies() as waiting:
+    with NumbersMadeTensors() as numbers, WaitingCopies() as waiting:
         assert step.update(contestant.run, itertools.repeat(batch)) is None
     assert contestant.run.step == 1
-    assert waiting.shapes == []
+    assert numbers.calls == waiting.shapes == []
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
