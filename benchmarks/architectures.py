@@ -78,8 +78,9 @@ SMALL = {  # 49.5 M parameters: some quarter of the widths of SD1.5, its VAE inc
 
 
 CHANGES = (  # contestants that differ from the default in one thing
-    "cached latents", "known reference", "channels last", "unfused attention", "reference in fp32",
-    "figures fetched", "unfused AdamW", "Adafactor", "AdamW in 8 bits", "averaged weights", "full checkpointing",
+    "cached latents", "known reference", "channels last", "fused attention", "unfused attention",
+    "reference in fp32", "figures fetched", "unfused AdamW", "Adafactor", "AdamW in 8 bits", "averaged weights",
+    "full checkpointing",
 )  # fmt: skip
 
 

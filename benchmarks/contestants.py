@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor
 
 from benchmarks.architectures import Base
 from benchmarks.baseline import OfficialLoop
+from sdpo.arithmetic import unfuse_attention
 from sdpo.batch import Batch
 from sdpo.config import Plan, TrainConfig
 from sdpo.families import StableDiffusion
@@ -78,10 +79,17 @@ def unfuse_optimizer(run: Run, batch: Batch) -> Batch:
     return batch
 
 
-def unfuse_attention(run: Run, batch: Batch) -> Batch:
-    """Attention in several operations, with its scores in memory, for policy and reference."""
+def split_attention(run: Run, batch: Batch) -> Batch:
+    """Attention in several operations, for policy and reference."""
     for unet in (run.policy, run.reference):
-        unet.set_attn_processor(AttnProcessor())
+        unfuse_attention(unet)
+    return batch
+
+
+def fuse_attention(run: Run, batch: Batch) -> Batch:
+    """Attention as diffusers computes it by default, for policy and reference."""
+    for unet in (run.policy, run.reference):
+        unet.set_attn_processor(AttnProcessor2_0())
     return batch
 
 
@@ -128,7 +136,8 @@ VARIANTS = {
     "cached latents": Variant(changes=(cache_latents,)),
     "known reference": Variant(changes=(know_reference,)),
     "channels last": Variant({"channels_last": True}),
-    "unfused attention": Variant(changes=(unfuse_attention,)),
+    "fused attention": Variant(changes=(fuse_attention,)),
+    "unfused attention": Variant(changes=(split_attention,)),
     "reference in fp32": Variant(changes=(hold_reference_in_fp32,)),
     "figures fetched": Variant(changes=(fetch_figures,)),
     "unfused AdamW": Variant(changes=(unfuse_optimizer,)),
@@ -187,18 +196,13 @@ class OurLoop:
             self.first_margin = figures["rewards/margins"]
 
 
-def precision(device: torch.device) -> str:
-    """The training precision that is measured on a device."""
-    return "bf16" if device.type == "cuda" else "no"
-
-
 def build(base: Base, name: str, device: torch.device) -> OurLoop | OfficialLoop:
     """A contestant with fresh models; what the one before it left is given back first."""
     give_back_memory()
     torch.compiler.reset()  # its limit of variants of a function is not for models that come and go
     torch.manual_seed(0)
     variant = VARIANTS[name]
-    flags = {"mixed_precision": precision(device)} | variant.flags
+    flags = dict(variant.flags)
     if flags.get("gradient_checkpointing") == "auto":  # within a budget, or else what is free on the GPU
         flags["activation_memory"] = base.lean if name.endswith("lean") else CPU_GIB if device.type == "cpu" else None
     config, family = base.config(**flags), base.build(device)

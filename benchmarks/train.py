@@ -35,10 +35,11 @@ from torch import Tensor  # noqa: E402
 
 from benchmarks.architectures import BASES, Base  # noqa: E402
 from benchmarks.baseline import OfficialLoop  # noqa: E402
-from benchmarks.contestants import VARIANTS, OurLoop, build, cache_latents, know_reference, precision  # noqa: E402
+from benchmarks.contestants import VARIANTS, OurLoop, build, cache_latents, know_reference  # noqa: E402
 from benchmarks.counting import count, counted  # noqa: E402
 from benchmarks.environment import environment  # noqa: E402
 from benchmarks.tables import PARTS, markdown, show_check, show_counts, show_safeguard  # noqa: E402
+from sdpo.arithmetic import fuses_attention  # noqa: E402
 from sdpo.files import write_json, write_text  # noqa: E402
 from sdpo.hub import DTYPES  # noqa: E402
 from sdpo.images import decode  # noqa: E402
@@ -78,10 +79,10 @@ def seconds(task: Callable[[], Any], device: torch.device) -> float:
     return clock(device) - began
 
 
-def ceilings(device: torch.device) -> dict[str, float]:
+def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """Best rate of a large matrix product, FLOP/s, and of a large copy, bytes read and written per second."""
     cuda = device.type == "cuda"
-    sides, dtype = ((8192,), torch.bfloat16) if cuda else ((512, 1024, 2048), torch.float32)
+    sides = (8192,) if cuda else (512, 1024, 2048)
     source = torch.randn(2**28 if cuda else 2**25, device=device)
     target = torch.empty_like(source)
 
@@ -284,11 +285,16 @@ class BaseBenchmark:
     failed: bool = False  # whether anything was not measured because of an error
     result: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The training precision."""
+        return DTYPES[self.base.config().mixed_precision]
+
     def measure(self, until: float) -> None:
         """Everything but compiled blocks, to end at the time `until` of the monotonic clock."""
         base, device, result = self.base, self.device, self.result
-        result |= describe(base, DTYPES[precision(device)])
-        result["ceilings"] = ceilings(device)
+        result |= describe(base, self.dtype)
+        result["ceilings"] = ceilings(device, self.dtype)
         result["data_ms_per_pair"] = data_milliseconds(base)
         result["baseline_flops"] = self.attempt(lambda: check_baseline(base, result["per_pair"], device))
         result["safeguard"] = self.attempt(lambda: safeguard_cost(base, device, 4 * self.seconds))
@@ -300,7 +306,8 @@ class BaseBenchmark:
 
     def compare(self, title: str, names: tuple[str, ...], until: float) -> None:
         """A race of those contestants that this machine can run, with their ratios, under `title` of the result."""
-        unwanted = set() if self.device.type == "cuda" else ONLY_ON_GPU
+        unwanted = {"fused attention" if fuses_attention(self.device, self.dtype) else "unfused attention"}
+        unwanted |= set() if self.device.type == "cuda" else ONLY_ON_GPU
         unwanted |= set() if find_spec("bitsandbytes") else {"AdamW in 8 bits"}
         results = self.result[title] = {name: {"rounds": []} for name in names if name not in unwanted}
         changes = {name: VARIANTS[name].changes for name in results}
@@ -358,6 +365,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
     parser.add_argument("--count", action="store_true", help="print FLOPs and bytes in bf16 and stop; needs no GPU")
     parser.add_argument("--bases", nargs="+", choices=BASES, default=["sd15", "sdxl"] if cuda else ["tiny", "small"])
+    parser.add_argument("--mixed_precision", choices=("no", "bf16"), help="bf16 on a GPU and no on a CPU by default")
     compiled = {"action": argparse.BooleanOptionalAction, "default": cuda}
     parser.add_argument("--compile", help="measure compiled blocks too; minutes on a CPU", **compiled)
     parser.add_argument("--pairs", type=int, help="pairs per micro-step, in place of the base's own number")
@@ -378,13 +386,15 @@ def main() -> None:
     if args.count:
         print(show_counts({name: describe(BASES[name], torch.bfloat16) for name in args.bases}))
         return
-    size = {"train_batch_size": args.pairs, "gradient_accumulation_steps": args.accumulation}
-    size = {name: value for name, value in size.items() if value}
+    flags = {"train_batch_size": args.pairs, "gradient_accumulation_steps": args.accumulation}
+    flags["mixed_precision"] = args.mixed_precision or ("bf16" if args.device == "cuda" else "no")
+    flags = {name: value for name, value in flags.items() if value}
     device, until = torch.device(args.device), time.monotonic() + 60 * args.minutes
     os.environ["ACCELERATE_USE_CPU"] = str(device.type == "cpu").lower()
     torch.backends.cuda.matmul.allow_tf32 = True  # as the official recipe has it
     results = environment(device, "diffusers", "transformers", "accelerate") | {"bases": {}}
-    path = args.out / f"{device.type}-{results['date'][:10]}.json"
+    name = "-".join(filter(None, (device.type, args.mixed_precision, results["date"][:10])))
+    path = args.out / f"{name}.json"
 
     def save() -> None:
         write_json(path, results)
@@ -392,7 +402,7 @@ def main() -> None:
 
     benchmarks = {}
     for name in args.bases:
-        base = dataclasses.replace(BASES[name], flags=BASES[name].flags | size)
+        base = dataclasses.replace(BASES[name], flags=BASES[name].flags | flags)
         benchmarks[name] = BaseBenchmark(base, device, args.rounds, args.seconds, save)
     soon = until - 60 * args.minutes * COMPILED_SHARE * args.compile
     for left, (name, benchmark) in zip(range(len(benchmarks), 0, -1), benchmarks.items(), strict=True):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from sdpo.arithmetic import compile_blocks, track_attention
+from sdpo.arithmetic import compile_blocks, fuses_attention, track_attention, unfuse_attention
 from sdpo.average import AveragedWeights
 from sdpo.batch import Batch
 from sdpo.command import InputError
@@ -143,6 +143,8 @@ def build_models(
         raise InputError("the UNet has dropout, which tells policy and reference apart: set it to 0 in its config.json")
     if config.channels_last:
         unet.to(memory_format=torch.channels_last)
+    if not fuses_attention(accelerator.device, dtype):
+        unfuse_attention(unet)
     reference = None
     if with_reference:
         reference = hold_matmul_weights(copy.deepcopy(unet).requires_grad_(False), dtype)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from recording import same
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -117,6 +118,13 @@ def test_unet_init_replaces_the_weights(bases, tmp_path, suffix):
     init = tmp_path / {"pipeline": "", "folder": "unet"}.get(suffix, f"unet.{suffix}")
     again = load_family("sd15", str(bases["sd15", "epsilon"])).load_unet(str(init))
     assert all(torch.equal(value, changed[name]) for name, value in again.state_dict().items())
+
+
+@pytest.mark.parametrize("precision, processor", [("no", AttnProcessor2_0), ("bf16", AttnProcessor)])
+def test_attention_is_fused_where_that_pays(arguments, precision, processor):
+    run = train.set_up(parse_flags(TrainConfig, "", "", arguments(f"--mixed_precision={precision}")))[0]
+    for unet in (run.policy, run.reference):
+        assert {type(used) for used in unet.attn_processors.values()} == {processor}
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
