@@ -270,16 +270,16 @@ def train(run: Run, dataset: PairDataset, held_out: HeldOutPairs | None, request
     config = run.config
     plan = run.plan
     metrics = start_logs(run)
-    with logging_redirect_tqdm():
-        if run.step == 0:
-            metrics.write(0, validate(run, held_out))
-        micro_batches = train_batches(config, dataset, plan, run.accelerator.process_index, run.step)
-        hidden = not run.accelerator.is_local_main_process
-        progress = tqdm(total=plan.steps, initial=run.step, desc=config.method, unit="update", disable=hidden)
-        logged = began_at = run.step
-        seconds = 0.0
-        skipped = Skips(run, dataset)
-        stop = 0
+    if run.step == 0:
+        metrics.write(0, validate(run, held_out))
+    micro_batches = train_batches(config, dataset, plan, run.accelerator.process_index, run.step)
+    logged = began_at = run.step
+    seconds = 0.0
+    skipped = Skips(run, dataset)
+    stop = 0
+    hidden = not run.accelerator.is_local_main_process
+    progress = tqdm(total=plan.steps, initial=run.step, desc=config.method, unit="update", disable=hidden)
+    with logging_redirect_tqdm(), progress:
         while run.step < plan.steps and not stop:
             learning_rate = run.optimizer.param_groups[0]["lr"]
             began = time.monotonic()
@@ -311,11 +311,10 @@ def train(run: Run, dataset: PairDataset, held_out: HeldOutPairs | None, request
             if due or stop:
                 folder = checkpoints.save_checkpoint(run, prune=not skipped.in_a_row)  # may hold broken weights
                 log.info(f"saved          {folder}")
-        progress.close()
-        skipped.sum_up()
-        if run.meter.unreadable:
-            count = len(run.meter.unreadable)
-            log.warning(f"CAUTION: {count} pairs that this process drew could not be read and were replaced by others")
+    skipped.sum_up()
+    if run.meter.unreadable:
+        count = len(run.meter.unreadable)
+        log.warning(f"CAUTION: {count} pairs that this process drew could not be read and were replaced by others")
     return stop
 
 

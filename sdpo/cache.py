@@ -206,20 +206,20 @@ def make(config: TrainConfig, accelerator: Accelerator, family: StableDiffusion,
         total=sum(map(len, share)),  # of this rank
         disable=not accelerator.is_local_main_process,
     )
-    for names in share:
-        parts = []
-        notes = {}
-        for piece in cut(names, batch):
-            tensors, texts = next(encoded)
-            parts.append({name: tensor.to(dtype).cpu() for name, tensor in tensors.items()})
-            notes |= texts
-            progress.update(len(piece))
-        unreadable |= notes
-        refuse_unreadable(unreadable, config.max_unreadable_images, work.pairs)
-        if names:
-            work.shards.write(names, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, notes)
-        accelerator.wait_for_everyone()
-    progress.close()
+    with progress:
+        for names in share:
+            parts = []
+            notes = {}
+            for piece in cut(names, batch):
+                tensors, texts = next(encoded)
+                parts.append({name: tensor.to(dtype).cpu() for name, tensor in tensors.items()})
+                notes |= texts
+                progress.update(len(piece))
+            unreadable |= notes
+            refuse_unreadable(unreadable, config.max_unreadable_images, work.pairs)
+            if names:
+                work.shards.write(names, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, notes)
+            accelerator.wait_for_everyone()
 
 
 def refuse_unreadable(unreadable: dict[str, str], limit: int, pairs: Pairs | None) -> None:

@@ -228,7 +228,8 @@ def _compute(
     rows = score_rows(images, scorers, device=device, batch_size=options.batch_size)
     models = {metric: options.model(metric) for metric in metrics}
     progress = tqdm(entries, desc=f"scoring on {device}", unit="image", disable=quiet)
-    with within_memory("score fewer images at a time, or with --score_dtype bf16; scores made so far are kept"):
+    fix = "score fewer images at a time, or with --score_dtype bf16; scores made so far are kept"
+    with progress, within_memory(fix):
         for entry, row in zip(progress, rows, strict=True):
             values = {metric: row[METRICS[metric]] for metric in metrics}
             about = {"image": entry.image, "prompt": entry.prompt, "sha256": sha256(entry.path)}

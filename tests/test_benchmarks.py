@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import AttnProcessor
+from accelerate.state import AcceleratorState
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 from benchmarks.architectures import BASES, SDXL, Base, batch_of
 from benchmarks.baseline import OfficialLoop
@@ -130,8 +131,17 @@ def test_every_contestant_makes_updates(name):
 
 
 def test_changes_change_what_they_are_called():
-    attention = {type(m) for m in build(MICRO, "unfused attention", CPU).reference.attn_processors.values()}
-    assert attention == {AttnProcessor}
+    low = dataclasses.replace(MICRO, flags=MICRO.flags | {"mixed_precision": "bf16"})
+    for base, name, processor in (
+        (MICRO, "unfused attention", AttnProcessor),
+        (low, "default", AttnProcessor),
+        (low, "fused attention", AttnProcessor2_0),
+        (low, "baseline", AttnProcessor2_0),
+    ):
+        contestant = build(base, name, CPU)
+        for unet in (contestant.policy, contestant.reference):
+            assert {type(used) for used in unet.attn_processors.values()} == {processor}
+        AcceleratorState._reset_state(reset_partial_state=True)
     fetched = build(MICRO, "figures fetched", CPU)
     gathered, gather = [], fetched.accelerator.gather
     fetched.accelerator.gather = lambda value: gathered.append(value) or gather(value)

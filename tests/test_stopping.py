@@ -30,6 +30,14 @@ from sdpo.stopping import Skips
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.fixture(autouse=True)
+def not_below_nohup():
+    """Signals have their usual effects at first, whatever the tests were started by."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def send_after(monkeypatch, updates, *numbers):
     """Have the process send itself signals within its update of this number."""
     original, made = train.update, []
