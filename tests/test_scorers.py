@@ -1,5 +1,6 @@
 """The scorers against the packages' own figures, plain computations of the same models, and what must be refused."""
 
+import copy
 import gzip
 import hashlib
 import io
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import open_clip
 import pytest
+import stand_in
 import torch
 import torch.nn.functional as F
 from accelerate import init_empty_weights
@@ -411,6 +413,16 @@ def test_scores_do_not_depend_on_the_batch_or_on_turns(scorers, rows):
         for metric, scores in whole.items():
             torch.testing.assert_close(other[metric], scores, rtol=0, atol=2e-6)
     assert all(scores.std() > 1e-4 for scores in whole.values())
+
+
+def test_scores_on_a_gpu_are_those_on_the_cpu(scorers, rows):
+    on_cpu = columns(score_rows(rows, scorers))
+    moved = copy.deepcopy(scorers)
+    with stand_in.gpu():
+        on_gpu = columns(score_rows(rows, moved, device="cuda", in_turn=False))
+        assert {weight.device.type for scorer in moved.values() for weight in scorer.parameters()} == {"cuda"}
+    for metric, scores in on_cpu.items():
+        torch.testing.assert_close(on_gpu[metric], scores, rtol=0, atol=1e-5)
 
 
 def test_rows_are_scored_with_their_own_image_and_prompt(scorers, rows):
