@@ -7,17 +7,17 @@ import gc
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor
 
 from benchmarks.architectures import Base
 from benchmarks.baseline import OfficialLoop
-from sdpo.arithmetic import unfuse_attention
 from sdpo.batch import Batch
 from sdpo.config import Plan, TrainConfig
 from sdpo.families import StableDiffusion
@@ -79,17 +79,10 @@ def unfuse_optimizer(run: Run, batch: Batch) -> Batch:
     return batch
 
 
-def split_attention(run: Run, batch: Batch) -> Batch:
-    """Attention in several operations, for policy and reference."""
+def attend_by(processor: type, run: Run, batch: Batch) -> Batch:
+    """Attention as this class of diffusers computes it, for policy and reference."""
     for unet in (run.policy, run.reference):
-        unfuse_attention(unet)
-    return batch
-
-
-def fuse_attention(run: Run, batch: Batch) -> Batch:
-    """Attention as diffusers computes it by default, for policy and reference."""
-    for unet in (run.policy, run.reference):
-        unet.set_attn_processor(AttnProcessor2_0())
+        unet.set_attn_processor(processor())
     return batch
 
 
@@ -136,8 +129,8 @@ VARIANTS = {
     "cached latents": Variant(changes=(cache_latents,)),
     "known reference": Variant(changes=(know_reference,)),
     "channels last": Variant({"channels_last": True}),
-    "fused attention": Variant(changes=(fuse_attention,)),
-    "unfused attention": Variant(changes=(split_attention,)),
+    "fused attention": Variant(changes=(partial(attend_by, AttnProcessor2_0),)),
+    "unfused attention": Variant(changes=(partial(attend_by, AttnProcessor),)),
     "reference in fp32": Variant(changes=(hold_reference_in_fp32,)),
     "figures fetched": Variant(changes=(fetch_figures,)),
     "unfused AdamW": Variant(changes=(unfuse_optimizer,)),

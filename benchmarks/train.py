@@ -393,8 +393,8 @@ def main() -> None:
     os.environ["ACCELERATE_USE_CPU"] = str(device.type == "cpu").lower()
     torch.backends.cuda.matmul.allow_tf32 = True  # as the official recipe has it
     results = environment(device, "diffusers", "transformers", "accelerate") | {"bases": {}}
-    name = "-".join(filter(None, (device.type, args.mixed_precision, results["date"][:10])))
-    path = args.out / f"{name}.json"
+    stem = "-".join(filter(None, (device.type, args.mixed_precision, results["date"][:10])))
+    path = args.out / f"{stem}.json"
 
     def save() -> None:
         write_json(path, results)

@@ -10,9 +10,8 @@ from __future__ import annotations
 import functools
 
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.attention_processor import Attention, AttnProcessor
+from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
@@ -22,11 +21,6 @@ BLOCKS = {BasicTransformerBlock: 1, ResnetBlock2D: 2}  # how many of their first
 def fuses_attention(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether torch's fused attention pays in training: not in bf16 on a CPU, where its backward pass is the slower."""
     return device.type != "cpu" or dtype != torch.bfloat16
-
-
-def unfuse_attention(unet: UNet2DConditionModel) -> None:
-    """Compute attention in several operations, with its scores in memory, in place."""
-    unet.set_attn_processor(AttnProcessor())
 
 
 def track_attention(model: nn.Module) -> None:

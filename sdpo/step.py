@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, DistributedType
+from diffusers.models.attention_processor import AttnProcessor
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from sdpo.arithmetic import compile_blocks, fuses_attention, track_attention, unfuse_attention
+from sdpo.arithmetic import compile_blocks, fuses_attention, track_attention
 from sdpo.average import AveragedWeights
 from sdpo.batch import Batch
 from sdpo.command import InputError
@@ -144,7 +145,7 @@ def build_models(
     if config.channels_last:
         unet.to(memory_format=torch.channels_last)
     if not fuses_attention(accelerator.device, dtype):
-        unfuse_attention(unet)
+        unet.set_attn_processor(AttnProcessor())  # several operations, with the scores in memory
     reference = None
     if with_reference:
         reference = hold_matmul_weights(copy.deepcopy(unet).requires_grad_(False), dtype)
