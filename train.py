@@ -86,6 +86,9 @@ def settle_engine(config: TrainConfig, accelerator: Accelerator) -> None:
     optimizer = optimizer_name(config, FAMILIES[config.base["name"]])
     if accelerator.distributed_type in SHARDING and not OPTIMIZERS[optimizer].shards:
         raise InputError(f"--optimizer {optimizer} does not go with FSDP2 or DeepSpeed: use --optimizer adamw")
+    alone = accelerator.distributed_type == DistributedType.NO and accelerator.device.type == "cuda"
+    if config.cuda_graphs and not alone:
+        raise InputError("--cuda_graphs runs on one GPU in one process: drop it")
     if accelerator.distributed_type == DistributedType.FSDP:
         if not accelerator.is_fsdp2:
             raise InputError("FSDP 1 is not supported: write fsdp_version: 2, as in configs/accelerate/fsdp2.yaml")

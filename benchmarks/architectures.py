@@ -78,12 +78,15 @@ SMALL = {  # 49.5 M parameters: some quarter of the widths of SD1.5, its VAE inc
 
 
 CHANGES = (  # contestants that differ from the default in one thing
-    "cached latents", "known reference", "channels last", "fused attention", "unfused attention",
+    "cached latents", "CUDA graphs", "known reference", "channels last", "fused attention", "unfused attention",
     "reference in fp32", "figures fetched", "unfused AdamW", "Adafactor", "AdamW in 8 bits", "averaged weights",
     "full checkpointing",
 )  # fmt: skip
 
 
+AGAINST_BASELINE = (
+    "baseline", "fast", "fast, compiled", "fast, compiled, lean", "default", "fast, known reference",
+)  # fmt: skip
 SD15_LACKS = ("Adafactor", "AdamW in 8 bits", "unfused attention")  # time, and 86 GiB of activations
 
 
@@ -94,6 +97,7 @@ class Base:
     parts: dict[str, dict] | None  # configuration of every part; None: the embedded tiny base
     flags: dict[str, Any]
     stored: int  # side of the images on file, pixels
+    against_baseline: tuple[str, ...] = AGAINST_BASELINE
     changes: tuple[str, ...] = CHANGES
     lean: float | None = None  # GiB of activations that the contestant which saves memory keeps on a GPU
 
@@ -149,16 +153,17 @@ BASES = {
     "small": Base(SMALL, batch_of(4, 128, accumulation=1), stored=128),
     "sd15": Base(
         SD15,
-        batch_of(8, 512, accumulation=4),
+        batch_of(8, 512, accumulation=8),
         stored=768,
         changes=tuple(name for name in CHANGES if name not in SD15_LACKS),
-        lean=8.0,
+        lean=13.0,
     ),
     "sdxl": Base(
         SDXL,
-        batch_of(8, 1024, accumulation=1) | {"sdxl": True, "winner_preserving_mu": 0.6},
+        batch_of(8, 1024, accumulation=4) | {"sdxl": True, "winner_preserving_mu": 0.6},
         stored=1024,
-        changes=("cached latents", "known reference", "channels last", "auto checkpointing"),
+        against_baseline=("baseline", "fast", "fast, compiled"),  # time
+        changes=("cached latents", "known reference", "auto checkpointing"),
         lean=11.0,
     ),
 }

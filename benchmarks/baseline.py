@@ -54,9 +54,15 @@ class OfficialLoop:
         if device.type == "cuda":
             self.pixels = self.pixels.pin_memory()
 
+    warm = True  # every update does the same work
+
+    def take_micro_steps(self, number: int) -> None:
+        """Make updates of so many micro-steps from now on."""
+        self.accelerator.gradient_accumulation_steps, self.accelerator.step = number, 0
+
     def update(self) -> None:
         """One optimizer step over the accumulated micro-batches."""
-        for _ in range(self.config.gradient_accumulation_steps):
+        for _ in range(self.accelerator.gradient_accumulation_steps):
             self.micro_step()
 
     def micro_step(self) -> None:

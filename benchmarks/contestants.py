@@ -18,6 +18,7 @@ from torch import Tensor
 
 from benchmarks.architectures import Base
 from benchmarks.baseline import OfficialLoop
+from sdpo.arithmetic import recompute
 from sdpo.batch import Batch
 from sdpo.config import Plan, TrainConfig
 from sdpo.families import StableDiffusion
@@ -66,7 +67,7 @@ def choose_activations(run: Run, batch: Batch) -> Batch:
     if not chosen:
         choose_checkpointing(run, batch)
         chosen |= {name: unit.gradient_checkpointing for name, unit in checkpoint_units(run.policy).items()}
-    run.policy.enable_gradient_checkpointing()
+    run.policy.enable_gradient_checkpointing(recompute)
     for name, unit in checkpoint_units(run.policy).items():
         unit.gradient_checkpointing = chosen[name]
     return batch
@@ -111,24 +112,27 @@ class Variant:
 
     flags: dict[str, Any] = field(default_factory=dict)
     changes: tuple[Callable[[Run, Batch], Batch], ...] = ()
+    on_gpu: dict[str, Any] | None = None  # flags there, if they are others
 
 
 CPU_GIB = 4.0  # of activations, where there is no device memory to go by
 AUTO = {"gradient_checkpointing": "auto"}
-FAST = (cache_latents, choose_activations)
+CHANNELS_LAST = {"channels_last": True}
+GRAPHS = {"latent_cache": "of random pairs", "cuda_graphs": True}
+FAST = {"flags": AUTO | CHANNELS_LAST, "on_gpu": AUTO | GRAPHS}
+COMPILED = {name: flags | CHANNELS_LAST | {"compile": True} for name, flags in FAST.items()}
 VARIANTS = {
     "baseline": Variant(),  # of which only the flags count
     "default": Variant(),
-    "fast": Variant({"channels_last": True} | AUTO, FAST),
-    "fast, lean": Variant({"channels_last": True} | AUTO, FAST),
-    "fast, compiled": Variant({"channels_last": True, "compile": True} | AUTO, FAST),
-    "fast, known reference": Variant(
-        {"channels_last": True} | AUTO, (cache_latents, know_reference, choose_activations)
-    ),
+    "fast": Variant(changes=(cache_latents, choose_activations), **FAST),
+    "fast, known reference": Variant(changes=(cache_latents, know_reference, choose_activations), **FAST),
+    "fast, compiled": Variant(changes=(cache_latents, choose_activations), **COMPILED),
+    "fast, compiled, lean": Variant(changes=(cache_latents, choose_activations), **COMPILED),
     # one change each
     "cached latents": Variant(changes=(cache_latents,)),
     "known reference": Variant(changes=(know_reference,)),
-    "channels last": Variant({"channels_last": True}),
+    "channels last": Variant(CHANNELS_LAST),
+    "CUDA graphs": Variant(changes=(cache_latents,), on_gpu=GRAPHS),  # to be compared with cached latents
     "fused attention": Variant(changes=(partial(attend_by, AttnProcessor2_0),)),
     "unfused attention": Variant(changes=(partial(attend_by, AttnProcessor),)),
     "reference in fp32": Variant(changes=(hold_reference_in_fp32,)),
@@ -180,6 +184,16 @@ class OurLoop:
         self.batches = itertools.repeat(batch)
         self.first_margin: float | None = None  # of the first update, whose policy and reference are equal
 
+    def take_micro_steps(self, number: int) -> None:
+        """Make updates of so many micro-steps from now on."""
+        self.run.plan = dataclasses.replace(self.run.plan, accumulation=number)
+        self.accelerator.gradient_accumulation_steps, self.accelerator.step = number, 0
+
+    @property
+    def warm(self) -> bool:
+        """Whether the updates to come do the same work as the last one."""
+        return self.run.recorded is None or bool(self.run.recorded.recordings)
+
     def update(self) -> None:
         """One optimizer step, and its figures fetched once."""
         if update(self.run, self.batches) is not None:
@@ -195,7 +209,8 @@ def build(base: Base, name: str, device: torch.device) -> OurLoop | OfficialLoop
     torch.compiler.reset()  # its limit of variants of a function is not for models that come and go
     torch.manual_seed(0)
     variant = VARIANTS[name]
-    flags = dict(variant.flags)
+    on_gpu = device.type == "cuda" and variant.on_gpu is not None
+    flags = dict(variant.on_gpu if on_gpu else variant.flags)
     if flags.get("gradient_checkpointing") == "auto":  # within a budget, or else what is free on the GPU
         flags["activation_memory"] = base.lean if name.endswith("lean") else CPU_GIB if device.type == "cpu" else None
     config, family = base.config(**flags), base.build(device)

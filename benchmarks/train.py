@@ -46,12 +46,10 @@ from sdpo.images import decode  # noqa: E402
 from sdpo.losses import pair_terms  # noqa: E402
 from sdpo.rng import draw, normal  # noqa: E402
 
-AGAINST_BASELINE = ("baseline", "default", "fast", "fast, lean", "fast, known reference")
-COMPILED = ("baseline", "fast", "fast, compiled")
-COMPILED_SHARE = 0.25  # of the time; what compiles longer than that ends later, or is cut off by the caller
-
+COMPILED = {"fast, compiled", "fast, compiled, lean"}
 ONLY_ON_GPU = {
-    "fast, lean",  # shows in peak memory
+    "fast, compiled, lean",  # shows in peak memory
+    "CUDA graphs",
     "reference in fp32",  # where the training precision is lower
     "figures fetched",  # where the host waits for a device
 }
@@ -100,10 +98,17 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 
 
 def measure_round(contestant: OurLoop | OfficialLoop, device: torch.device, least: float) -> dict[str, float]:
-    """Pairs per second over at least `least` seconds after one update of warm-up, and the peak memory of both."""
+    """Pairs per second over at least `least` seconds after updates of warm-up, and the peak memory of all.
+
+    The updates of warm-up have one micro-step each.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    contestant.take_micro_steps(1)
     first, times = seconds(contestant.update, device), []
+    while not contestant.warm:
+        contestant.update()
+    contestant.take_micro_steps(contestant.config.gradient_accumulation_steps)
     while not times or sum(times) < least:
         times.append(seconds(contestant.update, device))
     config = contestant.config
@@ -117,8 +122,11 @@ def measure_round(contestant: OurLoop | OfficialLoop, device: torch.device, leas
 
 
 def time_parts(contestant: OurLoop | OfficialLoop, device: torch.device) -> dict[str, float]:
-    """Milliseconds by part, each waited for on its own: PARTS per micro-step, the optimizer per update."""
+    """Milliseconds by part of an update of one micro-step, each waited for on its own."""
     spent, family = Counter(), contestant.family
+    contestant.take_micro_steps(1)
+    if isinstance(contestant, OurLoop):
+        contestant.run.recorded = None  # what is launched as one cannot be timed by part
 
     def watch(owner: Any, method: str, name: str) -> None:
         original = getattr(owner, method)
@@ -144,8 +152,7 @@ def time_parts(contestant: OurLoop | OfficialLoop, device: torch.device) -> dict
         watch(owner, method, name)
     total = seconds(contestant.update, device)
     spent["other"] = total - sum(spent.values())
-    parts = {name: 1000 * spent[name] / contestant.config.gradient_accumulation_steps for name in PARTS}
-    return parts | {"optimizer": 1000 * spent["optimizer"]}
+    return {name: 1000 * spent[name] for name in (*PARTS, "optimizer")}
 
 
 def data_milliseconds(base: Base) -> dict[str, float] | None:
@@ -187,6 +194,7 @@ def spread(values: list[float]) -> dict[str, float]:
 def safeguard_cost(base: Base, device: torch.device, least: float) -> dict[str, Any]:
     """What the safeguard adds to a step: on and off in turns in one run, and the loss alone on tensors of its size."""
     contestant = build(base, "default", device)
+    contestant.take_micro_steps(1)
     run, on = contestant.run, contestant.run.config
     configs = {"off": dataclasses.replace(on, use_winner_preserving=False, winner_preserving_mu=0.0), "on": on}
     times, peaks = {"off": [], "on": []}, {}
@@ -203,13 +211,12 @@ def safeguard_cost(base: Base, device: torch.device, least: float) -> dict[str, 
                 peaks[name] = torch.cuda.max_memory_allocated(device)
     shape = (2 * on.train_batch_size, *run.family.latent_shape(on.resolution))
     loss = {name: loss_seconds(shape, mu, device) for name, mu in (("off", None), ("on", on.winner_preserving_mu))}
-    micro_step = statistics.median(times["off"]) / run.plan.accumulation
     ratios = [a / b for a, b in zip(times["on"], times["off"], strict=True)]
     error = statistics.stdev(ratios) / len(ratios) ** 0.5
     result = {
         "on_to_off": spread(ratios) | {"mean": statistics.fmean(ratios), "standard_error": error},
         "added_to_loss_s": loss["on"] - loss["off"],
-        "share_of_micro_step": (loss["on"] - loss["off"]) / micro_step,
+        "share_of_micro_step": (loss["on"] - loss["off"]) / statistics.median(times["off"]),
     }
     return result | ({"added_peak_bytes": peaks["on"] - peaks["off"]} if peaks else {})
 
@@ -255,8 +262,7 @@ def compare(results: dict[str, Any], flops: dict[str, float], peak: float) -> No
         if not speeds[name]:
             continue
         result["pairs_per_second"] = spread(speeds[name])
-        parts = [r["parts_ms"] for r in result["rounds"]]
-        result["parts_ms"] = {part: statistics.median(times[part] for times in parts) for part in parts[0]}
+        result["parts_ms"] = result["rounds"][0]["parts_ms"]
         result["share_of_matmul_peak"] = statistics.median(speeds[name]) * flops[name] / peak
         others = [first, name.removesuffix(", compiled")] if name.endswith(", compiled") else [first]
         for other in others:
@@ -279,6 +285,7 @@ class BaseBenchmark:
 
     base: Base
     device: torch.device
+    compiled: bool  # whether compiled blocks are
     rounds: int  # turns of every contestant at most
     seconds: float  # that a turn measures at least
     save: Callable[[], None] = lambda: None  # called after every turn
@@ -291,7 +298,7 @@ class BaseBenchmark:
         return DTYPES[self.base.config().mixed_precision]
 
     def measure(self, until: float) -> None:
-        """Everything but compiled blocks, to end at the time `until` of the monotonic clock."""
+        """Everything, to end at the time `until` of the monotonic clock, but for the time that compiling takes."""
         base, device, result = self.base, self.device, self.result
         result |= describe(base, self.dtype)
         result["ceilings"] = ceilings(device, self.dtype)
@@ -301,13 +308,14 @@ class BaseBenchmark:
         print(f"  baseline's FLOPs: {show_check(result['baseline_flops'])}", flush=True)
         print(f"  safeguard: {show_safeguard(result['safeguard'])}", flush=True)
         now = time.monotonic()
-        self.compare("against_baseline", AGAINST_BASELINE, now + 0.65 * (until - now))
+        self.compare("against_baseline", base.against_baseline, now + 0.75 * (until - now))
         self.compare("against_default", ("default", *base.changes), until)
 
     def compare(self, title: str, names: tuple[str, ...], until: float) -> None:
         """A race of those contestants that this machine can run, with their ratios, under `title` of the result."""
         unwanted = {"fused attention" if fuses_attention(self.device, self.dtype) else "unfused attention"}
         unwanted |= set() if self.device.type == "cuda" else ONLY_ON_GPU
+        unwanted |= set() if self.compiled else COMPILED
         unwanted |= set() if find_spec("bitsandbytes") else {"AdamW in 8 bits"}
         results = self.result[title] = {name: {"rounds": []} for name in names if name not in unwanted}
         changes = {name: VARIANTS[name].changes for name in results}
@@ -330,7 +338,7 @@ class BaseBenchmark:
             began = time.monotonic()
             if "error" in result or began + took.get(name, 0) > until:
                 continue
-            figures = self.attempt(lambda name=name: self.turn(name))
+            figures = self.attempt(lambda name=name, first=number == 0: self.turn(name, parts=first))
             if "error" in figures:
                 result |= figures
             else:
@@ -348,11 +356,11 @@ class BaseBenchmark:
             self.failed = True
             return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
 
-    def turn(self, name: str) -> dict[str, Any]:
-        """Speed, memory and parts of one contestant, built anew."""
+    def turn(self, name: str, parts: bool) -> dict[str, Any]:
+        """Speed, memory and, if asked for, parts of one contestant, built anew."""
         contestant = build(self.base, name, self.device)
         figures = measure_round(contestant, self.device, self.seconds)
-        return figures | {"parts_ms": time_parts(contestant, self.device)}
+        return figures | ({"parts_ms": time_parts(contestant, self.device)} if parts else {})
 
 
 # Everything
@@ -403,16 +411,11 @@ def main() -> None:
     benchmarks = {}
     for name in args.bases:
         base = dataclasses.replace(BASES[name], flags=BASES[name].flags | flags)
-        benchmarks[name] = BaseBenchmark(base, device, args.rounds, args.seconds, save)
-    soon = until - 60 * args.minutes * COMPILED_SHARE * args.compile
+        benchmarks[name] = BaseBenchmark(base, device, args.compile, args.rounds, args.seconds, save)
     for left, (name, benchmark) in zip(range(len(benchmarks), 0, -1), benchmarks.items(), strict=True):
         print(name, flush=True)
         results["bases"][name], now = benchmark.result, time.monotonic()
-        benchmark.measure(now + (soon - now) / left)
-    if args.compile:  # last: how long it takes is not known
-        for name, benchmark in benchmarks.items():
-            print(f"{name}, compiled", flush=True)
-            benchmark.compare("compiled", COMPILED, until)
+        benchmark.measure(now + (until - now) / left)
     save()  # also where no turn was left time for
     print(f"\n{markdown(results)}\nwritten to {path}")
     sys.exit(any(benchmark.failed for benchmark in benchmarks.values()))

@@ -8,14 +8,32 @@ difference into margins that mean nothing.
 from __future__ import annotations
 
 import functools
+import inspect
+import itertools
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-BLOCKS = {BasicTransformerBlock: 1, ResnetBlock2D: 2}  # how many of their first inputs carry the policy's gradient
+COMPILED = {  # methods of modules; those of Transformer2DModel are what it does before and after its blocks
+    BasicTransformerBlock: ("forward",),
+    ResnetBlock2D: ("forward",),
+    Upsample2D: ("forward",),
+    Transformer2DModel: ("_operate_on_continuous_inputs", "_get_output_for_continuous_inputs"),
+}
+CARRYING = {"hidden_states", "input_tensor", "temb", "residual"}  # inputs through which the policy's gradient flows
+
+# Recomputation without drawing the same random numbers again: there is no dropout
+recompute = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 def fuses_attention(device: torch.device, dtype: torch.dtype) -> bool:
@@ -23,11 +41,35 @@ def fuses_attention(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type != "cpu" or dtype != torch.bfloat16
 
 
+def to_channels_last(model: nn.Module) -> None:
+    """Put a diffusers UNet into channels-last memory format, in place, and keep its transformers from leaving it."""
+    model.to(memory_format=torch.channels_last)
+    for module in model.modules():
+        if isinstance(module, Transformer2DModel) and module.is_input_continuous:
+            module._get_output_for_continuous_inputs = types.MethodType(_after_blocks, module)
+
+
+def _after_blocks(
+    self: Transformer2DModel,
+    hidden_states: Tensor,
+    residual: Tensor,
+    batch_size: int,
+    height: int,
+    width: int,
+    inner_dim: int,
+) -> Tensor:
+    """The method that it replaces, without its copy into the other format: tokens (N, h w, C) to (N, C, h, w)."""
+    if self.use_linear_projection:
+        hidden_states = self.proj_out(hidden_states)
+    hidden_states = hidden_states.reshape(batch_size, height, width, inner_dim).permute(0, 3, 1, 2)
+    return residual + (hidden_states if self.use_linear_projection else self.proj_out(hidden_states))
+
+
 def track_attention(model: nn.Module) -> None:
     """Have attention without gradients run as it does with them, in place."""
     for module in model.modules():
         if isinstance(module, Attention):
-            module.forward = functools.partial(_run, module.forward, 1)
+            _track(module, "forward", module.forward)
 
 
 def compile_blocks(model: nn.Module) -> None:
@@ -35,18 +77,33 @@ def compile_blocks(model: nn.Module) -> None:
 
     Without gradients they run the same graph as with them, block by block, so that nothing is kept for a backward pass.
     """
-    torch._dynamo.config.recompile_limit = 128  # every shape of a block counts, for policy and reference
+    torch._dynamo.config.recompile_limit = 128  # every shape of a block counts
+    warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")  # of diffusers, harmless
     for block in model.modules():
-        if carrying := BLOCKS.get(type(block)):
+        for method in COMPILED.get(type(block), ()):
             block.requires_grad_(True)  # decides the graph; outputs of what is frozen are detached
-            compiled = torch.compile(block.forward, fullgraph=True, dynamic=False)
-            block.forward = functools.partial(_run, compiled, carrying)
+            _track(block, method, torch.compile(getattr(block, method), fullgraph=True, dynamic=False))
 
 
-def _run(forward, carrying: int, *inputs: Tensor | None, **options) -> Tensor:
-    """The output for inputs of which the first `carrying` need gradients in training."""
-    if torch.is_grad_enabled():
-        return forward(*inputs, **options)
-    with torch.enable_grad():
-        tracked = (value.detach().requires_grad_() for value in inputs[:carrying])
-        return forward(*tracked, *inputs[carrying:], **options).detach()
+def _track(module: nn.Module, method: str, run: Callable) -> None:
+    """Have a method of a module run by `run`, and without gradients as with them."""
+    names = list(inspect.signature(getattr(module, method)).parameters)
+
+    def tracked(*inputs, **options):
+        if torch.is_grad_enabled():
+            return run(*inputs, **options)
+        with torch.enable_grad():
+            inputs = itertools.starmap(_require_gradient, itertools.zip_longest(names[: len(inputs)], inputs))
+            return _detach(run(*inputs, **{name: _require_gradient(name, value) for name, value in options.items()}))
+
+    setattr(module, method, tracked)
+
+
+def _require_gradient(name: str | None, value: Any) -> Any:
+    return value.detach().requires_grad_() if name in CARRYING and isinstance(value, Tensor) else value
+
+
+def _detach(output: Any) -> Any:
+    if isinstance(output, tuple):
+        return tuple(map(_detach, output))
+    return output.detach() if isinstance(output, Tensor) else output

@@ -30,11 +30,15 @@ class Batch:
         """The same batch with its tensors on a device."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All that it has, by name."""
+        values = vars(self) | (self.texts or {})
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
     @property
     def nbytes(self) -> int:
         """Size of its tensors."""
-        values = [*vars(self).values(), *(self.texts or {}).values()]
-        return sum(value.nbytes for value in values if isinstance(value, Tensor))
+        return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory (called by the data loader)."""

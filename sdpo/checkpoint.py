@@ -355,7 +355,7 @@ FREE = {
     "resume_from_checkpoint", "resume_with_changes", "checkpointing_steps", "checkpoints_total_limit",
     "logging_steps", "validation_steps", "validation_prompts", "dataloader_num_workers",
     "max_unreadable_images", "max_skipped_updates", "reference_cache",
-    "gradient_checkpointing", "activation_memory", "compile", "channels_last",
+    "gradient_checkpointing", "activation_memory", "compile", "channels_last", "cuda_graphs",
     "hub_model_id", "local_rank", "hard_skip_resume",  # without effect
     "gradient_accumulation_steps", "global_batch_size",  # the plan says what they come to
     # Run.base says what these come to

@@ -160,6 +160,10 @@ class TrainConfig:
     )
     compile: bool = flag(False, "compile the UNet's repeated blocks; the first update takes minutes longer")
     channels_last: bool = flag(False, "keep the UNets in channels-last memory format")
+    cuda_graphs: bool = flag(
+        False,
+        "launch each micro-step as one CUDA graph, on one GPU with --latent_cache: for where the host is too slow",
+    )
     use_ema: bool = flag(False, "keep an exponential moving average of the weights, saved as unet_ema.pth")
     ema_decay: Decay = flag(0.995, "decay of the average; it remembers about 1 / (1 - decay) updates")
 
@@ -278,6 +282,10 @@ class TrainConfig:
         yield (
             self.activation_memory is not None and self.gradient_checkpointing != "auto",
             "--activation_memory goes with --gradient_checkpointing auto; drop it or add that",
+        )
+        yield (
+            self.cuda_graphs and not self.latent_cache,
+            "--cuda_graphs goes with --latent_cache, for a graph holds no tokenizer: add that or drop it",
         )
         yield (
             self.reference_cache and self.seed is None,

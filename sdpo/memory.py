@@ -13,8 +13,8 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
 
+from sdpo.arithmetic import recompute
 from sdpo.batch import Batch
 from sdpo.command import InputError
 from sdpo.families import StableDiffusion
@@ -31,7 +31,8 @@ def planned_memory(run: Run) -> dict[str, int]:
     parameters = sum(p.numel() for p in run.policy.parameters())
     state = OPTIMIZERS[optimizer_name(run.config, run.family)].state_bytes
     sizes = {"policy": 4, "gradients": 4, "optimizer": state, "average": 4 * run.config.use_ema}  # bytes per parameter
-    sizes["reference"] = 0 if run.reference is None else DTYPES[run.config.mixed_precision].itemsize
+    reference = 4 if run.config.compile else DTYPES[run.config.mixed_precision].itemsize
+    sizes["reference"] = 0 if run.reference is None else reference
     encoders = (p for model in (run.family.vae, *run.family.text_encoders) for p in model.parameters())
     frozen = sum(p.nbytes for p in encoders if not p.is_meta)  # without weights where a latent cache is read
     return {name: parameters * size for name, size in sizes.items() if size} | {"encoders": frozen}
@@ -57,7 +58,7 @@ def choose_checkpointing(run: Run, batch: Batch) -> str:
     unet = run.accelerator.unwrap_model(run.policy)
     dtype = DTYPES[config.mixed_precision]
     units, kept = choose_units(run.family, unet, inputs, dtype, budget * 2**30)
-    unet.enable_gradient_checkpointing()
+    unet.enable_gradient_checkpointing(recompute)
     for name, unit in checkpoint_units(unet).items():
         unit.gradient_checkpointing = name in units
     return f"activations    {kept / 2**30:.3g} GiB of {budget:.3g} GiB, {len(units)} units are recomputed"
@@ -102,7 +103,7 @@ class ActivationCounter:
         self.family = family
         self.autocast = torch.autocast(device.type, dtype, dtype != torch.float32, **AUTOCAST.to_kwargs())
         with device:
-            self.model = type(unet).from_config(unet.config).train()
+            self.model = type(unet).from_config(unet.config).eval()
             conditioning = {name: torch.empty(value.shape) for name, value in inputs.conditioning.items()}
             timesteps = torch.empty(inputs.timesteps.shape, dtype=torch.long)
             self.inputs = torch.empty(inputs.noisy.shape), timesteps, conditioning
@@ -148,4 +149,4 @@ class ActivationCounter:
         for value in inputs:
             if isinstance(value, Tensor):
                 self._keep(value)
-        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return recompute(function, *inputs)

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from sdpo.config import Plan, TrainConfig
 from sdpo.families import StableDiffusion
-from sdpo.losses import PairTerms
 from sdpo.pairs import Pairs
 from sdpo.ranks import on_main
 from sdpo.shards import Shards, refuse_changes, refuse_damaged
@@ -58,9 +57,8 @@ class ReferenceErrors:
         """Whether the errors of every update of the run are on file."""
         return all(step in self.known.places for step in range(self.plan.steps))
 
-    def add(self, step: int, terms: PairTerms) -> None:
-        """Take in the errors of this rank's next micro-step."""
-        errors = torch.cat([terms.reference_error_w, terms.reference_error_l])
+    def add(self, step: int, errors: Tensor) -> None:
+        """Take in the errors (2B,) of this rank's next micro-step, winners first."""
         self.new.setdefault(step, []).append(errors)
 
     def write(self) -> None:

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from sdpo.arithmetic import compile_blocks, fuses_attention, track_attention
+from sdpo.arithmetic import compile_blocks, fuses_attention, recompute, to_channels_last, track_attention
 from sdpo.average import AveragedWeights
 from sdpo.batch import Batch
 from sdpo.command import InputError
 from sdpo.config import Plan, TrainConfig
 from sdpo.families import StableDiffusion, hold_matmul_weights
+from sdpo.graphs import RecordedSteps
 from sdpo.hub import DTYPES
 from sdpo.inputs import make_inputs
 from sdpo.losses import PAIR_LOSSES, PairTerms, dmpo, pair_terms, sample_error, sft
@@ -36,6 +37,7 @@ if TYPE_CHECKING:  # the benchmark trains without the packages that data on file
 
 # A pass uses every weight once, so autocast gains nothing by keeping its copies until the end of the pass
 AUTOCAST = AutocastKwargs(cache_enabled=False)
+REFERENCE_ERROR = "reference_error"  # among what is measured on a micro-batch
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)  # engines that may share out weights over ranks
 
 
@@ -54,6 +56,7 @@ class Run:
     schedule: torch.optim.lr_scheduler.LRScheduler
     meter: Meter
     average: AveragedWeights | None = None  # of the policy, once that is prepared
+    recorded: RecordedSteps | None = None  # micro-steps as CUDA graphs, once the policy is prepared
     data: str = ""  # Pairs.fingerprint of what it trains on
     base: dict[str, str] = field(default_factory=dict)  # StableDiffusion.describe of what it begins with
     references: ReferenceErrors | None = None  # the reference's errors, kept for other runs
@@ -80,7 +83,7 @@ class Run:
         return dataclasses.asdict(self.config) | settled | self.config.idle_defaults(optimizer)
 
     def prepare(self) -> None:
-        """Let accelerate wrap what it has to, policy, optimizer and schedule, and begin to average."""
+        """Let accelerate wrap what it has to, policy, optimizer and schedule; set up recording and averaging."""
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             self.accelerator.deepspeed_plugin.deepspeed_config |= {
                 "train_micro_batch_size_per_gpu": self.config.train_batch_size,
@@ -89,6 +92,8 @@ class Run:
             }
         parts = self.accelerator.prepare(self.policy, self.optimizer, self.schedule)
         self.policy, self.optimizer, self.schedule = parts
+        if self.config.cuda_graphs:
+            self.recorded = RecordedSteps(functools.partial(micro_step, self), self.accelerator.device)
         if self.config.use_ema:
             self.average = AveragedWeights(self.accelerator.unwrap_model(self.policy), self.config.ema_decay)
 
@@ -139,18 +144,21 @@ def build_models(
     """(policy in fp32, frozen reference or None), on the device; raises InputError for a UNet with dropout."""
     dtype = DTYPES[accelerator.mixed_precision]
     family.to(accelerator.device, dtype)
-    unet = family.load_unet(config.unet_init).to(accelerator.device).train()
+    unet = family.load_unet(config.unet_init).to(accelerator.device)
     if any(module.p for module in unet.modules() if isinstance(module, nn.Dropout)):
         raise InputError("the UNet has dropout, which tells policy and reference apart: set it to 0 in its config.json")
     if config.channels_last:
-        unet.to(memory_format=torch.channels_last)
+        to_channels_last(unet)
     if not fuses_attention(accelerator.device, dtype):
         unet.set_attn_processor(AttnProcessor())  # several operations, with the scores in memory
+    unet.eval()  # without dropout the same, but in training ResNet blocks copy channels-last inputs
     reference = None
     if with_reference:
-        reference = hold_matmul_weights(copy.deepcopy(unet).requires_grad_(False), dtype)
+        reference = copy.deepcopy(unet).requires_grad_(False)
+        if not config.compile:  # compiled, both models run one graph, which casts weights in fp32
+            hold_matmul_weights(reference, dtype)
     if (config.gradient_checkpointing or family.gradient_checkpointing) == "full":
-        unet.enable_gradient_checkpointing()
+        unet.enable_gradient_checkpointing(recompute)
     set_up_passes = compile_blocks if config.compile else track_attention
     for model in (unet, reference):
         if model is not None:
@@ -171,7 +179,10 @@ def pair_loss(config: TrainConfig, family: StableDiffusion) -> Callable[[PairTer
 
 
 def compute_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """(mean loss of a micro-batch, its metrics): policy and reference see the same inputs under the same autocast."""
+    """(mean loss of a micro-batch, its metrics): policy and reference see the same inputs under the same autocast.
+
+    Errors of the reference that are to be kept for other runs, (2B,), are among the metrics as REFERENCE_ERROR.
+    """
     config, family = run.config, run.family
     inputs = make_inputs(family, batch)
     reference = None
@@ -190,10 +201,19 @@ def compute_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         low = DTYPES[config.mixed_precision]
         known = sample_error(reference.to(low), inputs.target.to(low))
     terms = pair_terms(prediction, reference, inputs.target, config.beta_dpo, reference_error=known, **scaling)
-    if run.references and reference is not None:
-        run.references.add(run.step, terms)
     loss = pair_loss(config, family)(terms).mean()
-    return loss, {"train_loss": loss.detach(), **pair_metrics(terms)}
+    values = {"train_loss": loss.detach(), **pair_metrics(terms)}
+    if run.references and reference is not None:
+        values[REFERENCE_ERROR] = torch.cat([terms.reference_error_w, terms.reference_error_l])
+    return loss, values
+
+
+def micro_step(run: Run, batch: Batch) -> dict[str, Tensor]:
+    """Add the gradient of a micro-batch on the device to the policy's; returns what compute_loss measures."""
+    loss, values = compute_loss(run, batch)
+    one_or_nan = 1 + 0 * loss.detach()  # nan for a loss that is not finite: every rank's gradient shows it
+    run.accelerator.backward(loss * one_or_nan)
+    return values
 
 
 @dataclass(frozen=True)
@@ -211,21 +231,23 @@ def update(run: Run, micro_batches: Iterator[Batch]) -> Skipped | None:
     are. To see that, the host waits for the device once. DeepSpeed's engine steps by itself and skips nothing.
     """
     measured: list[dict[str, Tensor]] = []
+    device = run.accelerator.device
     for _ in range(run.plan.accumulation):
         batch = next(micro_batches)
         run.meter.count_unreadable(batch.unreadable, run.config.max_unreadable_images)
         with run.accelerator.accumulate(run.policy):
-            loss, values = compute_loss(run, batch.to(run.accelerator.device))
+            values = run.recorded(batch) if run.recorded else micro_step(run, batch.to(device))
+            if REFERENCE_ERROR in values:
+                run.references.add(run.step, values.pop(REFERENCE_ERROR))
             measured.append(values)
-            one_or_nan = 1 + 0 * loss.detach()  # nan for a loss that is not finite: every rank's gradient shows it
-            run.accelerator.backward(loss * one_or_nan)
             if run.accelerator.sync_gradients:
                 limit = run.config.max_grad_norm or float("inf")
                 norm = run.accelerator.clip_grad_norm_(run.policy.parameters(), limit)
                 norm = norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm)
                 made = make_step(run, norm)
-            buckets = isinstance(run.policy, DistributedDataParallel)  # whose gradients are views of them
-            run.optimizer.zero_grad(set_to_none=not buckets)
+            # views of DDP's buckets, or where a recording adds to
+            stay = run.recorded or isinstance(run.policy, DistributedDataParallel)
+            run.optimizer.zero_grad(set_to_none=not stay)
     run.step += 1
     if not made:
         run.meter.skipped += 1

@@ -16,7 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 import train
 from sdpo import families
-from sdpo.arithmetic import compile_blocks
+from sdpo.arithmetic import compile_blocks, to_channels_last
 from sdpo.batch import collate
 from sdpo.command import InputError, parse_flags
 from sdpo.config import TrainConfig
@@ -291,6 +291,23 @@ def test_the_saved_pipeline_has_the_vae_trained_with(bases, tmp_path):
     assert same(saved.text_encoder.state_dict(), own.text_encoders[0].state_dict())
     assert same(saved.vae.state_dict(), load_family("sd15", str(base), vae=str(tmp_path / "vae")).vae.state_dict())
     assert not same(saved.vae.state_dict(), own.vae.state_dict())
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_no_block_leaves_channels_last_format(bases, family):
+    model = load_family(family, str(bases[family, "epsilon"]))
+    plain, last = model.load_unet().eval(), model.load_unet().eval()
+    to_channels_last(last)
+    for block in last.modules():
+        if type(block).__name__ in ("Transformer2DModel", "ResnetBlock2D"):
+            block.register_forward_hook(lambda block, given, output: outputs.append(output))
+    noisy, timesteps, conditioning, _ = random_inputs(model)
+    outputs = []
+    with torch.no_grad():
+        expected = model.predict(plain, noisy, timesteps, conditioning)
+        torch.testing.assert_close(model.predict(last, noisy, timesteps, conditioning), expected)
+    values = [output if isinstance(output, torch.Tensor) else output[0] for output in outputs]
+    assert len(values) > 8 and all(x.is_contiguous(memory_format=torch.channels_last) for x in values)
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
