@@ -161,8 +161,7 @@ class TrainConfig:
     compile: bool = flag(False, "compile the UNet's repeated blocks; the first update takes minutes longer")
     channels_last: bool = flag(False, "keep the UNets in channels-last memory format")
     cuda_graphs: bool = flag(
-        False,
-        "launch each micro-step as one CUDA graph, on one GPU with --latent_cache: for where the host is too slow",
+        False, "launch each micro-step as one CUDA graph, so that the host keeps up: on one GPU, with --latent_cache"
     )
     use_ema: bool = flag(False, "keep an exponential moving average of the weights, saved as unet_ema.pth")
     ema_decay: Decay = flag(0.995, "decay of the average; it remembers about 1 / (1 - decay) updates")

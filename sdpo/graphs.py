@@ -29,6 +29,7 @@ class Recording:
             self.values = step(batch)
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        """What the step measures on a batch in host memory or on the device."""
         for own, new in zip(self.batch.tensors().values(), batch.tensors().values(), strict=True):
             own.copy_(new, non_blocking=True)
         self.graph.replay()

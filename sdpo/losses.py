@@ -113,9 +113,7 @@ def pair_terms(
         raise ValueError(f"constant must lie in [0, 1], and be 1 where mu is given; got {constant} and mu {mu}")
     prediction, target = prediction.float(), target.detach().float()
     residual_w, residual_l = (prediction - target).chunk(2)
-    error_w, error_l = sample_error(prediction, target).chunk(
-        2
-    )  # all at once: a GPU sums other shapes in another order
+    error_w, error_l = sample_error(prediction, target).chunk(2)  # at once: a GPU sums by shape
     reference = None if reference is None else reference.detach().float()
     if reference_error is None:
         reference_error = sample_error(reference, target)

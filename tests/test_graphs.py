@@ -36,11 +36,11 @@ def record(run):
 
 
 def update(run, batches, times):
-    """Figures of every update."""
+    """Figures of so many updates, not counting those that are skipped, as fp16 begins."""
     figures = []
-    for _ in range(times):
-        assert step.update(run, batches) is None
-        figures.append(run.meter.reduce())
+    while len(figures) < times:
+        if step.update(run, batches) is None:
+            figures.append(run.meter.reduce())
     return figures
 
 
@@ -122,7 +122,7 @@ on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU
 @pytest.mark.parametrize("precision", ["no", "fp16", "bf16"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_on_a_gpu_keeps_its_losses(arguments, tmp_path, method, precision):
-    flags = [*METHODS[method], f"--latent_cache={tmp_path / 'latents'}", "--max_train_steps=6"]
+    flags = [*METHODS[method], f"--latent_cache={tmp_path / 'latents'}", "--max_train_steps=30"]
     flags += [f"--mixed_precision={precision}", "--learning_rate=1e-5"]
     run, batches = set_up(arguments(*flags, out="plain"))
     expected = update(run, batches, 5)
