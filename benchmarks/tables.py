@@ -70,7 +70,7 @@ def show_data(base: dict[str, Any]) -> str:
     data, race = base["data_ms_per_pair"], base.get("against_baseline", {})
     default = race.get("default", {}).get("pairs_per_second")
     if data is None:
-        return "not measured, torchvision is missing"
+        return "not measured: a package that it needs is missing"
     cores = f"; {data['stored'] / 1000 * default['median']:.2g} cores keep up with the default" if default else ""
     return (
         f"{data['stored']:.2f} ms per pair on one core to decode, crop and draw noise{cores}; from images of twice the "

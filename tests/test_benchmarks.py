@@ -46,7 +46,7 @@ MICRO_XL = Base(
             "addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 24 + 16,
         },
     },
-    batch_of(2, 32, accumulation=2) | {"sdxl": True}, stored=32, lean=0.001,
+    batch_of(2, 32, accumulation=2) | {"sdxl": True}, stored=32,
 )  # fmt: skip
 SPEEDS = {"baseline": 1.0, "fast": 2.0, "fast, compiled": 3.0}  # pairs per second
 PARAMETERS = {  # of the published weights: UNet, VAE, text encoders
@@ -119,7 +119,7 @@ def test_the_baseline_does_the_counted_work(base):
     assert check_baseline(base, count(base, torch.float32), CPU)["ratio"] == pytest.approx(1, abs=1e-3)
 
 
-@pytest.mark.parametrize("name", sorted(VARIANTS.keys() - {"fast, compiled", "fast, compiled, lean"}))
+@pytest.mark.parametrize("name", sorted(VARIANTS.keys() - {"fast, compiled"}))
 def test_every_contestant_makes_updates(name):
     if name == "AdamW in 8 bits":
         pytest.importorskip("bitsandbytes")
@@ -256,7 +256,7 @@ def test_the_gpu_suite_runs_without_packages_that_training_does_not_need(tmp_pat
     table = path.with_suffix(".md").read_text()
     assert (
         "| baseline |" in table
-        and "by `OMP_NUM_THREADS=1 python benchmarks/train.py --minutes 8.25 --seconds 1 --out" in table
+        and "by `OMP_NUM_THREADS=1 python benchmarks/train.py --minutes 8.5 --seconds 1 --out" in table
     )
     assert "1.0000 of the count" in table
 
