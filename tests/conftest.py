@@ -3,6 +3,8 @@
 import os
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+if "SDPO_TEST_GPU" not in os.environ:  # then test_graphs.py runs on the GPU too; other tests expect none
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 from functools import partial
 
@@ -21,6 +23,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+import train
 from sdpo.rng import draw, normal
 from sdpo.tiny import make_pairs, pictures
 from sdpo.tiny.train_base import TOKENS, build_tokenizer
@@ -135,6 +138,21 @@ def arguments_in(bases, pairs_folder):
 def arguments(arguments_in, tmp_path):
     """Builds the flags of a short run of train.py below the test's folder, `run` unless `out` says otherwise."""
     return partial(arguments_in, tmp_path)
+
+
+@pytest.fixture
+def fp16(monkeypatch):
+    """Accelerate takes fp16 for GPUs only; its parts work on a CPU too."""
+    start = train.start_accelerator
+
+    def start_in_fp16(config):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        accelerator = start(config)
+        accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**18)  # at which gradients overflow
+        return accelerator
+
+    monkeypatch.setattr(train, "start_accelerator", start_in_fp16)
 
 
 @pytest.fixture(autouse=True)

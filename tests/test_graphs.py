@@ -4,6 +4,7 @@ import pytest
 import tape
 import torch
 from accelerate.state import AcceleratorState
+from recording import same
 
 import train
 from sdpo import step
@@ -48,10 +49,6 @@ def weights(run):
     return {name: value.clone() for name, value in run.policy.state_dict().items()}
 
 
-def same(left, right):
-    return all(torch.equal(left[name], right[name]) for name in left)
-
-
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 @pytest.mark.parametrize("method", METHODS)
 def test_recorded_micro_steps_are_the_run(arguments, tmp_path, family, method):
@@ -82,6 +79,19 @@ def test_errors_of_the_reference_are_kept_and_read(arguments, tmp_path):
         found = update(run, batches, 8)
     assert [one.replays for one in tapes] == [8 - WARM_UP] * 3
     assert found == expected and same(weights(run), wanted)
+
+
+@pytest.mark.usefixtures("fp16")
+def test_the_scale_of_fp16_reaches_recorded_micro_steps(arguments, tmp_path):
+    flags = [f"--latent_cache={tmp_path / 'latents'}", "--max_train_steps=30", "--learning_rate=1e-5"]
+    run, batches = set_up(arguments(*flags, out="plain"))
+    expected, wanted, scale = update(run, batches, 4), weights(run), run.accelerator.scaler.get_scale()
+    assert scale < 2.0**17  # it was found while micro-steps were recorded
+    run, batches = set_up(arguments(*flags, out="recorded"))
+    with tape.cuda_graphs() as tapes:
+        record(run)
+        assert update(run, batches, 4) == expected
+    assert tapes[0].replays > 4 and same(weights(run), wanted) and run.accelerator.scaler.get_scale() == scale
 
 
 def test_a_skipped_update_leaves_nothing_behind(arguments, tmp_path):

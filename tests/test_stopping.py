@@ -15,7 +15,6 @@ from types import SimpleNamespace
 import pyarrow.parquet as pq
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from recording import optimizer_state, same, weights
 
 import train
@@ -444,21 +443,6 @@ def test_a_run_that_makes_no_update_does_not_put_away_what_it_began_with(argumen
     with pytest.raises(InputError, match=r"after update 1 give no finite .*, and this run began with them: lower"):
         train.main(arguments("--max_train_steps=9", "--max_skipped_updates=3"))
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]
-
-
-@pytest.fixture
-def fp16(monkeypatch):
-    """Accelerate takes fp16 for GPUs only; its parts work on a CPU too."""
-    start = train.start_accelerator
-
-    def start_in_fp16(config):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        accelerator = start(config)
-        accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
-        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**18)  # at which gradients overflow
-        return accelerator
-
-    monkeypatch.setattr(train, "start_accelerator", start_in_fp16)
 
 
 @pytest.mark.usefixtures("fp16")
