@@ -27,6 +27,8 @@ from sdpo.losses import scale_gradient
 class OfficialLoop:
     """Models, optimizer and one host batch that serves every micro-step."""
 
+    warm = True  # every update does the same work
+
     def __init__(self, config: TrainConfig, family: StableDiffusion, batch: Batch):
         self.config, self.family = config, family
         self.accelerator = Accelerator(
@@ -53,8 +55,6 @@ class OfficialLoop:
         family.tokenize = lambda captions: self.tokens
         if device.type == "cuda":
             self.pixels = self.pixels.pin_memory()
-
-    warm = True  # every update does the same work
 
     def take_micro_steps(self, number: int) -> None:
         """Make updates of so many micro-steps from now on."""

@@ -112,8 +112,9 @@ def pair_terms(
     if not 0 <= constant <= 1 or (mu is not None and constant != 1):
         raise ValueError(f"constant must lie in [0, 1], and be 1 where mu is given; got {constant} and mu {mu}")
     prediction, target = prediction.float(), target.detach().float()
-    residual_w, residual_l = (prediction - target).chunk(2)
-    error_w, error_l = sample_error(prediction, target).chunk(2)  # at once: a GPU sums by shape
+    residual = prediction - target
+    residual_w, residual_l = residual.chunk(2)
+    error_w, error_l = sample_mean(residual.square()).chunk(2)  # at once, as the reference's: a GPU sums by shape
     reference = None if reference is None else reference.detach().float()
     if reference_error is None:
         reference_error = sample_error(reference, target)
