@@ -397,7 +397,8 @@ def test_a_start_that_predicts_something_else_is_refused(arguments, bases):
 
 
 def test_an_optimizer_whose_package_is_missing_is_named(arguments, monkeypatch):
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # importing it fails
+    for name in ("bitsandbytes", "bitsandbytes.optim"):
+        monkeypatch.setitem(sys.modules, name, None)  # importing it fails
     with pytest.raises(InputError, match="--optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes"):
         train.main(arguments("--optimizer=adamw8bit"))
 
