@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import train
-from sdpo import files, shards
+from sdpo import files, references, shards
 from sdpo.command import InputError, parse_flags
 from sdpo.config import TrainConfig
 from sdpo.references import ReferenceErrors, make_key
@@ -265,8 +265,10 @@ def test_all_that_the_references_errors_depend_on_is_in_their_key(monkeypatch):
         "use_ema": True,
     }
     assert all(key(**{name: value}) == plain for name, value in free.items())
-    monkeypatch.setattr(torch, "__version__", "1.0")
-    assert key() != plain
+    for module, name, value in ((torch, "__version__", "1.0"), (references, "ARITHMETIC", 1)):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, value)
+            assert key() != plain
 
 
 def test_errors_are_complete_where_every_update_has_them():
