@@ -319,7 +319,7 @@ class BaseBenchmark:
         """A race of those contestants that this machine can run, with their ratios, under `title` of the result."""
         unwanted = {"fused attention" if fuses_attention(self.device, self.dtype) else "unfused attention"}
         unwanted |= set() if self.device.type == "cuda" else ONLY_ON_GPU
-        unwanted |= set() if self.compiled else {"fast, compiled", "fast, compiled, lean"}
+        unwanted |= set() if self.compiled else {name for name in names if "compiled" in name}
         unwanted |= set() if find_spec("bitsandbytes") else {"AdamW in 8 bits"}
         results = self.result[title] = {name: {"rounds": []} for name in names if name not in unwanted}
         changes = {name: VARIANTS[name].changes for name in results}

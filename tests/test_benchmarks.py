@@ -119,7 +119,7 @@ def test_the_baseline_does_the_counted_work(base):
     assert check_baseline(base, count(base, torch.float32), CPU)["ratio"] == pytest.approx(1, abs=1e-3)
 
 
-@pytest.mark.parametrize("name", sorted(VARIANTS.keys() - {"fast, compiled", "fast, compiled, lean"}))
+@pytest.mark.parametrize("name", sorted(name for name in VARIANTS if "compiled" not in name))
 def test_every_contestant_makes_updates(name):
     if name == "AdamW in 8 bits":
         pytest.importorskip("bitsandbytes")

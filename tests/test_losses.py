@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdpo.losses import PAIR_LOSSES, pair_terms, sample_mean, scale_gradient, sft, winner_preserving_scale
 
@@ -214,6 +215,22 @@ def test_losses_do_not_depend_on_how_a_sample_is_laid_out(method):
     ]
     for loss in losses[1:]:
         torch.testing.assert_close(loss, losses[0])
+
+
+def test_errors_of_policy_and_reference_are_sums_of_one_shape():
+    """A GPU sums another shape in another order, and equal models would then have a margin."""
+    shapes = []
+
+    class Means(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.mean.dim:
+                shapes.append(tuple(args[0].shape))
+            return func(*args, **(kwargs or {}))
+
+    prediction, reference, target = torch.randn(3, 6, 4, 8, 8)
+    with Means():
+        pair_terms(prediction, reference, target, 5000.0, mu=0.9)
+    assert shapes == [(6, 4 * 8 * 8)] * 2
 
 
 def test_scale_per_pair_does_not_depend_on_the_split():
