@@ -203,7 +203,7 @@ def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
     checkpoints.register_hooks(accelerator, run.policy)
     if checkpoint:
         resume(run, checkpoint)
-    checkpoints.set_others_aside(run, checkpoint)
+    checkpoints.tidy_output(run, checkpoint)
     if config.gradient_checkpointing == "auto":
         log.info(choose_checkpointing(run, collate([dataset[run.step, 0]] * config.train_batch_size)))
     return run, dataset, hold_out(run, held_out_pairs)

@@ -71,6 +71,7 @@ def alone_in(folder: str | Path) -> Iterator[None]:
         for path in Path(folder).glob(PARTIAL):
             if path.is_file():
                 path.unlink()
+        remove_remains(folder)
         yield
 
 
@@ -122,14 +123,11 @@ def save_checkpoint(run: Run, prune: bool = True) -> Path:
     """
     accelerator = run.accelerator
     config = run.config
-    state = run.state()
+    state = run.state() | {"prune": prune}
     folder = Path(config.output_dir, f"checkpoint-{run.step}")
     partial = folder.with_name(folder.name + ".partial")
     try:
         with writing_to(config.output_dir):
-            if accelerator.is_main_process:
-                remove_remains(config.output_dir)
-            accelerator.wait_for_everyone()
             accelerator.save_state(str(partial))
             if run.average:
                 save_average(run, partial)
@@ -138,8 +136,7 @@ def save_checkpoint(run: Run, prune: bool = True) -> Path:
                 write_json(partial / "state.json", state)
                 seal(partial)
                 put_in_place(partial, folder)
-                if config.checkpoints_total_limit and prune:
-                    remove_older(folder, keep=config.checkpoints_total_limit)
+                remove_older(config, folder)
             accelerator.wait_for_everyone()
     except BaseException:
         if accelerator.is_main_process:  # no other rank: it might delete from what the main process moves into place
@@ -215,11 +212,15 @@ def remove_remains(output_dir: str | Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def remove_older(newest: Path, keep: int) -> None:
-    """Remove the oldest checkpoints up to the newest one, until `keep` are left; later ones are of another run."""
-    older = list_checkpoints(newest.parent)
-    for path in older[: older.index(newest) + 1][:-keep]:
-        remove(path)
+def remove_older(config: TrainConfig, newest: Path) -> None:
+    """Remove checkpoints beyond --checkpoints_total_limit, if the newest one was written to replace them.
+
+    Those of more updates are of another run.
+    """
+    if config.checkpoints_total_limit and read_state(newest).get("prune"):
+        older = [path for path in list_checkpoints(newest.parent) if number_of(path) <= number_of(newest)]
+        for path in older[: -config.checkpoints_total_limit]:
+            remove(path)
 
 
 def list_checkpoints(folder: str | Path) -> list[Path]:
@@ -279,17 +280,20 @@ def newest_whole(folder: str | Path) -> Path | None:
     return None
 
 
-def set_others_aside(run: Run, checkpoint: Path | None) -> None:
-    """Move what is of another run in the output folder out of the way.
+def tidy_output(run: Run, checkpoint: Path | None) -> None:
+    """Move what is of another run in the output folder out of the way, and end what a killed one was removing.
 
     `checkpoint` is what the run goes on from, None if it begins anew.
     """
+    config = run.config
     if not run.accelerator.is_main_process:
         return
-    if checkpoint is None or checkpoint.parent.resolve() != Path(run.config.output_dir).resolve():
-        set_results_aside(Path(run.config.output_dir), run.config.logging_dir, anew=checkpoint is None)
-    elif run.config.resume_from_checkpoint != "latest":
-        set_aside(run.config.output_dir, run.step + 1, "abandoned", "was written after the one resumed from")
+    if checkpoint is None or checkpoint.parent.resolve() != Path(config.output_dir).resolve():
+        set_results_aside(Path(config.output_dir), config.logging_dir, anew=checkpoint is None)
+        return
+    if config.resume_from_checkpoint != "latest":
+        set_aside(config.output_dir, run.step + 1, "abandoned", "was written after the one resumed from")
+    remove_older(config, checkpoint)
 
 
 def set_results_aside(folder: Path, logging_dir: str, anew: bool) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints are whole or absent: killed trainers, damaged files, full and read-only disks, pickled code."""
 
+import json
 import multiprocessing.forkserver
 import os
 import pickle
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import train
-from sdpo.checkpoint import choose_checkpoint, damage, list_checkpoints, seal
+from sdpo.checkpoint import choose_checkpoint, damage, list_checkpoints, read_state, seal
 from sdpo.command import InputError, run_command
 from sdpo.config import TrainConfig
 
@@ -298,6 +299,19 @@ def test_of_a_linked_checkpoint_the_link_is_removed(arguments, run, tmp_path):
     train.main(arguments(*WHOLE, "--checkpoints_total_limit=1", "--max_train_steps=2"))
     assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-2"]
     assert damage(tmp_path / "elsewhere") is None
+
+
+@pytest.mark.parametrize("prune, left", [(True, [2, 3]), (False, [1, 2, 3])])
+def test_what_a_killed_run_was_removing_is_removed_when_it_goes_on(arguments, run, prune, left):
+    """Even if nothing is left to train; but not what was kept on purpose, besides weights that may be broken."""
+    newest = run / "checkpoint-3"
+    (newest / "state.json").write_text(json.dumps(read_state(newest) | {"prune": prune}))
+    (newest / "files.json").unlink()
+    seal(newest)
+    for ending in ("partial", "removed"):
+        shutil.copytree(run / "checkpoint-1", run / f"checkpoint-1.{ending}")
+    train.main(arguments(*WHOLE, "--checkpoints_total_limit=2"))
+    assert [path.name for path in sorted(run.glob("checkpoint-*"))] == [f"checkpoint-{step}" for step in left]
 
 
 def test_limit_keeps_the_new_checkpoint_among_later_damaged_ones(arguments, run):
