@@ -14,7 +14,7 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sdpo.arithmetic import recompute
+from sdpo.arithmetic import compile_blocks, recompute
 from sdpo.batch import Batch
 from sdpo.command import InputError
 from sdpo.families import StableDiffusion
@@ -57,7 +57,7 @@ def choose_checkpointing(run: Run, batch: Batch) -> str:
     inputs = make_inputs(run.family, batch.to(device))
     unet = run.accelerator.unwrap_model(run.policy)
     dtype = DTYPES[config.mixed_precision]
-    units, kept = choose_units(run.family, unet, inputs, dtype, budget * 2**30)
+    units, kept = choose_units(run.family, unet, inputs, dtype, budget * 2**30, config.compile)
     unet.enable_gradient_checkpointing(recompute)
     for name, unit in checkpoint_units(unet).items():
         unit.gradient_checkpointing = name in units
@@ -77,14 +77,14 @@ def checkpoint_units(unet: nn.Module) -> dict[str, nn.Module]:
 
 
 def choose_units(
-    family: StableDiffusion, unet: ModelMixin, inputs: Inputs, dtype: torch.dtype, budget: float
+    family: StableDiffusion, unet: ModelMixin, inputs: Inputs, dtype: torch.dtype, budget: float, compiled: bool = False
 ) -> tuple[set[str], int]:
     """(units to checkpoint, bytes of activations then kept) for micro-batches of the shapes of `inputs`.
 
     Those that keep most come first, and no more than keep the sum within `budget` bytes; all, if that is not enough.
     """
     with FakeTensorMode():
-        counter = ActivationCounter(family, unet, inputs, dtype)
+        counter = ActivationCounter(family, unet, inputs, dtype, compiled)
         by_unit = counter.by_unit()
         order = sorted(by_unit, key=lambda name: -by_unit[name])
         fewest = bisect_left(range(len(order)), True, key=lambda n: counter.total(set(order[:n])) <= budget)
@@ -95,18 +95,24 @@ def choose_units(
 class ActivationCounter:
     """Counts what a forward pass keeps for the backward pass, without weights, on a copy without data.
 
-    The copy is on the device of `inputs`: autocast keeps other operations in fp32 on a GPU than on a CPU.
+    The copy is on the device of `inputs`: autocast keeps other operations in fp32 on a GPU than on a CPU. If it is
+    `compiled`, its blocks are split into passes as the compiler does it, but no code is made.
     """
 
-    def __init__(self, family: StableDiffusion, unet: ModelMixin, inputs: Inputs, dtype: torch.dtype):
+    def __init__(
+        self, family: StableDiffusion, unet: ModelMixin, inputs: Inputs, dtype: torch.dtype, compiled: bool = False
+    ):
         device = inputs.noisy.device
         self.family = family
         self.autocast = torch.autocast(device.type, dtype, dtype != torch.float32, **AUTOCAST.to_kwargs())
         with device:
             self.model = type(unet).from_config(unet.config).eval()
+            self.model.set_attn_processor(unet.attn_processors)
             conditioning = {name: torch.empty(value.shape) for name, value in inputs.conditioning.items()}
             timesteps = torch.empty(inputs.timesteps.shape, dtype=torch.long)
             self.inputs = torch.empty(inputs.noisy.shape), timesteps, conditioning
+        if compiled:
+            compile_blocks(self.model, backend="aot_eager_decomp_partition")
         self.model.enable_gradient_checkpointing(self._checkpoint)
         self.units = checkpoint_units(self.model)
         self.weights = {weight.untyped_storage()._cdata for weight in self.model.parameters()}

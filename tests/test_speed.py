@@ -267,6 +267,22 @@ def test_adamw_with_8_bit_state_resumes(arguments, tmp_path):
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
 
 
+def check_count_of_what_is_kept(run, inputs):
+    """By a compiled policy, of which no unit is computed again; and by what is not compiled."""
+    unet = run.accelerator.unwrap_model(run.policy, keep_fp32_wrapper=False)
+    plain, kept = (
+        choose_units(run.family, unet, inputs, torch.bfloat16, float("inf"), compiled)[1] for compiled in (False, True)
+    )
+    units = checkpoint_units(unet).values()
+    for unit in units:
+        unit.gradient_checkpointing = False
+    with run.accelerator.autocast():
+        assert kept == pytest.approx(kept_for_backward(run.family, unet, inputs), rel=0.01)
+    for unit in units:
+        unit.gradient_checkpointing = True
+    assert kept < 0.6 * plain
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler needs g++")
 def test_compiled_blocks_keep_the_margin_exact_and_are_compiled_once(arguments, tmp_path):
     """bf16, where the compiler rounds a training graph and an inference graph differently."""
@@ -277,6 +293,7 @@ def test_compiled_blocks_keep_the_margin_exact_and_are_compiled_once(arguments, 
     assert all(value == 0 for name, value in train.validate(run, held_out).items() if "change" in name)
     batches = train.train_batches(config, dataset, run.plan, 0, 0)
     step.update(run, batches)
+    check_count_of_what_is_kept(run, make_inputs(run.family, collate([dataset[0, 0]] * config.train_batch_size)))
     first = run.meter.reduce()
     assert first["rewards/margins"] == 0 and first["avg_lose_diff_loss"] == 0
     with torch.compiler.set_stance("fail_on_recompile"):
