@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Path]:
     with accelerator.main_process_first():
         if any(run.missing.values()) and accelerator.is_main_process:  # before hours of making images
             options.try_out(metrics)
-            read_scores(run.output / "scores.jsonl")
+            read_scores(run.output / "scores.jsonl")  # raises for a damaged file
     manifests = generate(run)
     for path in manifests.values():
         log.info(f"manifest       {path}")

@@ -51,8 +51,9 @@ def main(arguments: list[str] | None = None) -> None:
     # what cannot be scored, paired or written is found before hours of scoring
     pending = {label: plan_scores(manifest, args.metrics, options) for label, manifest in named}
     check_models({label: plan.expected(options) for label, plan in pending.items()}, args.metrics)
-    for a, b in combinations([ScoredRun(label, plan.entries, {}) for label, plan in pending.items()], 2):
-        pair_runs(a, b, args.pair_by)
+    unscored = [ScoredRun(label, plan.entries, {}) for label, plan in pending.items()]
+    for a, b in combinations(unscored, 2):
+        pair_runs(a, b, args.pair_by)  # raises for runs that cannot be paired
     Path(args.outdir).mkdir(parents=True, exist_ok=True)
     scored = {label: complete_scores(plan, args.metrics, options) for label, plan in pending.items()}
     runs = [collect_run(label, *pair, args.metrics) for label, pair in scored.items()]
@@ -62,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
     for comparison in comparisons:
         folder = write_comparison(comparison, args.outdir)
         said.append(f"{format_comparison(comparison)}\nwritten to {folder}\n")
-    page = folder / "report.html"
+    page = folder / "report.html"  # beside the only comparison
     if len(runs) > 2:
         matrix = win_matrix(comparisons)
         path = write_matrix(matrix, args.outdir)

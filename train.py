@@ -309,11 +309,11 @@ def train(run: Run, dataset: PairDataset, held_out: HeldOutPairs | None, request
                 metrics.write(run.step, figures)
                 log_held_out(run, figures)
             due = config.checkpointing_steps and run.step % config.checkpointing_steps == 0
-            if run.references and (due or stop or last):
-                run.references.write()
             if due or stop:
                 folder = checkpoints.save_checkpoint(run, prune=not skipped.in_a_row)  # may hold broken weights
                 log.info(f"saved          {folder}")
+    if run.references:
+        run.references.write(run.step)
     skipped.sum_up()
     if run.meter.unreadable:
         count = len(run.meter.unreadable)

@@ -13,7 +13,7 @@ from sdpo.families import Conditioning
 
 @dataclass
 class Batch:
-    """B pairs as tensors; image tensors hold all winners, then all losers."""
+    """B pairs as tensors; image tensors of 2B rows hold all winners, then all losers, for sft only B winners."""
 
     pixels: Tensor | None  # (2B, 3, H, W) uint8; None where the pairs come from a latent cache
     moments: Tensor | None  # (2B, 2, C, h, w), mean and std of the posteriors, from a latent cache

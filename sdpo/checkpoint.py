@@ -123,6 +123,8 @@ def save_checkpoint(run: Run, prune: bool = True) -> Path:
     """
     accelerator = run.accelerator
     config = run.config
+    if run.references:
+        run.references.write(run.step)
     state = run.state() | {"prune": prune}
     folder = Path(config.output_dir, f"checkpoint-{run.step}")
     partial = folder.with_name(folder.name + ".partial")
@@ -136,7 +138,8 @@ def save_checkpoint(run: Run, prune: bool = True) -> Path:
                 write_json(partial / "state.json", state)
                 seal(partial)
                 put_in_place(partial, folder)
-                remove_older(config, folder)
+                if prune:
+                    remove_older(config, folder)
             accelerator.wait_for_everyone()
     except BaseException:
         if accelerator.is_main_process:  # no other rank: it might delete from what the main process moves into place
@@ -213,13 +216,13 @@ def remove_remains(output_dir: str | Path) -> None:
 
 
 def remove_older(config: TrainConfig, newest: Path) -> None:
-    """Remove checkpoints beyond --checkpoints_total_limit, if the newest one was written to replace them.
+    """Remove the oldest checkpoints up to the newest one beyond --checkpoints_total_limit.
 
     Those of more updates are of another run.
     """
-    if config.checkpoints_total_limit and read_state(newest).get("prune"):
-        older = [path for path in list_checkpoints(newest.parent) if number_of(path) <= number_of(newest)]
-        for path in older[: -config.checkpoints_total_limit]:
+    found = list_checkpoints(newest.parent)
+    if config.checkpoints_total_limit and newest in found:
+        for path in found[: found.index(newest) + 1][: -config.checkpoints_total_limit]:
             remove(path)
 
 
@@ -292,8 +295,11 @@ def tidy_output(run: Run, checkpoint: Path | None) -> None:
         set_results_aside(Path(config.output_dir), config.logging_dir, anew=checkpoint is None)
         return
     if config.resume_from_checkpoint != "latest":
-        set_aside(config.output_dir, run.step + 1, "abandoned", "was written after the one resumed from")
-    remove_older(config, checkpoint)
+        found = list_checkpoints(config.output_dir)  # one of as many updates is there if the resumed one was set aside
+        later = [path for path in found if number_of(path) >= run.step and not path.samefile(checkpoint)]
+        set_aside(later, "abandoned", "was not written before the one resumed from")
+    if read_state(checkpoint).get("prune"):
+        remove_older(config, checkpoint)
 
 
 def set_results_aside(folder: Path, logging_dir: str, anew: bool) -> None:
@@ -316,14 +322,15 @@ def set_results_aside(folder: Path, logging_dir: str, anew: bool) -> None:
         log.warning(f"CAUTION: {folder} held the results of another run, which are now in {aside}")
 
 
-def set_aside(folder: str | Path, first: int, ending: str, why: str) -> None:
-    """Rename checkpoints of `first` updates and more, so that none of them is resumed from."""
-    for path in list_checkpoints(folder):
-        if number_of(path) >= first:
-            aside = path.with_name(f"{path.name}.{ending}")
-            shutil.rmtree(aside, ignore_errors=True)
-            os.replace(path, aside)
-            log.warning(f"CAUTION: {path} {why}, and is now {aside.name}")
+def set_aside(paths: list[Path], ending: str, why: str) -> None:
+    """Rename checkpoints, so that `latest` does not mean them; earlier ones of that name stay."""
+    for path in paths:
+        numbers = itertools.count(2)
+        aside = path.with_name(f"{path.name}.{ending}")
+        while aside.exists():
+            aside = path.with_name(f"{path.name}.{ending}-{next(numbers)}")
+        os.replace(path, aside)
+        log.warning(f"CAUTION: {path} {why}, and is now {aside.name}")
 
 
 def space_cautions(folder: str | Path, sizes: dict[str, int]) -> list[str]:
@@ -345,7 +352,9 @@ def read_state(checkpoint: Path) -> dict:
     kinds = {"step": int, "seed": int, "config": dict, "plan": dict, "data": str, "base": dict, "meter": dict}
     known = isinstance(state, dict) and all(type(state.get(key)) is kind for key, kind in kinds.items())
     if not known or min(state["step"], state["seed"]) < 0:
-        raise InputError(f"{path} does not hold step and seed, both 0 or more, config, plan and meter; {fix}")
+        raise InputError(
+            f"{path} does not hold step and seed, both 0 or more, config, plan, data, base and meter; {fix}"
+        )
     if not all(type(state["meter"].get(name)) is int and state["meter"][name] >= 0 for name in ("made", "skipped")):
         raise InputError(f"{path} does not hold the numbers of updates made and skipped; {fix}")
     if not all(isinstance(value, int | float) for value in state["plan"].values()):

@@ -407,8 +407,8 @@ class TrainConfig:
             "--winner_preserving_mu 1 makes the scale 0 wherever <e_w, e_l> > 0: training is on winners only, mostly",
         )
         yield (
-            self.input_perturbation > 0 and self.holds_out,
-            "the held-out errors are measured without the input perturbation",
+            (self.input_perturbation > 0 or self.noise_offset > 0) and self.holds_out,
+            "held-out errors are measured without --input_perturbation and --noise_offset",
         )
         yield (
             "turbo" in self.pretrained_model_name_or_path.lower(),

@@ -74,8 +74,10 @@ def _sha256_of_state(path: str | Path, *_state: int) -> str:
 def locked(path: Path) -> Iterator[None]:
     """Keep out other processes that lock the same path, where there are locks; not to be nested for one path."""
     with open(path.with_name(f".{path.name}.lock"), "w") as file:
-        with suppress(OSError):  # of a file system without locks
+        try:
             fcntl.lockf(file, fcntl.LOCK_EX)
+        except OSError as error:
+            warn_of_no_locks(path, error)
         yield
 
 
@@ -87,9 +89,14 @@ def alone(lock: Path, busy: str) -> Iterator[None]:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which loader workers do not inherit
         except (BlockingIOError, PermissionError):
             raise InputError(busy) from None
-        except OSError as error:  # a file system without locks
-            log.warning(f"CAUTION: {lock} cannot be locked ({error.strerror}): let no other command write there")
+        except OSError as error:
+            warn_of_no_locks(lock, error)
         yield
+
+
+def warn_of_no_locks(path: Path, error: OSError) -> None:
+    """Warn of a file system without locks."""
+    log.warning(f"CAUTION: {path} cannot be locked ({error.strerror}): let no other command write there")
 
 
 def sync(path: Path) -> None:

@@ -13,9 +13,12 @@ from sdpo.families import Conditioning, StableDiffusion
 
 @dataclass
 class Inputs:
-    """Inputs of the denoiser for the members of B pairs, winners first, and the targets of its prediction."""
+    """Inputs of the denoiser for the members of B pairs, winners first, and the targets of its prediction.
 
-    noisy: Tensor  # (2B, C, h, w), or (B, C, h, w) where there are only winners
+    For sft, which has only winners, there are B rows of all in place of 2B.
+    """
+
+    noisy: Tensor  # (2B, C, h, w)
     timesteps: Tensor  # (2B,)
     conditioning: Conditioning  # each (2B, ...)
     target: Tensor  # (2B, C, h, w)

@@ -22,7 +22,10 @@ log = logging.getLogger(__name__)
 
 @torch.no_grad()
 def pair_metrics(terms: PairTerms) -> dict[str, Tensor]:
-    """Scalars of one micro-batch, left on the device: official names where there are some, TRL's for rewards."""
+    """Scalars of one micro-batch, left on the device: official names where there are some, TRL's for rewards.
+
+    As officially, a margin of exactly 0 does not count as accurate; of held-out pairs it counts one half.
+    """
     drop_w, drop_l = terms.reference_error_w - terms.error_w, terms.reference_error_l - terms.error_l  # (B,)
     scale = terms.loser_scale
     accuracy = (terms.margin > 0).float().mean()

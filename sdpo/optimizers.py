@@ -1,4 +1,4 @@
-"""The optimizers that train.py offers: a function and a row of OPTIMIZERS each."""
+"""The optimizers that train.py offers: a function, a row of OPTIMIZERS and a choice of --optimizer each."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class OptimizerSpec:
     """What the trainer has to know of an optimizer."""
 
     build: Callable[[Iterable[nn.Parameter], TrainConfig, float], Optimizer]
-    state_bytes: int  # per parameter, to the next whole number
+    state_bytes: int  # per parameter, rounded
     moments: tuple[str, ...] = ()  # state that has the shape of its parameter
     shards: bool = False  # whether it works on parameters that FSDP2 or DeepSpeed share out
 

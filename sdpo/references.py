@@ -62,11 +62,14 @@ class ReferenceErrors:
         """Take in the errors (2B,) of this rank's next micro-step, winners first."""
         self.new.setdefault(step, []).append(errors)
 
-    def write(self) -> None:
-        """Put what was taken in on file; every rank calls this. Training goes on without them if that fails."""
-        if not self.new:
+    def write(self, made: int) -> None:
+        """Put what was taken in of the first `made` updates on file; every rank calls this.
+
+        Training goes on without them if that fails.
+        """
+        steps = sorted(step for step in self.new if step < made)
+        if not steps:
             return
-        steps = sorted(self.new)
         own = torch.stack([torch.stack(self.new[step]) for step in steps])  # (steps, micro-steps, 2B)
         ranks = self.accelerator.gather(own[None]).cpu().unflatten(-1, (2, -1))  # (ranks, steps, micro-steps, 2, B)
         # as data.py deals them out

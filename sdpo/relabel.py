@@ -34,7 +34,7 @@ from sdpo.command import (
     within_memory,
 )
 from sdpo.config import CHOICE_MODELS, TrainConfig, check_data_source
-from sdpo.console import quiet_libraries
+from sdpo.console import start_console
 from sdpo.files import alone, brief, parse_json, read_text, write_file, write_text
 from sdpo.images import image_source
 from sdpo.manifest import check_score
@@ -112,25 +112,28 @@ def relabel(config: RelabelConfig) -> str:
     """Score and label every row of the data into config.out, unless it is there already; returns a sentence about it.
 
     The file appears when it is complete; scores made so far are kept beside it and reused by the same command.
-    Another margin needs no new scores. Raises InputError for data, weights and images that cannot be used.
+    Another margin needs no new scores. Raises InputError for data, weights and images that cannot be used, and for a
+    file of something else.
     """
+    source = f"{config.dataset_name or config.train_data_dir} ({config.split})"
     table = read_table(config, config.split)
+    check_columns(table, [config.caption_column, *IMAGES], config.caption_column, IMAGES, source)
     scored = describe_scores(config, table)
     out = Path(config.out)
-    about = scored | {"margin": config.margin}
-    then = read_about(out)
-    if out.exists() and then is None:
-        raise InputError(f"--out {out} is there already and is no label file: name another one")
-    scores = read_scored(out, len(table)) if then and then | {"margin": config.margin} == about else None
-    if then == about:  # and the file is whole: it has just been read
-        return f"labels by {config.metric} reused from {out}"
-    out.parent.mkdir(parents=True, exist_ok=True)
     kept = out.with_name(out.name + ".scores.jsonl")
-    if scores is None:
+    then = read_about(out)
+    if out.exists():
+        refuse_others(out, then, scored)
+        scores = read_scored(out, len(table))
+        if then["margin"] == config.margin:
+            return f"labels by {config.metric} reused from {out}"
+    else:
+        out.parent.mkdir(parents=True, exist_ok=True)
         with alone(out.with_name(f".{out.name}.lock"), f"another command makes {out}: wait until it ends"):
             scores = score_table(config, table, scored, kept)
     labels = make_labels(scores, config.margin)
     first, second = (pa.array(column, from_pandas=True) for column in scores.T)  # nan as null
+    about = {"source": source, "config": config.dataset_config_name, **scored, "margin": config.margin}
     columns = {"row": np.arange(len(scores)), **dict(zip(SCORES, (first, second), strict=True)), "label_0": labels}
     labelled = pa.table(columns).replace_schema_metadata({LABELS_ABOUT: json.dumps(about)})
     write_file(out, lambda partial: pq.write_table(labelled, partial))
@@ -139,12 +142,8 @@ def relabel(config: RelabelConfig) -> str:
 
 
 def describe_scores(config: RelabelConfig, table: datasets.Dataset) -> dict:
-    """What scores of the data are made from; raises InputError if it has no pairs or captions."""
-    source = f"{config.dataset_name or config.train_data_dir} ({config.split})"
-    check_columns(table, [config.caption_column, *IMAGES], config.caption_column, IMAGES, source)
+    """What scores of the data are made from, whatever the data are called."""
     return {
-        "source": source,
-        "config": config.dataset_config_name,
         "rows": len(table),
         "captions": hash_captions(column(table, config.caption_column)),
         "images": hash_images(table, IMAGES, np.arange(len(table))),
@@ -159,6 +158,17 @@ def read_about(path: Path) -> dict | None:
         return json.loads(pq.read_schema(path).metadata[LABELS_ABOUT])
     except (OSError, ValueError, TypeError, KeyError):
         return None
+
+
+def refuse_others(out: Path, then: dict | None, scored: dict) -> None:
+    """Raises InputError unless a label file, made from `then`, holds scores like these."""
+    if not isinstance(then, dict) or "margin" not in then:
+        raise InputError(f"--out {out} is there already and is no label file: name another one")
+    if changes := [name for name, value in scored.items() if then.get(name) != value]:
+        raise InputError(
+            f"--out {out} holds labels by {then.get('metric')} made from something else (other {', '.join(changes)}): "
+            "name another file, or remove it"
+        )
 
 
 def read_scored(out: Path, rows: int) -> np.ndarray:
@@ -233,7 +243,7 @@ def iterate_images(table: datasets.Dataset, caption_column: str, first: int) -> 
 def main(arguments: list[str] | None = None) -> None:
     """Label as the command line says."""
     config = parse_flags(RelabelConfig, __doc__.splitlines()[0], "python -m sdpo.relabel", arguments)
-    quiet_libraries()
+    start_console(main_process=True)
     print(relabel(config))
 
 

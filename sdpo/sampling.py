@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 from diffusers import EulerDiscreteScheduler
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from sdpo.families import Conditioning, StableDiffusion
@@ -22,8 +23,8 @@ def draw_noise(shape: tuple[int, ...], seeds: Iterable[int], device: torch.devic
 
     A seed means other numbers on a CPU than on a GPU, and in bf16 than in fp32.
     """
-    draws = (torch.Generator(device).manual_seed(seed) for seed in seeds)
-    return torch.cat([torch.randn(1, *shape, generator=draw, device=device, dtype=dtype) for draw in draws])
+    draws = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    return randn_tensor((len(draws), *shape), generator=draws, device=device, dtype=dtype)
 
 
 def encode_guided(

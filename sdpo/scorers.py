@@ -414,17 +414,19 @@ def score_rows(
     block_size = max(batch_size, IN_TURN_BLOCK) if in_turn else batch_size
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for block, prepared in work_ahead(pool, lambda row: prepare(row[0], preprocesses), rows, block_size):
-            errors = [image for image in prepared if isinstance(image, InputError)]
-            if errors and not tolerant:
-                raise errors[0]
-            readable = [(row, image) for row, image in zip(block, prepared, strict=True) if image not in errors]
+            failed = [isinstance(image, InputError) for image in prepared]
+            if any(failed) and not tolerant:
+                raise prepared[failed.index(True)]
+            readable = [
+                pair for pair, fails in zip(zip(block, prepared, strict=True), failed, strict=True) if not fails
+            ]
             columns = {}
             for metric, scorer in scorers.items():
                 scorer.to(device)
                 columns[metric] = score_block(metric, scorer, readable, batch_size)
                 scorer.to(home)
             scores = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
-            yield from (image if image in errors else next(scores) for image in prepared)
+            yield from (image if fails else next(scores) for image, fails in zip(prepared, failed, strict=True))
 
 
 def exceed(scorers: Iterable[Scorer], device: torch.device) -> bool:

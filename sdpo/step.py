@@ -240,14 +240,12 @@ def update(run: Run, micro_batches: Iterator[Batch]) -> Skipped | None:
             if REFERENCE_ERROR in values:
                 run.references.add(run.step, values.pop(REFERENCE_ERROR))
             measured.append(values)
-            if run.accelerator.sync_gradients:
-                limit = run.config.max_grad_norm or float("inf")
-                norm = run.accelerator.clip_grad_norm_(run.policy.parameters(), limit)
-                norm = norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm)
-                made = make_step(run, norm)
-            # views of DDP's buckets, or where a recording adds to
-            stay = run.recorded or isinstance(run.policy, DistributedDataParallel)
-            run.optimizer.zero_grad(set_to_none=not stay)
+    limit = run.config.max_grad_norm or float("inf")
+    norm = run.accelerator.clip_grad_norm_(run.policy.parameters(), limit)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm)
+    made = make_step(run, norm)
+    stay = run.recorded or isinstance(run.policy, DistributedDataParallel)  # where a recording adds to, or DDP's views
+    run.optimizer.zero_grad(set_to_none=not stay)
     run.step += 1
     if not made:
         run.meter.skipped += 1

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from sdpo.batch import collate
-from sdpo.checkpoint import list_checkpoints, save_checkpoint, set_aside
+from sdpo.checkpoint import list_checkpoints, number_of, save_checkpoint, set_aside
 from sdpo.command import InputError
 from sdpo.data import STOP_SIGNALS, PairDataset, micro_batch_places
 from sdpo.step import Run, Skipped, compute_loss
@@ -95,7 +95,9 @@ class Skips:
         if self.last_made == self.began_at:
             return f"{broken}, and this run began with them: {fix}, or go on from others with --resume_from_checkpoint"
         if run.accelerator.is_main_process:
-            set_aside(run.config.output_dir, self.last_made, "broken", "holds weights that give no finite loss")
+            found = list_checkpoints(run.config.output_dir)
+            later = [path for path in found if number_of(path) >= self.last_made]
+            set_aside(later, "broken", "holds weights that give no finite loss")
         run.accelerator.wait_for_everyone()
         wanted = run.config.resume_from_checkpoint
         earlier = [wanted] if wanted not in (None, "", "none", "latest") else list_checkpoints(run.config.output_dir)

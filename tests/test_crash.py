@@ -235,6 +235,18 @@ def test_a_run_that_goes_on_from_earlier_leaves_the_other_branch(arguments, run)
     assert damage(run / "checkpoint-3.abandoned") is None  # nothing is lost
 
 
+def test_an_abandoned_branch_can_be_gone_on_with(arguments, run):
+    """And every other branch stays; the limit concerns the checkpoints of this one."""
+    first = arguments(*WHOLE, f"--resume_from_checkpoint={run / 'checkpoint-1'}", "--max_train_steps=2")
+    train.main(first)
+    back = f"--resume_from_checkpoint={run / 'checkpoint-2.abandoned'}"
+    train.main(arguments(*WHOLE, back, "--checkpoints_total_limit=1"))
+    assert [path.name for path in list_checkpoints(run)] == ["checkpoint-3"]
+    abandoned = sorted(path.name for path in run.glob("*.abandoned*"))
+    assert abandoned == ["checkpoint-2.abandoned", "checkpoint-2.abandoned-2", "checkpoint-3.abandoned"]
+    assert_same(weights(run / "checkpoint-3", "unet.pth"), weights(run / "checkpoint-3.abandoned", "unet.pth"))
+
+
 def test_another_base_is_another_run(arguments, bases, tmp_path):
     base = shutil.copytree(bases["sd15", "epsilon"], tmp_path / "base")
     flags = [*arguments("--checkpointing_steps=1"), f"--pretrained_model_name_or_path={base}"]
@@ -328,7 +340,8 @@ def test_a_renamed_checkpoint_is_not_taken_for_a_later_one(arguments, run, capsy
     train.main(arguments(*WHOLE))
     assert "checkpoint-9 is damaged and not used: it is of update 3 and has been renamed" in capsys.readouterr().err
     train.main(arguments(*WHOLE, f"--resume_from_checkpoint={run / 'checkpoint-9'}"))  # which says what is meant
-    assert damage(run / "checkpoint-3") is None
+    assert [path.name for path in list_checkpoints(run)] == ["checkpoint-1", "checkpoint-2", "checkpoint-9"]
+    assert damage(run / "checkpoint-3.abandoned") is None
 
 
 # Full and read-only disks

@@ -73,7 +73,7 @@ def test_errors_of_the_reference_are_kept_and_read(arguments, tmp_path):
     with tape.cuda_graphs() as tapes:
         record(run)
         update(run, batches, 4)
-        run.references.write()
+        run.references.write(run.step)
         run, batches = set_up(arguments(*flags, out="second"))
         record(run)
         found = update(run, batches, 8)

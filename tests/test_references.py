@@ -96,11 +96,11 @@ def test_held_out_pairs_and_longer_runs_have_a_reference_again(flags, tmp_path):
 
 
 def test_a_run_that_was_cut_off_leaves_what_its_checkpoints_cover(flags, tmp_path, monkeypatch):
-    def crash(run, prune):
+    def crash(partial):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train.checkpoints, "save_checkpoint", crash)
+        patch.setattr(train.checkpoints, "seal", crash)
         train.main(flags("--checkpointing_steps=2", out="cut"))
     assert sorted(errors(tmp_path / "references")) == [0, 1]
     train.main(flags("--checkpointing_steps=2", out="cut"))

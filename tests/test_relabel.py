@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 
@@ -96,13 +97,17 @@ def test_the_margin_reaches_the_file(pairs_folder, tmp_path):
     assert (gaps[ties] > 0).any() and not ties.all()
 
 
-def test_labels_are_made_again_only_for_something_else(pairs_folder, tmp_path, monkeypatch):
+def test_labels_are_made_once_and_those_of_something_else_stay(pairs_folder, tmp_path, monkeypatch):
     out = tmp_path / "labels.parquet"
     made(pairs_folder, out)
-    before = out.stat().st_mtime_ns
-    made(pairs_folder, out)
-    assert out.stat().st_mtime_ns == before
-    assert made(pairs_folder, out, "--split=validation").num_rows == 24
+    before = out.read_bytes()
+    made(os.path.relpath(pairs_folder), out)  # the same data by another name
+    with pytest.raises(
+        InputError, match=rf"--out {out} holds labels by pixels .*\(other rows, captions, images\): name"
+    ):
+        made(pairs_folder, out, "--split=validation")
+    assert out.read_bytes() == before
+    assert made(pairs_folder, tmp_path / "validation.parquet", "--split=validation").num_rows == 24
 
 
 def test_another_margin_over_a_damaged_label_file(pairs_folder, tmp_path):
@@ -166,7 +171,7 @@ def test_scores_of_a_run_that_was_cut_off_are_reused(pairs_folder, tmp_path, mon
     assert len(asked) == 2 * (120 - 20)
 
 
-def test_rows_with_unreadable_images_are_named_and_count_as_ties(pairs_folder, tmp_path, caplog):
+def test_rows_with_unreadable_images_are_named_and_count_as_ties(pairs_folder, tmp_path, capsys):
     rows = pq.read_table(pairs_folder / "train.parquet").to_pylist()[:4]
     rows[1]["jpg_1"], rows[2]["jpg_0"] = b"no image", None
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
@@ -176,8 +181,9 @@ def test_rows_with_unreadable_images_are_named_and_count_as_ties(pairs_folder, t
     ):
         made(tmp_path, out, "--max_unreadable_images=1")
     table = made(tmp_path, out, "--batch_size=2")  # goes on after row 2
+    said = capsys.readouterr().err
     for name in ("jpg_1 of row 1", "jpg_0 of row 2"):
-        assert f"image {name} cannot be scored: cannot identify image file {name}" in caplog.text
+        assert f"image {name} cannot be scored: cannot identify image file {name}" in said
     assert table["label_0"].to_pylist()[1:3] == [0.5, 0.5]
     assert [table[name].to_pylist().index(None) for name in ("score_0", "score_1")] == [2, 1]
     whole = made(pairs_folder, tmp_path / "whole.parquet")
@@ -226,9 +232,9 @@ def test_data_without_labels_can_be_labelled(pairs_folder, tmp_path):
 
 def test_label_files_of_other_data_or_none_are_refused(pairs_folder, tmp_path):
     out = tmp_path / "labels.parquet"
-    made(pairs_folder, out, "--split=validation")
+    made(pairs_folder, tmp_path / "validation.parquet", "--split=validation")
     with pytest.raises(InputError, match=r"labels of 24 rows, but .* has 120 rows"):
-        load_pairs(config(pairs_folder, labels_file=str(out)), "train")
+        load_pairs(config(pairs_folder, labels_file=str(tmp_path / "validation.parquet")), "train")
     (tmp_path / "text.parquet").write_text("no parquet")
     pq.write_table(pa.table({"score": [1.0] * 120}), tmp_path / "other.parquet")
     for name in ("text", "other", "absent"):
@@ -285,10 +291,9 @@ def test_a_choice_model_is_asked_for_what_train_was_told():
     )  # fmt: skip
 
 
-def test_what_scores_are_made_from_tells_weights_and_configs_apart(tmp_path):
+def test_what_scores_are_made_from_tells_weights_apart(tmp_path):
     data = {"train_data_dir": str(as_parquet(tmp_path / "pairs", make_rows())), "metric": "clip"}
     configs = [{}, {"weights": ["clip.checkpoint=a.pt"]}, {"weights": ["clip.checkpoint=b.pt"]}]
-    configs.append({"dataset_config_name": "small"})
     made_from = []
     for config in (RelabelConfig(**data, **more) for more in configs):
         made_from.append(describe_scores(config, read_table(RelabelConfig(**data), "train")))
