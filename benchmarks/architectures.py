@@ -87,7 +87,7 @@ CHANGES = (  # contestants that differ from the default in one thing
 AGAINST_BASELINE = (
     "baseline", "fast, compiled", "fast", "default", "fast, known reference", "fast, compiled, lean",
 )  # fmt: skip
-SD15_LACKS = ("Adafactor", "AdamW in 8 bits", "unfused attention")  # time, and 86 GiB of activations
+SD15_LACKS = ("Adafactor", "AdamW in 8 bits", "unfused attention")  # time, and memory
 
 
 @dataclass(frozen=True)
