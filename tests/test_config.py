@@ -8,13 +8,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
 from sdpo.command import InputError, parse_flags, run_command, show
 from sdpo.config import Plan, TrainConfig
 from sdpo.families import FAMILIES
-from sdpo.optimizers import optimizer_name
+from sdpo.losses import PAIR_LOSSES
+from sdpo.optimizers import OPTIMIZERS, optimizer_name
 from sdpo.step import loss_name
 
 LAUNCHERS = Path(__file__).parents[1] / "scripts" / "train"
@@ -475,3 +477,11 @@ def test_cautions(flags, words):
 )
 def test_no_caution_without_reason(flags):
     assert cautions(flags) == []
+
+
+def test_choices_are_the_rows_of_tables():
+    choices = {name: set(get_args(kind)) for name, kind in get_type_hints(TrainConfig).items()}
+    methods = choices["train_method"] - {"sft"}
+    forms = {f"dspo-{form}" for form in choices["dspo_form"] - {"auto"}}
+    assert methods - {"dspo"} | forms == set(PAIR_LOSSES)
+    assert choices["optimizer"] - {"auto"} == set(OPTIMIZERS)
