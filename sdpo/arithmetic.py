@@ -77,8 +77,8 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
     """Compile the blocks that make up a diffusers UNet, in place, one graph per shape.
 
     Without gradients they run the same graph as with them, block by block, so that nothing is kept for a backward pass.
-    That pass computes norms, activations and casts of weights again instead of keeping them for what follows them, which
-    leaves a half to two thirds of the bytes.
+    That pass computes norms, activations and casts of weights again instead of keeping them, which leaves half to two
+    thirds of the bytes.
     """
     torch._dynamo.config.recompile_limit = 128  # every shape of a block counts
     torch._functorch.config.ban_recompute_materialized_backward = False

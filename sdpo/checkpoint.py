@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from sdpo.command import NO_ROOM, InputError
 from sdpo.config import TrainConfig
-from sdpo.files import FULL, PARTIAL, alone, brief, parse_json, read_text, sha256, sync, write_file, write_json
+from sdpo.files import PARTIAL, alone, brief, error_number, parse_json, read_text, sha256, sync, write_file, write_json
 from sdpo.hub import load_fitting_state, load_weights
 from sdpo.optimizers import OPTIMIZERS, optimizer_name
 from sdpo.step import Run, loss_name
@@ -43,7 +43,7 @@ def writing_to(folder: str | Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        if getattr(error, "errno", None) in NO_ROOM or any(words in str(error) for words in FULL):
+        if (getattr(error, "errno", None) or error_number(error)) in NO_ROOM:
             reason = getattr(error, "strerror", None) or "a write failed"
             free = shutil.disk_usage(folder).free / 2**30
             left = (

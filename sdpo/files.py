@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -21,8 +22,7 @@ from sdpo.command import InputError
 log = logging.getLogger(__name__)
 PARTIAL = f"*.{'[0-9a-f]' * 8}.partial"  # pattern of the names that files have until they are whole
 
-# What safetensors and torch.save say of a full disk, which is no OSError there
-FULL = ("I/O error: No space left", "I/O error: File too large", "inline_container", "iostream error")
+FULL = ("inline_container", "iostream error")  # what torch.save says of a full disk, without an OSError
 
 
 def brief(error: Exception) -> str:
@@ -123,12 +123,21 @@ def write_file(path: Path, write: Callable[[Path], object], replace: bool = True
             put_first(partial, path)
     except BaseException as error:
         partial.unlink(missing_ok=True)  # on a full disk it would take the room
-        if any(words in str(error) for words in FULL):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        if number := error_number(error):
+            raise OSError(number, os.strerror(number), str(path)) from error
         if isinstance(error, OSError) and error.errno and not error.filename:
             error.filename = str(path)  # which a full disk does not say
         raise
     sync(path.parent)
+
+
+def error_number(error: BaseException) -> int | None:
+    """errno of an error of the disk that torch or safetensors tells in words only; None for any other error."""
+    if isinstance(error, OSError):
+        return None
+    if found := re.search(r"I/O error: .*os error (\d+)", str(error)):
+        return int(found[1])
+    return errno.ENOSPC if any(words in str(error) for words in FULL) else None
 
 
 def remove_abandoned(folder: Path) -> None:

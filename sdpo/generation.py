@@ -36,6 +36,7 @@ from sdpo.command import InputError, Natural, Size, check_limits, flag, parse_as
 from sdpo.families import RELEASED, StableDiffusion, load_family
 from sdpo.files import brief, write_file, write_json
 from sdpo.hub import DTYPES, WEIGHT_SUFFIXES, fetch
+from sdpo.images import open_image
 from sdpo.manifest import MADE_WITH, write_manifest
 from sdpo.prompts import GROUPS, OFFICIAL, Prompt, read_prompts
 from sdpo.sampling import draw_noise, sample
@@ -366,7 +367,7 @@ def save_image(path: Path, image: np.ndarray, prompt: str) -> None:
 def find_damage(path: Path, height: int, width: int) -> str:
     """What is wrong with an existing PNG, checked by its size and checksums; empty if nothing is."""
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             size = image.size
             kind = (image.format, image.mode)
             image.verify()

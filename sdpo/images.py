@@ -6,7 +6,7 @@ import io
 import re
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -42,10 +42,16 @@ def decode(value: bytes | str | dict | Image.Image, min_side: int = 0) -> Image.
         return to_rgb(value)
     if not isinstance(value, bytes | str):
         raise TypeError(f"{value!r:.40} is no image")
-    with Image.open(io.BytesIO(value) if isinstance(value, bytes) else value) as image:
+    with open_image(io.BytesIO(value) if isinstance(value, bytes) else value) as image:
         if min_side:
             image.draft(None, (min_side, min_side))  # other formats ignore it
         return to_rgb(image)
+
+
+def open_image(file: BinaryIO | str | Path) -> Image.Image:
+    """Image.open for files of others: without PostScript, which another program would run."""
+    Image.init()
+    return Image.open(file, formats=[name for name in Image.OPEN if name != "EPS"])
 
 
 def decode_column(row: dict[str, Any], name: str, min_side: int = 0) -> Image.Image:

@@ -204,8 +204,10 @@ def name_dreamlike(table: datasets.Dataset, name: str, source: str) -> np.ndarra
 def check_images(table: datasets.Dataset, name: str, source: str) -> None:
     """Raises InputError unless a column can hold images: encoded, as paths, or as records of both."""
     kind = table.features.arrow_schema.field(name).type
-    is_record = pa.types.is_struct(kind) and any(kind.get_field_index(field) >= 0 for field in IMAGE_FIELDS)
-    if not (is_record or any(is_kind(kind) for is_kind in IMAGE_TYPES)):
+    kinds = [kind]
+    if pa.types.is_struct(kind):
+        kinds = [field.type for field in kind if field.name in IMAGE_FIELDS]
+    if not kinds or not all(any(is_kind(one) for is_kind in IMAGE_TYPES) for one in kinds):
         raise InputError(
             f"{source}: column {name} holds {kind}, but must hold encoded images (bytes), their paths, or the image "
             "records of datasets: write the data again"

@@ -56,7 +56,12 @@ class ReferenceErrors:
     @property
     def complete(self) -> bool:
         """Whether the errors of every update of the run are on file."""
-        return all(step in self.known.places for step in range(self.plan.steps))
+        return self.covered == self.plan.steps
+
+    @property
+    def covered(self) -> int:
+        """Updates of the run whose errors are on file."""
+        return sum(step < self.plan.steps for step in self.known.places)
 
     def add(self, step: int, errors: Tensor) -> None:
         """Take in the errors (2B,) of this rank's next micro-step, winners first."""
@@ -102,8 +107,9 @@ def open_references(
     shards.scan()
     refuse_damaged(shards.files)
     references = ReferenceErrors(shards, accelerator, plan)
-    known = sum(step in references.known.places for step in range(plan.steps))
-    log.info(f"reference      errors of {known:,} of {plan.steps:,} updates are in {config.reference_cache}")
+    log.info(
+        f"reference      errors of {references.covered:,} of {plan.steps:,} updates are in {config.reference_cache}"
+    )
     return references
 
 

@@ -31,6 +31,7 @@ from sdpo.command import (
     parse_assignments,
     parse_flags,
     run_command,
+    show,
     within_memory,
 )
 from sdpo.config import CHOICE_MODELS, TrainConfig, check_data_source
@@ -73,6 +74,12 @@ class RelabelConfig:
             raise InputError(f"--metric {self.metric!r}: choose from {', '.join(CHOICE_MODELS)}")
         if not Path(self.out).name or Path(self.out).is_dir():
             raise InputError(f"--out {self.out!r} is not the name of a file; give one for the labels")
+        data = Path(self.train_data_dir or self.dataset_name)
+        if data.exists() and data.resolve() in Path(self.out).resolve().parents:
+            raise InputError(
+                f"{self.out} would lie among the data in {data} and be read with them: choose another place for the "
+                "labels (--out, of train.py --output_dir)"
+            )
 
     @classmethod
     def of(cls, config: TrainConfig) -> RelabelConfig:
@@ -244,7 +251,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Label as the command line says."""
     config = parse_flags(RelabelConfig, __doc__.splitlines()[0], "python -m sdpo.relabel", arguments)
     start_console(main_process=True)
-    print(relabel(config))
+    show(relabel(config))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from torchvision import transforms as T
 from sdpo.command import InputError
 from sdpo.files import brief, sha256
 from sdpo.hub import check_finite, check_fit, check_vocabulary, fetch, load_part, load_state
-from sdpo.images import to_rgb
+from sdpo.images import open_image, to_rgb
 from sdpo.tiny import pictures
 
 IN_TURN_BLOCK = 512  # images kept prepared (0.6 MB each and preprocessing) while the models take turns
@@ -453,7 +453,7 @@ def check_device(name: str | torch.device | None) -> torch.device:
 def prepare(image: str | Path | BinaryIO, preprocesses: Iterable[Preprocess]) -> dict[Preprocess, Tensor] | InputError:
     """The image, decoded once, by preprocessing; an InputError that names it where it cannot be read."""
     try:
-        with Image.open(image) as opened:
+        with open_image(image) as opened:
             picture = to_rgb(opened)
         return {preprocess: preprocess.prepare(picture) for preprocess in preprocesses}
     except Exception as error:  # every image format has errors of its own

@@ -32,6 +32,7 @@ from sdpo.images import read_content
 IMAGE_FIELDS = ("bytes", "path")  # of the image records of datasets
 SAVED_WITH = ("dataset_dict.json", "dataset_info.json", "state.json", "metadata.jsonl")  # what describes data
 SAMPLED = 64  # rows by whose images a change of all of them is noticed
+FOOTER = 2**16  # bytes at the end of a parquet file, its footer or most of it
 MUCH = 0.5  # GiB of data, from which on it takes a while to copy them
 NUMBERED = re.compile(r"(.*)-\d+-of-(\d+)(?:-[0-9a-f]+)?\.\w+")  # as train-00000-of-00645-b66ac786bf6fb553.parquet
 log = logging.getLogger(__name__)
@@ -45,6 +46,9 @@ def read_table(config: TrainConfig, split: str, folder: str | None = None) -> da
     """
     source = folder or config.dataset_name or config.train_data_dir
     path = Path(source)
+    if not path.name and path.exists():  # ".", which datasets does not take
+        source = str(path.resolve())
+        path = Path(source)
     if not path.exists() and (folder or not config.dataset_name):
         raise InputError(f"data folder {source} does not exist")
     if path.suffix == ".parquet" and path.is_file():
@@ -71,8 +75,10 @@ def find_fix(cause: Exception, path: Path, split: str, cache_dir: str | None) ->
     copy = cache_dir or datasets.config.HF_DATASETS_CACHE
     if not path.exists():
         return "give a local folder, or a hub data set where the hub can be reached"
-    if getattr(cause, "errno", None) in (*NO_ROOM, errno.EROFS):
-        return f"their copy is made in {copy}: name a folder on a disk with room as --cache_dir"
+    place = str(getattr(cause, "filename", None) or "")
+    elsewhere = getattr(cause, "errno", None) in (errno.EACCES, errno.ENOENT) and not place.startswith(str(path))
+    if getattr(cause, "errno", None) in (*NO_ROOM, errno.EROFS) or elsewhere:
+        return f"their copy is made in {copy}: name a folder that can be written, with room, as --cache_dir"
     if path.is_dir() and not any(path.iterdir()):
         return "it is empty: give the folder that holds them"
     files = list_shards(path)
@@ -187,8 +193,26 @@ def read_split(source: str, name: str | None, split: str, cache_dir: str | None)
         write_json(fetched, [builder.name, files])
     elif builder.name in ("parquet", "arrow") and Path(source).is_dir():
         check_shards(Path(source), files, itertools.chain(*splits.values()))
+        name = identify(files)
     with showing_progress(files if builder.name == "parquet" else [], cache_dir):
-        return datasets.load_dataset(builder.name, data_files={split: files}, split=split, cache_dir=cache_dir)
+        return datasets.load_dataset(builder.name, name, data_files={split: files}, split=split, cache_dir=cache_dir)
+
+
+def identify(files: list[str]) -> str:
+    """A name for the copy that `datasets` makes of files, which goes by their paths and times only.
+
+    From sizes, footers, which sum up every column, and of parquet files the labels.
+    """
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as content:
+            size = content.seek(0, os.SEEK_END)
+            content.seek(max(0, size - FOOTER))
+            digest.update(str(size).encode() + content.read())
+        if file.endswith(".parquet"):
+            labels = pq.read_table(file, columns=[name for name in pq.read_schema(file).names if name == "label_0"])
+            digest.update(str(labels.to_pydict()).encode())
+    return digest.hexdigest()[:16]
 
 
 @contextmanager
@@ -318,9 +342,17 @@ def read_saved(path: Path, split: str) -> datasets.Dataset:
 
 
 def undecoded(table: datasets.Dataset) -> datasets.Dataset:
-    """All columns as Python has them, images as bytes or paths, so that filters and workers decide what is decoded."""
+    """All columns as Python has them, images as bytes or paths, so that filters and workers decide what is decoded.
+
+    Raises InputError for a column of classes, whose numbers are those of names and not what it says.
+    """
     table = table.with_format(None)
     for name, feature in table.features.items():
+        if isinstance(feature, datasets.ClassLabel) and name == "label_0":
+            names = ", ".join(feature.names)
+            raise InputError(
+                f"column {name} numbers classes ({names}): write 1 (jpg_0 won), 0 (jpg_1 won) or 0.5 (tie) as numbers"
+            )
         if isinstance(feature, datasets.Image):
             table = table.cast_column(name, datasets.Image(decode=False))
     return table

@@ -485,6 +485,11 @@ DATA = {  # pairs: (what writes them, flags of train.py, message)
     "CSV, endless field": (table(HEAD, f"{'x' * 140_000},a.png,b.png"), "", r"is not valid CSV \(.*\); write"),
     "CSV in Latin-1": (table(HEAD, "é,a.png,b.png", encoding="latin-1"), "", r"is not UTF-8 text .*; save it"),
     "CSV in UTF-16": (table(HEAD, "x,a.png,b.png", encoding="utf-16"), "", r"pairs.csv is not UTF-8 text .*; save it"),
+    "images as lists": (
+        parquet(jpg_0=[{"bytes": list(PNG), "path": None}] * 4),
+        "",
+        r"column jpg_0 holds struct<.*list.*>, but must hold encoded images",
+    ),
     "labels of other data": (
         both(parquet(), parquet("l.pq", caption=None, jpg_0=None, jpg_1=None)),
         "--labels_file={f}/data/l.pq --train_data_dir={pairs}",

@@ -22,7 +22,7 @@ import pytest
 import torch
 from colours import as_parquet, loser, make_rows, solid, winner
 from hub import serve
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torchvision import transforms
 
 import sdpo.data
@@ -325,6 +325,38 @@ def test_dreamlike_pairs(tmp_path):
 def test_labels_as_text_mean_what_they_say(tmp_path):
     pairs, _ = load(as_parquet(tmp_path / "pairs", make_rows((1.0, 0.0), label_0=lambda i: ("1", "0")[i])))
     assert contents(pairs) == [(f"caption {i}", winner(i), loser(i)) for i in (0, 1)]
+
+
+def test_labels_that_number_classes_are_refused(tmp_path):
+    """Classes are numbered in the order of their names, whatever these say."""
+    data = table(make_rows((1.0, 0.0), label_0=lambda i: ("jpg_0", "jpg_1")[i])).class_encode_column("label_0")
+    data.to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(InputError, match=r"column label_0 numbers classes \(jpg_0, jpg_1\): write 1 \(jpg_0 won\)"):
+        load(tmp_path)
+
+
+def test_a_parquet_file_that_was_edited_is_read_again_whatever_its_time(tmp_path):
+    for labels in ((1.0, 0.0), (0.0, 1.0), (1.0, 0.0, 1.0)):
+        as_parquet(tmp_path, make_rows(labels))
+        os.utime(tmp_path / "train.parquet", (10**9, 10**9))
+        assert load(tmp_path)[0].first_won.tolist() == [label == 1 for label in labels]
+
+
+def test_the_working_directory_is_a_folder_like_others(tmp_path, monkeypatch):
+    monkeypatch.chdir(as_parquet(tmp_path / "pairs"))
+    assert contents(load(".")[0]) == contents(load(tmp_path / "pairs")[0])
+
+
+def test_files_of_others_start_no_program(tmp_path, monkeypatch):
+    """Pillow would hand PostScript to Ghostscript."""
+    program = tmp_path / "gs"
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n"
+    with pytest.raises(UnidentifiedImageError):
+        decode(script)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_max_train_samples(tmp_path):
@@ -770,7 +802,8 @@ def test_folders_whose_names_are_patterns_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "code, words", [(errno.ENOSPC, "name a folder on a disk with room as --cache_dir"), (0, "or delete their copy")]
+    "code, words",
+    [(errno.ENOSPC, "name a folder that can be written, with room, as --cache_dir"), (0, "or delete their copy")],
 )
 def test_a_copy_that_cannot_be_made_is_not_the_datas_fault(tmp_path, monkeypatch, code, words):
     def fail(*_, **__):

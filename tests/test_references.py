@@ -166,9 +166,13 @@ def test_files_of_the_base_are_read_once_for_caches_and_checkpoints(flags, tmp_p
     assert {path.parent.name for path in counts} == parts and set(counts.values()) == {1}
 
 
-def test_a_run_goes_on_where_its_errors_find_no_room(flags, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "said",
+    ["No space left on device (os error 28)", "Permission denied (os error 13)", "Quota exceeded (os error 122)"],
+)
+def test_a_run_goes_on_where_its_errors_find_no_room(flags, tmp_path, monkeypatch, capsys, said):
     def full(*_):
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise SafetensorError(f"Error while serializing: I/O error: {said}")
 
     monkeypatch.setattr(shards, "save_file", full)
     train.main(flags())

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -110,6 +111,14 @@ def test_labels_are_made_once_and_those_of_something_else_stay(pairs_folder, tmp
     assert made(pairs_folder, tmp_path / "validation.parquet", "--split=validation").num_rows == 24
 
 
+@pytest.mark.parametrize("place", ["labels.parquet", "sub/labels.parquet"])
+def test_labels_among_the_data_are_refused(pairs_folder, monkeypatch, place):
+    """Where they would be read as pairs."""
+    monkeypatch.chdir(pairs_folder)
+    with pytest.raises(InputError, match=rf"{place} would lie among the data in \. and be read with them"):
+        made(".", place)
+
+
 def test_another_margin_over_a_damaged_label_file(pairs_folder, tmp_path):
     out = tmp_path / "labels.parquet"
     made(pairs_folder, out)
@@ -134,13 +143,15 @@ def test_another_margin_needs_no_new_scores(pairs_folder, tmp_path, monkeypatch)
 
 def test_columns_that_hold_no_images_are_refused(tmp_path):
     columns = {"caption": ["a"], "jpg_0": [b""], "jpg_1": [1]}
-    pq.write_table(pa.table(columns), tmp_path / "train.parquet")
+    (tmp_path / "data").mkdir()
+    pq.write_table(pa.table(columns), tmp_path / "data" / "train.parquet")
     with pytest.raises(InputError, match=r"\(train\): column jpg_1 holds int64, but must hold encoded images"):
-        made(tmp_path, tmp_path / "labels.parquet")
+        made(tmp_path / "data", tmp_path / "labels.parquet")
 
 
-def test_a_file_that_is_no_label_file_is_not_written_over(pairs_folder):
-    path = pairs_folder / "train.parquet"
+def test_a_file_that_is_no_label_file_is_not_written_over(pairs_folder, tmp_path):
+    path = tmp_path / "train.parquet"
+    shutil.copy(pairs_folder / "train.parquet", path)
     before = path.read_bytes()
     with pytest.raises(InputError, match=r"train\.parquet is there already and is no label file: name another one"):
         made(pairs_folder, path)
@@ -174,13 +185,14 @@ def test_scores_of_a_run_that_was_cut_off_are_reused(pairs_folder, tmp_path, mon
 def test_rows_with_unreadable_images_are_named_and_count_as_ties(pairs_folder, tmp_path, capsys):
     rows = pq.read_table(pairs_folder / "train.parquet").to_pylist()[:4]
     rows[1]["jpg_1"], rows[2]["jpg_0"] = b"no image", None
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
-    out = tmp_path / "labels" / "labels.parquet"
+    data, out = tmp_path / "data", tmp_path / "labels" / "labels.parquet"
+    data.mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), data / "train.parquet")
     with pytest.raises(
         InputError, match=r"2 rows have unreadable .* --max_unreadable_images 1; the last: image jpg_0 of row 2 "
     ):
-        made(tmp_path, out, "--max_unreadable_images=1")
-    table = made(tmp_path, out, "--batch_size=2")  # goes on after row 2
+        made(data, out, "--max_unreadable_images=1")
+    table = made(data, out, "--batch_size=2")  # goes on after row 2
     said = capsys.readouterr().err
     for name in ("jpg_1 of row 1", "jpg_0 of row 2"):
         assert f"image {name} cannot be scored: cannot identify image file {name}" in said
@@ -189,7 +201,7 @@ def test_rows_with_unreadable_images_are_named_and_count_as_ties(pairs_folder, t
     whole = made(pairs_folder, tmp_path / "whole.parquet")
     for name in ("score_0", "score_1", "label_0"):
         assert [table[name].to_pylist()[i] for i in (0, 3)] == [whole[name].to_pylist()[i] for i in (0, 3)]
-    assert made(tmp_path, out, "--margin=1")["score_1"].to_pylist()[1] is None
+    assert made(data, out, "--margin=1")["score_1"].to_pylist()[1] is None
 
 
 # Training on them
