@@ -72,6 +72,8 @@ def within_memory(fix: str) -> Iterator[None]:
 
 def show(text: str) -> None:
     """Print to standard output; what it cannot encode is escaped, since input may hold any character."""
+    if sys.stdout is None:  # closed by the caller
+        return
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 

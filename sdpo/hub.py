@@ -127,9 +127,12 @@ def load_tensors(path: str | Path) -> Any:
 
 
 def recognise(path: str | Path) -> str | None:
-    """What a file is that downloads leave in place of weights, if it is that."""
+    """What a file is that is no .pth: what downloads leave in place of weights, or weights of another name."""
     with suppress(OSError), open(path, "rb") as file:
-        beginning = file.read(64).lstrip()
+        beginning = file.read(64)
+        if beginning[8:9] == b"{" and not str(path).endswith(".safetensors"):
+            return "it is a safetensors file: let its name end so"
+        beginning = beginning.lstrip()
         if beginning.startswith(b"version https://git-lfs"):
             return "it is a pointer of git-lfs: fetch its content with `git lfs pull`"
         if beginning.lower().startswith((b"<!doctype", b"<html", b"<?xml")):

@@ -596,6 +596,11 @@ UNETS = {  # weights of the UNet: (what writes them, file, message)
     ),
     "a pointer of git-lfs": (text("unet.pth", "version https://git-lfs.github.com/spec/v1"), "unet.pth", r"git lfs pull"),
     "a web page": (text("unet.pth", "<!DOCTYPE html>"), "unet.pth", r"unet.pth cannot be read .*\(it is a web page\)"),
+    "safetensors by another name": (
+        lambda folder: save_file({"x": torch.zeros(1)}, folder / "unet.pth"),
+        "unet.pth",
+        r"unet.pth cannot be read .*\(it is a safetensors file: let its name end so\)",
+    ),
     "numbered": (state(lambda s: dict(enumerate(s.values()))), "unet.pth", r"unet.pth is not a state dict: expected"),
     "code": (malicious("unet.pth"), "unet.pth", UNREADABLE),
     "lacks a tensor": (state(less), "unet.pth", r"unet.pth belongs to another architecture: 1 tensors missing"),

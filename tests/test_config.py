@@ -303,6 +303,8 @@ def test_results_are_shown_on_any_stream():
     with contextlib.redirect_stdout(io.StringIO()) as stream:
         show("x")
     assert stream.getvalue() == "x\n"
+    with contextlib.redirect_stdout(None):  # as Python has a closed one
+        show("x")
 
 
 def test_a_full_disk_is_one_sentence(capsys):
