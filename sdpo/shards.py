@@ -69,6 +69,8 @@ class Shards:
             about = read_about(path)
             if about["key"] != self.mark:
                 raise InputError(f"{path} was made from something else than the files beside it: delete it")
+            if path.stem != self._name_file(about["names"]):
+                raise InputError(f"{path} is damaged (its name is not that of its rows): delete it to make it anew")
             places |= {name: (number, row) for row, name in enumerate(about["names"])}
             notes |= about["notes"]
             checksums.append(np.array(about["crc32"], np.uint32))
@@ -79,9 +81,11 @@ class Shards:
         rows = [{key: tensor[row] for key, tensor in tensors.items()} for row in range(len(names))]
         about = {"names": names, "notes": notes, "crc32": list(map(checksum, rows)), "key": self.mark}
         about["sha256"] = hash_content(names, notes, tensors)
-        name = hashlib.sha256(json.dumps([self.mark, names]).encode()).hexdigest()[:16]
-        path = self.folder / f"{name}.safetensors"
+        path = self.folder / f"{self._name_file(names)}.safetensors"
         write_file(path, lambda partial: save_readable(tensors, partial, about, self.folder / "index.json"))
+
+    def _name_file(self, names: list[int | str]) -> str:
+        return hashlib.sha256(json.dumps([self.mark, names]).encode()).hexdigest()[:16]
 
     def read(self, place: tuple[int, int]) -> dict[str, Tensor]:
         """The tensors of one row, as views of the mapped file; raises InputError for a row that has changed."""

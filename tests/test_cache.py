@@ -540,6 +540,9 @@ def test_files_of_other_keys_rows_or_notes_are_refused(tmp_path):
         save_file(tensors, path, {"about": json.dumps(about | {"names": names})})
         with pytest.raises(InputError, match=f"{path} is damaged .*its own rows"):
             shards.scan()
+    save_file(tensors, path, {"about": json.dumps(about | {"names": [1, 3]})})
+    with pytest.raises(InputError, match=f"{path} is damaged .its name is not that of its rows"):
+        shards.scan()
     save_file(tensors, path, {"about": json.dumps(about | {"key": "0" * 64})})
     with pytest.raises(InputError, match=f"{path} was made from something else than the files beside it"):
         shards.scan()
