@@ -118,8 +118,8 @@ def register_hooks(accelerator: Accelerator, unet: nn.Module) -> None:
 def save_checkpoint(run: Run, prune: bool = True) -> Path:
     """Write checkpoint-{step}; every rank calls this. The folder has its name only when it is complete and on the disk.
 
-    Older ones beyond --checkpoints_total_limit are removed then, unless `prune` is False. Raises InputError, and leaves
-    them as they were, if it cannot be written.
+    New errors of the reference are kept before; older checkpoints beyond --checkpoints_total_limit are removed then,
+    unless `prune` is False. Raises InputError, and leaves these as they were, if it cannot be written.
     """
     accelerator = run.accelerator
     config = run.config

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import compress, islice
 from pathlib import Path
 from typing import BinaryIO, ClassVar
 
@@ -414,19 +414,17 @@ def score_rows(
     block_size = max(batch_size, IN_TURN_BLOCK) if in_turn else batch_size
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for block, prepared in work_ahead(pool, lambda row: prepare(row[0], preprocesses), rows, block_size):
-            failed = [isinstance(image, InputError) for image in prepared]
-            if any(failed) and not tolerant:
-                raise prepared[failed.index(True)]
-            readable = [
-                pair for pair, fails in zip(zip(block, prepared, strict=True), failed, strict=True) if not fails
-            ]
+            readable = [not isinstance(image, InputError) for image in prepared]
+            if not all(readable) and not tolerant:
+                raise prepared[readable.index(False)]
+            pairs = list(compress(zip(block, prepared, strict=True), readable))
             columns = {}
             for metric, scorer in scorers.items():
                 scorer.to(device)
-                columns[metric] = score_block(metric, scorer, readable, batch_size)
+                columns[metric] = score_block(metric, scorer, pairs, batch_size)
                 scorer.to(home)
             scores = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
-            yield from (image if fails else next(scores) for image, fails in zip(prepared, failed, strict=True))
+            yield from (next(scores) if fine else image for image, fine in zip(prepared, readable, strict=True))
 
 
 def exceed(scorers: Iterable[Scorer], device: torch.device) -> bool:

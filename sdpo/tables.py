@@ -75,9 +75,10 @@ def find_fix(cause: Exception, path: Path, split: str, cache_dir: str | None) ->
     copy = cache_dir or datasets.config.HF_DATASETS_CACHE
     if not path.exists():
         return "give a local folder, or a hub data set where the hub can be reached"
-    place = str(getattr(cause, "filename", None) or "")
-    elsewhere = getattr(cause, "errno", None) in (errno.EACCES, errno.ENOENT) and not place.startswith(str(path))
-    if getattr(cause, "errno", None) in (*NO_ROOM, errno.EROFS) or elsewhere:
+    number = getattr(cause, "errno", None)
+    place = os.path.abspath(getattr(cause, "filename", None) or path)
+    about_copy = os.path.commonpath([place, os.path.abspath(copy)]) in (place, os.path.abspath(copy))
+    if number in (*NO_ROOM, errno.EROFS) or (number in (errno.EACCES, errno.ENOENT) and about_copy):
         return f"their copy is made in {copy}: name a folder that can be written, with room, as --cache_dir"
     if path.is_dir() and not any(path.iterdir()):
         return "it is empty: give the folder that holds them"
@@ -189,19 +190,20 @@ def read_split(source: str, name: str | None, split: str, cache_dir: str | None)
     if split not in splits:
         raise no_such_split(source, split, splits)
     files = fetch_files(list(splits[split]))
+    copy = None  # the name that datasets gives it, by paths and times
     if files != list(splits[split]):
         write_json(fetched, [builder.name, files])
     elif builder.name in ("parquet", "arrow") and Path(source).is_dir():
         check_shards(Path(source), files, itertools.chain(*splits.values()))
-        name = identify(files)
+        copy = identify(files)
     with showing_progress(files if builder.name == "parquet" else [], cache_dir):
-        return datasets.load_dataset(builder.name, name, data_files={split: files}, split=split, cache_dir=cache_dir)
+        return datasets.load_dataset(builder.name, copy, data_files={split: files}, split=split, cache_dir=cache_dir)
 
 
 def identify(files: list[str]) -> str:
-    """A name for the copy that `datasets` makes of files, which goes by their paths and times only.
+    """A name for the copy that `datasets` makes of files, from their content as far as it is quick to read.
 
-    From sizes, footers, which sum up every column, and of parquet files the labels.
+    These are sizes, footers, which sum up every column, and of parquet files the labels.
     """
     digest = hashlib.sha256()
     for file in files:

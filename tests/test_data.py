@@ -327,6 +327,20 @@ def test_labels_as_text_mean_what_they_say(tmp_path):
     assert contents(pairs) == [(f"caption {i}", winner(i), loser(i)) for i in (0, 1)]
 
 
+@pytest.mark.parametrize(
+    "place, words", [("pairs-cache/x", "as --cache_dir"), ("pairs/train.parquet", "look at the files there")]
+)
+def test_what_may_not_be_read_or_written_is_named(tmp_path, monkeypatch, place, words):
+    def fail(*_, **__):
+        raise PermissionError(errno.EACCES, "no", str(tmp_path / place))
+
+    as_parquet(tmp_path / "pairs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(InputError, match=words):
+        load("pairs")
+
+
 def test_labels_that_number_classes_are_refused(tmp_path):
     """Classes are numbered in the order of their names, whatever these say."""
     data = table(make_rows((1.0, 0.0), label_0=lambda i: ("jpg_0", "jpg_1")[i])).class_encode_column("label_0")
