@@ -110,8 +110,11 @@ class Base:
         """The family; random parts are made on `device`: "meta" gives shapes without memory."""
         name = self.config().base["name"]
         if self.parts is None:
-            return load_family(name, str(TINY))
-        return random_family(FAMILIES[name], self.parts, device)
+            family = load_family(name, str(TINY))
+        else:
+            family = random_family(FAMILIES[name], self.parts, device)
+        family.mend = list  # captions here are plain, and ftfy may not be there
+        return family
 
 
 def random_family(family: type[StableDiffusion], parts: dict[str, dict], device: str | torch.device) -> StableDiffusion:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch._functorch.config
+import torch.nn.functional as F
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
@@ -43,11 +44,23 @@ def fuses_attention(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def to_channels_last(model: nn.Module) -> None:
-    """Put a diffusers UNet into channels-last memory format, in place, and keep its transformers from leaving it."""
+    """Put a diffusers UNet into channels-last memory format, in place.
+
+    Its transformers are kept from leaving it, and its convolutions of single pixels become the matrix products that
+    they are in this format: cuDNN differentiates those at a sixth of the rate of its other convolutions.
+    """
     model.to(memory_format=torch.channels_last)
     for module in model.modules():
         if isinstance(module, Transformer2DModel) and module.is_input_continuous:
             module._get_output_for_continuous_inputs = types.MethodType(_after_blocks, module)
+        if isinstance(module, nn.Conv2d) and module.kernel_size == module.stride == (1, 1) and module.groups == 1:
+            module.forward = types.MethodType(_multiply_pixels, module)
+
+
+def _multiply_pixels(self: nn.Conv2d, x: Tensor) -> Tensor:
+    """A convolution of single pixels without padding: (N, C, H, W) to (N, C', H, W), both channels last."""
+    weight = self.weight.permute(0, 2, 3, 1).flatten(1)  # (C', C), whose gradient keeps the format, as DDP wants it
+    return F.linear(x.permute(0, 2, 3, 1), weight, self.bias).permute(0, 3, 1, 2)
 
 
 def _after_blocks(

@@ -164,7 +164,7 @@ def damage(folder: Path) -> str | None:
         files = json.loads((folder / "files.json").read_text())
         known = {Path(folder, name): (entry["size"], entry["sha256"]) for name, entry in files.items()}
     except FileNotFoundError:
-        return "files.json is missing: it was not finished"
+        return "files.json is missing: it was not finished, or another trainer wrote it"
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return "files.json cannot be read"
     for name in ("state.json", "unet.pth"):
@@ -256,29 +256,35 @@ def choose_checkpoint(config: TrainConfig) -> Path | None:
     path = next((place for place in places if place.is_dir()), None)
     wrong = damage(path) if path else "no such folder"
     if wrong:
-        weights = path / "unet.pth" if path else None
-        fix = (
-            f", or start a new run from its weights with --unet_init {weights}" if weights and weights.is_file() else ""
-        )
         raise InputError(
             f"--resume_from_checkpoint {wanted}: not a checkpoint of this trainer, or a damaged one ({wrong}). "
-            f"Use 'latest'{fix}"
+            f"Use 'latest'{start_from(path)}"
         )
     return path
+
+
+def start_from(checkpoint: Path | None) -> str:
+    """What to do with a folder that is no checkpoint, if it holds weights at least."""
+    weights = checkpoint / "unet.pth" if checkpoint else None
+    return f", or start a new run from its weights with --unet_init {weights}" if weights and weights.is_file() else ""
 
 
 def newest_whole(folder: str | Path) -> Path | None:
     """The newest undamaged checkpoint, None if there are none at all; InputError if there are only damaged ones."""
     found = list_checkpoints(folder)
+    wrong = {}
     for path in reversed(found):
-        wrong = damage(path) or misplaced(path)
-        if wrong is None:
+        reason = damage(path) or misplaced(path)
+        if reason is None:
             return path
-        log.warning(f"CAUTION: {path} is damaged and not used: {wrong}")
+        wrong[path] = reason
+        log.warning(f"CAUTION: {path} is damaged and not used: {reason}")
     if found:
+        newest = found[-1]
         raise InputError(
             f"--resume_from_checkpoint latest: none of the {len(found)} checkpoints in {folder} is whole "
-            f"({found[-1].name}: {wrong}); delete them to start anew, or choose another --output_dir"
+            f"({newest.name}: {wrong[newest]}); delete them to start anew, or choose another --output_dir"
+            f"{start_from(newest)}"
         )
     return None
 

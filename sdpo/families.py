@@ -30,6 +30,7 @@ from sdpo.files import brief, parse_json, read_text, sha256
 from sdpo.hub import check_vocabulary, fetch, hash_part, is_weight_file, load_part, load_weights
 
 Conditioning = dict[str, Tensor]  # every tensor has one row per sample
+MENDED = "captions mended by ftfy"  # part of what identifies tokens and embeddings
 
 
 def read_pipeline_class(source: str, **options: str | None) -> str:
@@ -155,7 +156,7 @@ class StableDiffusion:
         texts = [hash_part(cls, self.source, name, **self.options) for name, cls in self.text_parts.items()]
         return {
             "VAE": hash_part(AutoencoderKL, source, subfolder, **options),
-            "text encoders": hashlib.sha256("".join(texts).encode()).hexdigest(),
+            "text encoders": hashlib.sha256("".join([MENDED, *texts]).encode()).hexdigest(),
         }
 
     def _unet_place(self, init: str) -> tuple[str, str | None, dict[str, str | None]]:
@@ -233,8 +234,8 @@ class StableDiffusion:
         return self
 
     def vae_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """`dtype`, but fp32 where the VAE overflows in fp16."""
-        return torch.float32 if dtype == torch.float16 and self.vae.config.force_upcast else dtype
+        """The precision of the VAE where that of training is `dtype`."""
+        return dtype
 
     @property
     def device(self) -> torch.device:
@@ -278,8 +279,19 @@ class StableDiffusion:
         with torch.autocast(latents.device.type, enabled=False):
             return self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample.float()
 
+    @staticmethod
+    def mend(captions: list[str]) -> list[str]:
+        """Captions with typographic quotes, ligatures, HTML entities and mojibake as plain characters.
+
+        CLIP's tokenizer did that itself up to transformers 4, in CLIP's training and in the official code.
+        """
+        from ftfy import fix_text  # the benchmark does without it
+
+        return [fix_text(caption) for caption in captions]
+
     def tokenize(self, captions: list[str]) -> list[Tensor]:
-        """Token ids (N, L) for each tokenizer."""
+        """Token ids (N, L) of the mended captions for each tokenizer."""
+        captions = self.mend(captions)
         return [
             tokenizer(
                 captions,
@@ -397,6 +409,10 @@ class StableDiffusionXL(StableDiffusion):
         vae = super()._load_vae(cls)
         vae.enable_slicing()  # one image at a time: 16 of 1024 pixels at once would take some 20 GiB in bf16
         return vae
+
+    def vae_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """`dtype`, but fp32 where the VAE overflows in fp16, as its config says."""
+        return torch.float32 if dtype == torch.float16 and self.vae.config.force_upcast else dtype
 
     @torch.no_grad()
     def encode_texts(self, captions: list[str]) -> Conditioning:

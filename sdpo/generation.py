@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPTokenizer, PreTrainedModel
 
 from sdpo.command import InputError, Natural, Size, check_limits, flag, parse_assignments, within_memory
-from sdpo.families import RELEASED, StableDiffusion, load_family
+from sdpo.families import MENDED, RELEASED, StableDiffusion, load_family
 from sdpo.files import brief, write_file, write_json
 from sdpo.hub import DTYPES, WEIGHT_SUFFIXES, fetch
 from sdpo.images import open_image
@@ -266,6 +266,7 @@ def own_rules(tokenizer: CLIPTokenizer) -> list[Any]:
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     rules = {name: value for name, value in rules.items() if name not in ("version", "truncation", "padding")}
     return [
+        MENDED,
         rules,
         tokenizer.model_max_length,
         tokenizer.pad_token_id,
@@ -386,12 +387,16 @@ def claim_folder(run: EvalRun, group: str) -> None:
     settings = {**run.made_with, "prompts": hashlib.sha256(texts.encode()).hexdigest()}
     fix = "choose another --output_path, or remove the folder"
     if not path.exists():
+        manifest, packed = (run.beside(group, ending) for ending in (".json", ".zip"))
         if any(folder.glob("*.png")):
+            if manifest.exists():
+                fix += f"; `python -m sdpo.scoring {manifest}` scores them as they are"
             raise InputError(f"{folder} holds images but no {FINGERPRINT} that says what made them: {fix}")
+        if packed.exists():
+            raise InputError(f"{packed} holds images of an earlier run: choose another --output_path, or move it away")
+        manifest.unlink(missing_ok=True)  # of images that were here
         about = {"unet_path": run.config.unet_path, "pretrain_path": run.config.pretrain_path}
         about |= {"torch": torch.__version__, "diffusers": diffusers.__version__}
-        for ending in (".json", ".zip"):
-            run.beside(group, ending).unlink(missing_ok=True)  # of images that were here
         write_json(path, {"settings": settings, "about": about}, replace=False)  # another command may be first
     then = read_settings(path)
     if then is None:

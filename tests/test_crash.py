@@ -227,6 +227,16 @@ def test_only_damaged_checkpoints_are_no_reason_to_start_again(arguments, run):
     assert (run / "metrics.jsonl").read_text() == before
 
 
+def test_checkpoints_of_another_trainer_are_where_a_new_run_may_start(arguments, run):
+    for folder in list_checkpoints(run):
+        (folder / "files.json").unlink()  # which the official code does not write
+    weights = run / "checkpoint-3" / "unet.pth"
+    with pytest.raises(
+        InputError, match=rf"checkpoint-3: files.json is missing: .*another trainer.*--unet_init {weights}"
+    ):
+        train.main(arguments(*WHOLE))
+
+
 def test_a_run_that_goes_on_from_earlier_leaves_the_other_branch(arguments, run):
     train.main(arguments(*WHOLE, f"--resume_from_checkpoint={run / 'checkpoint-1'}", "--max_train_steps=2"))
     assert [path.name for path in list_checkpoints(run)] == ["checkpoint-1", "checkpoint-2"]

@@ -14,6 +14,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from recording import same
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import train
@@ -223,12 +224,27 @@ def test_conditioning_is_fp32_whatever_the_encoders_hold(bases):
     assert family.encode_captions(["a red circle"], 1021, 8)["time_ids"].tolist() == [[1021, 8, 0, 0, 1021, 8]]
 
 
-def test_a_vae_that_overflows_in_fp16_is_kept_in_fp32(bases):
-    family = load_family("sd15", str(bases["sd15", "epsilon"]))
-    for upcast, dtypes in ((True, ["float32", "bfloat16", "float32"]), (False, ["float16", "bfloat16", "float32"])):
-        family.vae.register_to_config(force_upcast=upcast)
-        found = [family.vae_dtype(dtype) for dtype in (torch.float16, torch.bfloat16, torch.float32)]
-        assert found == [getattr(torch, dtype) for dtype in dtypes]
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+@pytest.mark.parametrize("upcast", [False, True])
+def test_a_vae_that_overflows_in_fp16_is_kept_in_fp32(bases, name, upcast):
+    """As in diffusers' pipelines: SD1.5's does not overflow, and its config says so only by a default."""
+    family = load_family(name, str(bases[name, "epsilon"]))
+    family.vae.register_to_config(force_upcast=upcast)
+    found = [family.vae_dtype(dtype) for dtype in (torch.float16, torch.bfloat16, torch.float32)]
+    in_fp16 = torch.float32 if upcast and name == "sdxl" else torch.float16
+    assert found == [in_fp16, torch.bfloat16, torch.float32]
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_captions_are_mended_before_they_become_tokens(bases, name):
+    """As the tokenizer of the official code does it."""
+    family = load_family(name, str(bases[name, "epsilon"]))
+    typed = ["a corgi\u2019s \u201chead\u201d", "\ufb01re &amp; ice", "cafÃ©", "a red circle"]
+    plain = ['a corgi\'s "head"', "fire & ice", "café", "a red circle"]
+    for tokenizer, ids, expected in zip(family.tokenizers, family.tokenize(typed), family.tokenize(plain), strict=True):
+        raw = tokenizer(typed, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        assert torch.equal(ids, expected) and torch.equal(ids[3], raw[3])
+        assert not torch.equal(ids, raw)
 
 
 def change_part(folder):
@@ -314,6 +330,56 @@ def test_nothing_leaves_channels_last_format(bases, linear):
         expected = model.predict(plain, noisy, timesteps, conditioning)
         torch.testing.assert_close(model.predict(last, noisy, timesteps, conditioning), expected)
     assert not wrong
+
+
+class KernelSides(TorchDispatchMode):
+    """Sides of the kernels of all convolutions, forward and backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        weights = {torch.ops.aten.convolution.default: 1, torch.ops.aten.convolution_backward.default: 2}
+        if function in weights:
+            self.seen.add(args[weights[function]].shape[-1])
+        return function(*args, **(kwargs or {}))
+
+
+def test_convolutions_of_single_pixels_are_matrix_products_in_channels_last_format(bases):
+    """With the same gradients, in the format of their weights, as DDP and fused AdamW want them."""
+    model = load_family("sd15", str(bases["sd15", "epsilon"]))
+    noisy, timesteps, conditioning, _ = random_inputs(model)
+    gradients, sides = [], []
+    for change in (lambda unet: None, to_channels_last):
+        unet = model.load_unet()
+        change(unet)
+        with KernelSides() as kernels:
+            model.predict(unet, noisy, timesteps, conditioning).square().mean().backward()
+        sides.append(kernels.seen)
+        gradients.append({name: parameter.grad for name, parameter in unet.named_parameters()})
+    assert sides == [{1, 3}, {3}]
+    torch.testing.assert_close(gradients[1], gradients[0], check_stride=False)
+    assert all(parameter.grad.stride() == parameter.stride() for parameter in unet.parameters())
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_so_they_are_in_compiled_blocks(bases, last):
+    sides = set()
+
+    def note(graph, _):
+        convolutions = graph.graph.find_nodes(op="call_function", target=torch.conv2d)
+        sides.update(node.args[1].meta["example_value"].shape[-1] for node in convolutions)
+        return graph
+
+    model = load_family("sd15", str(bases["sd15", "epsilon"]))
+    unet = model.load_unet()
+    if last:
+        to_channels_last(unet)
+    compile_blocks(unet, note)
+    noisy, timesteps, conditioning, _ = random_inputs(model)
+    model.predict(unet, noisy, timesteps, conditioning)
+    assert sides == ({3} if last else {1, 3})
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])

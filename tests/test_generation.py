@@ -347,7 +347,7 @@ def test_a_manifest_never_lacks_images(arguments, tmp_path, monkeypatch):
 
 
 def test_images_made_anew_have_no_manifest_of_earlier_ones(arguments, tmp_path, monkeypatch):
-    eval_generate.main(arguments("--zip"))
+    eval_generate.main(arguments())
     shutil.rmtree(tmp_path / "run" / NAME)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(generation, "make_images", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -414,8 +414,15 @@ def test_other_settings_or_weights_are_refused(arguments, bases, tmp_path):
     with pytest.raises(InputError, match="does not say what made the images"):
         eval_generate.main(arguments())
     (folder / "fingerprint.json").unlink()  # as in a folder of the official code
-    with pytest.raises(InputError, match=rf"{NAME} holds images but no fingerprint\.json"):
+    advice = rf"{NAME} holds images but no fingerprint\.json.*sdpo\.scoring .*{NAME}\.json` scores them"
+    with pytest.raises(InputError, match=advice):
         eval_generate.main(arguments())
+    packed = tmp_path / "run" / f"{NAME}.zip"
+    packed.touch()
+    shutil.rmtree(folder)  # its images are in the zip file only
+    with pytest.raises(InputError, match=rf"{NAME}\.zip holds images of an earlier run.*move it away"):
+        eval_generate.main(arguments())
+    assert packed.exists() and (tmp_path / "run" / f"{NAME}.json").exists()
 
 
 def test_a_killed_run_leaves_whole_images_and_is_resumed(tmp_path):
