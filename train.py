@@ -43,7 +43,7 @@ from sdpo.references import open_references
 from sdpo.rng import normal
 from sdpo.sampling import sample
 from sdpo.step import AUTOCAST, SHARDING, Run, build_run, loss_name, update
-from sdpo.stopping import Skips, StopRequest
+from sdpo.stopping import DataError, MicroBatches, Skips, StopRequest
 
 log = logging.getLogger(__name__)
 LESS_MEMORY = (
@@ -275,7 +275,8 @@ def train(run: Run, dataset: PairDataset, held_out: HeldOutPairs | None, request
     metrics = start_logs(run)
     if run.step == 0:
         metrics.write(0, validate(run, held_out))
-    micro_batches = train_batches(config, dataset, plan, run.accelerator.process_index, run.step)
+    rank = run.accelerator.process_index
+    micro_batches = MicroBatches(run, train_batches(config, dataset, plan, rank, run.step))
     logged = began_at = run.step
     seconds = 0.0
     skipped = Skips(run, dataset)
@@ -288,7 +289,8 @@ def train(run: Run, dataset: PairDataset, held_out: HeldOutPairs | None, request
             began = time.monotonic()
             try:
                 outcome = update(run, micro_batches)
-            except InputError:  # about the data; weights and state are those of the last update
+                micro_batches.check(outcome)
+            except DataError:  # weights and state are those of the last update
                 save_progress(run, began_at, prune=not skipped.in_a_row)
                 raise
             seconds += time.monotonic() - began
@@ -322,8 +324,8 @@ def train(run: Run, dataset: PairDataset, held_out: HeldOutPairs | None, request
 
 
 def save_progress(run: Run, began_at: int, prune: bool) -> None:
-    """Write a checkpoint of what was done since update `began_at`; of a single rank, since others would wait for it."""
-    if run.accelerator.num_processes > 1 or run.step == began_at:
+    """Write a checkpoint of what was done since update `began_at`; every rank calls this."""
+    if run.step == began_at:
         return
     try:
         log.info(f"saved          {checkpoints.save_checkpoint(run, prune)}")

@@ -234,7 +234,6 @@ def update(run: Run, micro_batches: Iterator[Batch]) -> Skipped | None:
     device = run.accelerator.device
     for _ in range(run.plan.accumulation):
         batch = next(micro_batches)
-        run.meter.count_unreadable(batch.unreadable, run.config.max_unreadable_images)
         with run.accelerator.accumulate(run.policy):
             values = run.recorded(batch) if run.recorded else micro_step(run, batch.to(device))
             if REFERENCE_ERROR in values:

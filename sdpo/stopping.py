@@ -1,17 +1,20 @@
-"""Stopping early: signals of a scheduler or a user, and updates that came to nothing."""
+"""Stopping early: signals of a scheduler or a user, data that end the run, and updates that came to nothing."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import os
 import signal
+from collections.abc import Iterator
 from contextlib import suppress
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType, gather_object
 
-from sdpo.batch import collate
+from sdpo.batch import Batch, collate
 from sdpo.checkpoint import list_checkpoints, number_of, save_checkpoint, set_aside
 from sdpo.command import InputError
 from sdpo.data import STOP_SIGNALS, PairDataset, micro_batch_places
@@ -51,6 +54,56 @@ class StopRequest:
             return self.received
         received = torch.tensor([self.received], device=self.accelerator.device)
         return int(self.accelerator.gather(received).max())
+
+
+class DataError(InputError):
+    """The data of this rank or another end the run; every rank raises it before the same update."""
+
+
+class MicroBatches:
+    """This rank's micro-batches, for as long as its data give any.
+
+    Other ranks would wait for one that just ended. So it goes on with noise that is not a number, for which all of them
+    skip the update, and `check` ends the run on every rank. Not under DeepSpeed, which skips nothing.
+    """
+
+    def __init__(self, run: Run, batches: Iterator[Batch]):
+        self.run, self.batches = run, batches
+        self.last: Batch | None = None
+        self.error: InputError | None = None  # of this rank's data
+
+    def __iter__(self) -> MicroBatches:
+        return self
+
+    def __next__(self) -> Batch:
+        """The next one; raises DataError if there is none and no other rank, InputError if this rank cannot go on."""
+        if self.error is None:
+            try:
+                self.last = self._load()
+                return self.last
+            except InputError as error:
+                accelerator = self.run.accelerator
+                if accelerator.num_processes == 1:
+                    raise DataError(str(error)) from error
+                if self.last is None or accelerator.distributed_type == DistributedType.DEEPSPEED:
+                    raise
+                self.error = error
+        return dataclasses.replace(self.last, noise=torch.full_like(self.last.noise, math.nan))
+
+    def _load(self) -> Batch:
+        batch = next(self.batches)
+        self.run.meter.count_unreadable(batch.unreadable, self.run.config.max_unreadable_images)
+        return batch
+
+    def check(self, skipped: Skipped | None) -> None:
+        """Raises DataError, after taking back an update that was skipped because of some rank's data."""
+        if skipped is None or self.run.accelerator.num_processes == 1:
+            return
+        errors = gather_object([str(self.error) if self.error else ""])  # what one rank skips, all do
+        if any(errors):
+            self.run.step -= 1
+            self.run.meter.skipped -= 1
+            raise DataError(next(filter(None, errors)))
 
 
 class Skips:

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pyarrow.parquet as pq
 import pytest
 import torch
-from recording import optimizer_state, same, weights
+from recording import metrics, optimizer_state, run_on_ranks, same, weights
 
 import train
 from sdpo.command import InputError
@@ -195,6 +195,38 @@ def test_what_was_trained_is_kept_where_data_end_the_run(arguments, tmp_path, mo
     broken.remove(2)
     train.main(given)
     assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
+LOST_DATA = """
+import os
+import train
+from sdpo.command import InputError
+from sdpo.data import PairDataset
+
+def load(dataset, place, original=PairDataset.__getitem__):
+    if place == LOST and os.environ["RANK"] == "1":
+        raise InputError("a disk is gone")
+    return original(dataset, place)
+
+PairDataset.__getitem__ = load
+train.run_command(train.main)
+"""
+
+
+@pytest.mark.parametrize("position", [1, 3])  # of rank 1's first and second micro-step
+def test_where_the_data_of_one_rank_end_all_keep_what_was_trained(arguments, tmp_path, position):
+    flags = ["--train_batch_size=1", "--max_train_steps=4", "--use_ema", "--validation_pairs=2", "--validation_steps=9"]
+    run_on_ranks(2, ROOT / "train.py", arguments(*flags, out="whole"))
+    script = tmp_path / "lost.py"
+    script.write_text(LOST_DATA.replace("LOST", repr((2, position))))
+    said = run_on_ranks(2, script, arguments(*flags), succeeds=False)
+    assert said.count("error: a disk is gone") == 2
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert not (tmp_path / "run" / "unet.pth").exists()
+    run_on_ranks(2, ROOT / "train.py", arguments(*flags))
+    for file in ("unet.pth", "unet_ema.pth"):
+        assert same(weights(tmp_path / "run", file), weights(tmp_path / "whole", file))
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
 
 
 KILLED_WORKER = """
