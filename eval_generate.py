@@ -15,9 +15,9 @@ from sdpo.command import parse_flags, run_command, show
 from sdpo.console import start_console
 from sdpo.generation import EvalConfig, find_groups, generate, prepare
 from sdpo.manifest import read_scores
-from sdpo.ranks import PATIENCE, check_ranks
+from sdpo.ranks import PATIENCE, check_ranks, on_main
 from sdpo.report import write_report
-from sdpo.scoring import ScoringOptions, add_earlier, check_models, score_groups
+from sdpo.scoring import ScoringOptions, add_earlier, score_groups
 from sdpo.summary import summarise, write_summary
 from sdpo.winrates import collect_run
 
@@ -34,16 +34,14 @@ def main(arguments: list[str] | None = None) -> dict[str, Path]:
     options.check(metrics)
     start_console(accelerator.is_main_process)
     run = prepare(config, accelerator)
-    with accelerator.main_process_first():
-        if any(run.missing.values()) and accelerator.is_main_process:  # before hours of making images
-            options.try_out(metrics)
-            read_scores(run.output / "scores.jsonl")  # raises for a damaged file
+    if any(run.missing.values()):  # before hours of making images
+        on_main(accelerator, lambda: options.try_out(metrics))
+        on_main(accelerator, lambda: read_scores(run.output / "scores.jsonl") and None)  # raises for a damaged file
     manifests = generate(run)
     for path in manifests.values():
         log.info(f"manifest       {path}")
     groups = score_groups(manifests, metrics, options, accelerator)
     if accelerator.is_main_process:
-        check_models(groups, metrics)
         add_earlier(groups, find_groups(run), metrics, options)
         runs = [collect_run(group, *scored, metrics) for group, scored in groups.items()]
         if metrics:

@@ -59,11 +59,9 @@ def main(arguments: list[str] | None = None) -> None:
     runs = [collect_run(label, *pair, args.metrics) for label, pair in scored.items()]
     ties = "loss_for_a" if args.ties_as_loss_for_a else "half"
     comparisons = compare_all(runs, ties=ties, pair_by=args.pair_by)
-    said = []
-    for comparison in comparisons:
-        folder = write_comparison(comparison, args.outdir)
-        said.append(f"{format_comparison(comparison)}\nwritten to {folder}\n")
-    page = folder / "report.html"  # beside the only comparison
+    folders = [write_comparison(comparison, args.outdir) for comparison in comparisons]
+    said = [f"{format_comparison(c)}\nwritten to {folder}\n" for c, folder in zip(comparisons, folders, strict=True)]
+    page = folders[0] / "report.html"  # beside the only comparison
     if len(runs) > 2:
         matrix = win_matrix(comparisons)
         path = write_matrix(matrix, args.outdir)

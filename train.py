@@ -148,7 +148,8 @@ def announce(run: Run, notes: list[str], memory: dict[str, int]) -> None:
         log.info(f"loser scale    {config.describe_loser_scale()}")
     log.info(f"parameters     {parameters:,}, {optimizer_name(config, run.family)}")
     parts = ", ".join(f"{name} {size / 2**30:.3g}" for name, size in memory.items())
-    log.info(f"memory         {sum(memory.values()) / 2**30:.3g} GiB per device before activations: {parts}")
+    shared = ", to be shared out" if run.sharded else ""
+    log.info(f"memory         {sum(memory.values()) / 2**30:.3g} GiB per device before activations{shared}: {parts}")
 
 
 def caution(run: Run, memory: dict[str, int]) -> None:
@@ -277,7 +278,7 @@ def train(run: Run, dataset: PairDataset, held_out: HeldOutPairs | None, request
         metrics.write(0, validate(run, held_out))
     rank = run.accelerator.process_index
     micro_batches = MicroBatches(run, train_batches(config, dataset, plan, rank, run.step))
-    logged = began_at = run.step
+    logged = kept = run.step
     seconds = 0.0
     skipped = Skips(run, dataset)
     stop = 0
@@ -291,7 +292,7 @@ def train(run: Run, dataset: PairDataset, held_out: HeldOutPairs | None, request
                 outcome = update(run, micro_batches)
                 micro_batches.check(outcome)
             except DataError:  # weights and state are those of the last update
-                save_progress(run, began_at, prune=not skipped.in_a_row)
+                save_progress(run, kept, prune=not skipped.in_a_row)
                 raise
             seconds += time.monotonic() - began
             progress.update()
@@ -313,19 +314,20 @@ def train(run: Run, dataset: PairDataset, held_out: HeldOutPairs | None, request
             due = config.checkpointing_steps and run.step % config.checkpointing_steps == 0
             if due or stop:
                 folder = checkpoints.save_checkpoint(run, prune=not skipped.in_a_row)  # may hold broken weights
+                kept = run.step
                 log.info(f"saved          {folder}")
     if run.references:
         run.references.write(run.step)
     skipped.sum_up()
-    if run.meter.unreadable:
-        count = len(run.meter.unreadable)
+    if micro_batches.unreadable:
+        count = len(micro_batches.unreadable)
         log.warning(f"CAUTION: {count} pairs that this process drew could not be read and were replaced by others")
     return stop
 
 
-def save_progress(run: Run, began_at: int, prune: bool) -> None:
-    """Write a checkpoint of what was done since update `began_at`; every rank calls this."""
-    if run.step == began_at:
+def save_progress(run: Run, kept: int, prune: bool) -> None:
+    """Write a checkpoint of what was done since update `kept`; not under DeepSpeed, where not every rank calls this."""
+    if run.step == kept or run.accelerator.distributed_type == DistributedType.DEEPSPEED:
         return
     try:
         log.info(f"saved          {checkpoints.save_checkpoint(run, prune)}")

@@ -81,9 +81,9 @@ def show_data(base: dict[str, Any]) -> str:
 def show_margins(base: dict[str, Any]) -> str:
     """The mean margin of every contestant's first update, which should be exactly 0."""
     rounds = [(name, r) for race in RACES for name, result in base.get(race, {}).items() for r in result["rounds"]]
-    margins = {name: r["equal_models_margin"] for name, r in rounds if "equal_models_margin" in r}
-    wrong = [f"{margin:.3g} ({name})" for name, margin in margins.items() if margin]
-    return ", ".join(wrong) or f"0 in all {len(margins)} contestants"
+    margins = [(name, r["equal_models_margin"]) for name, r in rounds if "equal_models_margin" in r]
+    wrong = dict.fromkeys(f"{margin:.3g} ({name})" for name, margin in margins if margin)
+    return ", ".join(wrong) or f"0 in all {len(dict(margins))} contestants"
 
 
 def markdown(results: dict[str, Any]) -> str:

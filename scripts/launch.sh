@@ -18,13 +18,13 @@ SD15=("${RECIPE[@]}" --pretrained_model_name_or_path stable-diffusion-v1-5/stabl
 SDXL=("${RECIPE[@]}" --sdxl --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0
   --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix --learning_rate 1e-9)
 
-# The embedded default: a tiny base model and its own pictures, on one CPU core.
+# The embedded default: a tiny base model and its own pictures, in one process.
 TINY=(--pretrained_model_name_or_path "$ROOT/sdpo/tiny/base" --dataset_name "${DATA:-output/tiny/pairs}"
   --resolution 32 --no_hflip --train_batch_size 16 --max_train_steps 100 --lr_warmup_steps 20 --learning_rate 6e-4
   --lr_scheduler cosine --mixed_precision no --use_ema --ema_decay 0.95 --validation_pairs 400 --validation_steps 25
   --checkpointing_steps 0 --use_winner_preserving --seed 0)
 tiny_pairs() {
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} GPUS=${GPUS:-1} # more GPUs would make larger updates
   [[ -n "${DATA:-}" || -f output/tiny/pairs/train.parquet ]] ||
     PYTHONPATH=$ROOT "$PYTHON" -m sdpo.tiny.make_pairs --out output/tiny/pairs
 }
@@ -37,7 +37,7 @@ on_gpus() { # SCRIPT FLAGS...: on every GPU of this machine, or on the CPU where
   }
   if [ "$gpus" -gt 1 ]; then
     # seconds that ranks have, after a signal, to finish an update and write a checkpoint; 30 by default
-    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-3600}
+    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-900}
     exec "$PYTHON" -m accelerate.commands.launch --multi_gpu --num_processes "$gpus" --num_machines 1 \
       --mixed_precision no --dynamo_backend no "$@"
   fi

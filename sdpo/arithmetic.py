@@ -39,7 +39,7 @@ recompute = functools.partial(checkpoint, use_reentrant=False, preserve_rng_stat
 
 
 def fuses_attention(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch's fused attention pays in training: not in bf16 on a CPU, where its backward pass is the slower."""
+    """Whether torch's fused attention pays in training: not in bf16 on a CPU, where its backward pass is slower."""
     return device.type != "cpu" or dtype != torch.bfloat16
 
 
@@ -58,9 +58,11 @@ def to_channels_last(model: nn.Module) -> None:
 
 
 def _multiply_pixels(self: nn.Conv2d, x: Tensor) -> Tensor:
-    """A convolution of single pixels without padding: (N, C, H, W) to (N, C', H, W), both channels last."""
+    """A convolution of single pixels without padding: (N, C, H, W) in any format to (N, C', H, W), channels last."""
+    # CUDA's norms leave the format, and how torch multiplies other views depends on whether the weight is frozen
+    pixels = x.permute(0, 2, 3, 1).contiguous()  # (N, H, W, C)
     weight = self.weight.permute(0, 2, 3, 1).flatten(1)  # (C', C), whose gradient keeps the format, as DDP wants it
-    return F.linear(x.permute(0, 2, 3, 1), weight, self.bias).permute(0, 3, 1, 2)
+    return F.linear(pixels, weight, self.bias).permute(0, 3, 1, 2)
 
 
 def _after_blocks(

@@ -87,10 +87,14 @@ class CachedPairs:
         self.order = np.where(pairs.first_won[:, None], of_columns, of_columns[::-1])  # (n, columns), winner first
         self.text_places = captions.places
         same = {text: text for text in self.text_places}  # a text that many pairs have is in memory once
-        self.captions = [[same[text] for text in options] for options in pairs.captions()]
+        self._captions = [[same[text] for text in options] for options in pairs.captions()]
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def captions(self) -> list[list[str]]:
+        """The captions that each pair may be shown with."""
+        return self._captions
 
     def load(self, index: int, members: int) -> tuple[list[Tensor], list[str]]:
         """Moments (orientations, 2, C, h, w) of the first `members` of (winner, loser), and the captions.
@@ -103,7 +107,7 @@ class CachedPairs:
             if reason is not None:
                 raise OSError(reason)
         moments = self.images.read(self.places[index])["moments"]  # (columns, orientations, 2, C, h, w)
-        return [moments[image] for image in order], self.captions[index]
+        return [moments[image] for image in order], self._captions[index]
 
     def encode(self, caption: str) -> Conditioning:
         """Outputs of the text encoders for a caption, without a batch dimension."""
@@ -127,6 +131,8 @@ class ImageRows(Dataset):
         for number, name in enumerate(self.pairs.columns):
             try:
                 images.append(decode_column(values, name, self.pairs.min_side))
+            except InputError:  # of the machine
+                raise
             except ValueError as error:
                 unreadable[f"{row} {number}"] = str(error)
                 images.append(Image.new("RGB", (1, 1)))

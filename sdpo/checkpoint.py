@@ -24,7 +24,7 @@ from accelerate.utils import DistributedType
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from sdpo.command import NO_ROOM, InputError
+from sdpo.command import NO_ROOM, InputError, is_out_of_memory
 from sdpo.config import TrainConfig
 from sdpo.files import PARTIAL, alone, brief, error_number, parse_json, read_text, sha256, sync, write_file, write_json
 from sdpo.hub import load_fitting_state, load_weights
@@ -191,11 +191,13 @@ def misplaced(folder: Path) -> str | None:
 
 
 def put_in_place(partial: Path, folder: Path) -> None:
-    """Give a complete checkpoint its name; one that had it before, from an abandoned or damaged run, goes."""
+    """Give a complete checkpoint its name; one that had it before, from an abandoned or damaged run, goes then."""
+    removed = folder.with_name(folder.name + ".removed")
     if folder.exists():
-        remove(folder)
+        os.replace(folder, removed)
     os.replace(partial, folder)
     sync(folder.parent)
+    delete(removed)
 
 
 def remove(folder: Path) -> None:
@@ -203,6 +205,11 @@ def remove(folder: Path) -> None:
     removed = folder.with_name(folder.name + ".removed")
     os.replace(folder, removed)
     sync(folder.parent)
+    delete(removed)
+
+
+def delete(removed: Path) -> None:
+    """Delete the files of a checkpoint that has lost its name, or the link that it was, if there are any."""
     if removed.is_symlink():
         removed.unlink()
     shutil.rmtree(removed, ignore_errors=True)
@@ -290,7 +297,7 @@ def newest_whole(folder: str | Path) -> Path | None:
 
 
 def tidy_output(run: Run, checkpoint: Path | None) -> None:
-    """Move what is of another run in the output folder out of the way, and end what a killed one was removing.
+    """Move what is of another run in the output folder out of the way, and finish the removals that a killed run began.
 
     `checkpoint` is what the run goes on from, None if it begins anew.
     """
@@ -434,6 +441,8 @@ def load_checkpoint(run: Run, checkpoint: Path) -> None:
     except InputError:
         raise
     except Exception as error:  # torch, pickle and the objects' own
+        if is_out_of_memory(error) or "CUDA error" in str(error):
+            raise
         raise InputError(
             f"{checkpoint} cannot be resumed from ({brief(error)}); remove it, or resume from another one"
         ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import functools
 import multiprocessing
 import os
@@ -142,7 +143,7 @@ class PairDataset(Dataset):
         while True:
             try:
                 return *self.pairs.load(index, self.members), unreadable
-            except InputError:  # of a latent cache
+            except (InputError, MemoryError):  # of a latent cache, or of the machine
                 raise
             except Exception as error:  # every decoder has errors of its own
                 unreadable.append(f"{self.pairs.source} row {self.pairs.rows[index]}: {error}")
@@ -226,6 +227,11 @@ def explain_failures(batches: Iterator) -> Iterator:
     except (RuntimeError, OSError, EOFError) as error:
         if str(error).startswith("Caught "):  # in a worker, which torch reports as if it had happened here
             raise
+        if "ancdata" in str(error) or getattr(error, "errno", None) == errno.EMFILE:
+            raise InputError(
+                "loader workers need more open files than allowed: raise the limit with `ulimit -n 65536`, or try "
+                "fewer --dataloader_num_workers"
+            ) from error
         raise InputError(
             f"a loader worker was killed ({brief(error)}), most likely for lack of memory: try fewer "
             "--dataloader_num_workers"

@@ -18,6 +18,7 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +40,7 @@ from sdpo.hub import DTYPES, WEIGHT_SUFFIXES, fetch
 from sdpo.images import open_image
 from sdpo.manifest import MADE_WITH, write_manifest
 from sdpo.prompts import GROUPS, OFFICIAL, Prompt, read_prompts
+from sdpo.ranks import on_main
 from sdpo.sampling import draw_noise, sample
 from sdpo.scoring import METRICS, OFFICIAL_METRICS
 
@@ -61,7 +63,9 @@ class EvalConfig:
     pretrain_path: str = flag("", "base model: a hub id or a local diffusers folder")
     vae_path: str | None = flag(None, "another VAE: a hub id or a local folder")
     revision: str | None = flag(None, "revision of the base model on the hub")
-    cache_dir: str | None = flag(None, "where downloaded models are kept")
+    cache_dir: str | None = flag(
+        None, "where base models and UNets from the hub are kept; scorers are where HF_HOME says"
+    )
 
     # Prompts
     groups: list[str] = field(
@@ -168,7 +172,7 @@ def locate_unet(config: EvalConfig) -> tuple[str, Path]:
             raise InputError(f"training in {path} has not ended: name one of its checkpoint-N folders, or let it end")
         return str(path / "unet.pth" if (path / "unet.pth").is_file() else path), results_folder(path)
     if path.is_file():
-        return reference, results_folder(path.parent)
+        return reference, results_folder(path.parent, path.name)
     repository, _, name = reference.partition(":")
     if repository.count("/") != 1 or repository.endswith(WEIGHT_SUFFIXES):
         raise InputError(f"--unet_path {reference} is neither a file nor a folder, nor base or one of {list(RELEASED)}")
@@ -176,11 +180,16 @@ def locate_unet(config: EvalConfig) -> tuple[str, Path]:
     return str(fetch(repository, name, cache_dir=config.cache_dir)) if name else reference, folder
 
 
-def results_folder(weights: Path) -> Path:
-    """Where the images of weights in this folder go: there, but for a checkpoint, which training may remove."""
-    checkpoint = (weights / "files.json").is_file()
-    whole = Path(os.path.abspath(weights))
-    return whole.with_name(f"eval-{whole.name}") if checkpoint else weights
+def results_folder(weights: Path, name: str = "unet.pth") -> Path:
+    """Where images go whose UNet is this file in the folder `weights`: there, but for averaged weights into eval-ema.
+
+    A checkpoint may be removed by training, so they go beside it.
+    """
+    folder = weights
+    if (weights / "files.json").is_file():
+        named = Path(os.path.abspath(weights)) if weights.name in ("", "..") else weights
+        folder = named.with_name(f"eval-{named.name}")
+    return folder / "eval-ema" if name == "unet_ema.pth" else folder
 
 
 def hash_weights(models: Iterable[nn.Module]) -> str:
@@ -352,7 +361,7 @@ def choose_batch_size(run: EvalRun) -> int:
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     sample_images(run, [""], [0], steps=1)
-    per_image = torch.cuda.max_memory_allocated(device) - before
+    per_image = torch.cuda.max_memory_allocated(device) - before  # on the safe side: images are decoded one at a time
     torch.cuda.empty_cache()
     free, _total = torch.cuda.mem_get_info(device)
     return min(GPU_IMAGES, max(1, int(GPU_SHARE * free / per_image)))
@@ -406,6 +415,9 @@ def claim_folder(run: EvalRun, group: str) -> None:
         for name in sorted(then.keys() | settings.keys())
         if then.get(name) != settings.get(name)
     ]
+    if differ and not any(folder.glob("*.png")):
+        fix = f"remove it, unless another command is about to make them, or {fix.split(',')[0]}"
+        raise InputError(f"{folder} is kept for images of other settings ({'; '.join(differ)}), but has none: {fix}")
     if differ:
         raise InputError(f"{folder} holds images made with other settings ({'; '.join(differ)}): {fix}")
 
@@ -503,15 +515,13 @@ def prepare(config: EvalConfig, accelerator: Accelerator) -> EvalRun:
 
     Raises InputError for input that cannot be used.
     """
-    with accelerator.main_process_first():
-        prompts = config.load_prompts()
+    prompts = on_main(accelerator, config.load_prompts)
     run = load_run(config, accelerator)
     run.prompts = prompts
-    with accelerator.main_process_first():
-        for group in prompts:
-            claim_folder(run, group)
-            if any(prompt.negative for prompt in prompts[group]):
-                log.warning(f"CAUTION: negative prompts of {group} are not used: the empty caption is")
+    for group in prompts:
+        on_main(accelerator, partial(claim_folder, run, group))
+        if any(prompt.negative for prompt in prompts[group]):
+            log.warning(f"CAUTION: negative prompts of {group} are not used: the empty caption is")
     run.missing = {group: find_missing(run, group) for group in prompts}
     return run
 

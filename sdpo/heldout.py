@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -19,7 +20,10 @@ log = logging.getLogger(__name__)
 
 
 class HeldOutPairs:
-    """This rank's held-out pairs, encoded, and the reference's errors, on the CPU; measuring is one forward pass."""
+    """This rank's shares of the held-out pairs, encoded, on the CPU, and the reference's errors.
+
+    Measuring is a forward pass per share.
+    """
 
     def __init__(
         self,
@@ -30,6 +34,8 @@ class HeldOutPairs:
         reference: nn.Module,
     ):
         self.accelerator, self.family, self.pairs = accelerator, family, len(dataset.pairs)
+        captions = [options[0] for options in dataset.pairs.captions()]
+        self.caption = torch.from_numpy(np.unique(captions, return_inverse=True)[1])  # (pairs,) its number
         starts = range(0, self.pairs, batch_size)
         self.shares: list[tuple[slice, Inputs, Tensor]] = []  # places, their inputs, errors (2B,) of the reference
         # Every rank makes as many passes, because ranks that share out the weights gather them together
@@ -55,8 +61,8 @@ class HeldOutPairs:
         return sample_error(prediction, inputs.target)  # (2B,)
 
     def measure(self, unet: nn.Module, beta: float, name: str) -> dict[str, float]:
-        """Means of winner and loser error minus the reference's, margin and margin accuracy; of several pairs, standard
-        errors too.
+        """Means of winner and loser error minus the reference's, margin and margin accuracy; where there are several
+        captions, standard errors too.
 
         A margin of exactly 0 counts one half.
         """
@@ -69,7 +75,7 @@ class HeldOutPairs:
         change = ranks.nanmedian(0).values.cpu().double()  # a pair that several ranks measured has one value
         change = change[self.readable]
         margin = -beta / 2 * (change[:, 0] - change[:, 1])
-        accuracy = (margin > 0).double() + (margin == 0).double() / 2
+        accuracy = torch.where(margin.isnan(), margin, (margin > 0).double() + (margin == 0).double() / 2)
         figures = {
             "winner_error_change": change[:, 0],
             "loser_error_change": change[:, 1],
@@ -79,6 +85,19 @@ class HeldOutPairs:
         result = {}
         for key, value in figures.items():
             result[f"{name}/{key}"] = value.mean().item()
-            if len(value) > 1:
-                result[f"{name}/{key}_se"] = (value.std() / len(value) ** 0.5).item()
+            if (error := clustered_error(value, self.caption[self.readable])) is not None:
+                result[f"{name}/{key}_se"] = error
         return result
+
+
+def clustered_error(values: Tensor, clusters: Tensor) -> float | None:
+    """Standard error of the mean of values (n,) that are independent only where their clusters (n,) of int64 differ.
+
+    That of independent values if each has a cluster of its own; None if there is only one (Liang and Zeger 1986).
+    """
+    present, clusters = clusters.unique(return_inverse=True)
+    count = len(present)
+    if count < 2:
+        return None
+    sums = values.new_zeros(count).index_add_(0, clusters, values - values.mean())
+    return (count / (count - 1) * sums.square().sum()).sqrt().item() / len(values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import re
 from contextlib import suppress
@@ -11,8 +12,10 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
+from sdpo.command import InputError
 from sdpo.files import brief
 
+OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)  # errors that say nothing of an image
 MAX_ASPECT = 100  # of a picture's sides: resized, the longer one has as many times the shorter one's pixels
 
 
@@ -55,12 +58,20 @@ def open_image(file: BinaryIO | str | Path) -> Image.Image:
 
 
 def decode_column(row: dict[str, Any], name: str, min_side: int = 0) -> Image.Image:
-    """The image in a column of a row, as decode; ValueError says which column and file cannot be read, and why."""
+    """The image in a column of a row, as decode; ValueError says which column and file cannot be read, and why.
+
+    Raises MemoryError and InputError where that is not the image's fault.
+    """
     try:
         return decode(row[name], min_side)
+    except MemoryError:
+        raise
     except Exception as error:  # every decoder has errors of its own
         path = image_source(row[name])
         where = f"{name} ({path:.200})" if isinstance(path, str) else name
+        if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
+            reason = f"{where} cannot be read now ({error.strerror}): mend that, and the same command goes on"
+            raise InputError(reason) from error
         reason = re.sub(r" <_io.BytesIO object at \w+>", "", brief(error))  # the same in every run
         raise ValueError(f"{where}: {reason}") from error
 

@@ -163,7 +163,7 @@ def dspo_score(terms: PairTerms) -> Tensor:
     """
     drift = require_drift(terms)
     weight = terms.beta * (1 - torch.sigmoid(terms.margin))  # (B,)
-    return sample_error(terms.residual_w, per_sample(weight, drift) * drift)
+    return sample_mean((terms.residual_w - per_sample(weight, drift) * drift).square())
 
 
 def dspo_switched(terms: PairTerms) -> Tensor:

@@ -28,14 +28,19 @@ FREE_SHARE = 0.85  # of the free memory that activations may take; the rest is f
 
 def planned_memory(run: Run) -> dict[str, int]:
     """Bytes per device of everything but activations, by what they hold, before an engine shares any of it out."""
-    parameters = sum(p.numel() for p in run.policy.parameters())
+    size = sum(p.numel() for p in run.policy.parameters())
     state = OPTIMIZERS[optimizer_name(run.config, run.family)].state_bytes
-    sizes = {"policy": 4, "gradients": 4, "optimizer": state, "average": 4 * run.config.use_ema}  # bytes per parameter
     reference = 4 if run.config.compile else DTYPES[run.config.mixed_precision].itemsize
-    sizes["reference"] = 0 if run.reference is None else reference
     encoders = (p for model in (run.family.vae, *run.family.text_encoders) for p in model.parameters())
-    frozen = sum(p.nbytes for p in encoders if not p.is_meta)  # without weights where a latent cache is read
-    return {name: parameters * size for name, size in sizes.items() if size} | {"encoders": frozen}
+    sizes = {
+        "policy": 4 * size,
+        "gradients": 4 * size,
+        "optimizer": sum(map(state, run.policy.parameters())),
+        "average": 4 * size * run.config.use_ema,
+        "reference": 0 if run.reference is None else reference * size,
+        "encoders": sum(p.nbytes for p in encoders if not p.is_meta),  # without weights where a latent cache is read
+    }
+    return {name: value for name, value in sizes.items() if value or name == "encoders"}
 
 
 def choose_checkpointing(run: Run, batch: Batch) -> str:
@@ -68,7 +73,7 @@ def room_for_activations(run: Run, free: int) -> float:
     """Bytes that activations may take of `free` ones, once there are gradients and, unless resumed, optimizer state."""
     memory = planned_memory(run)
     coming = memory["gradients"] + (0 if run.optimizer.state else memory.get("optimizer", 0))
-    return (free - coming) * FREE_SHARE
+    return (free - coming / (run.accelerator.num_processes if run.sharded else 1)) * FREE_SHARE
 
 
 def checkpoint_units(unet: nn.Module) -> dict[str, nn.Module]:
@@ -81,7 +86,7 @@ def choose_units(
 ) -> tuple[set[str], int]:
     """(units to checkpoint, bytes of activations then kept) for micro-batches of the shapes of `inputs`.
 
-    Those that keep most come first, and no more than keep the sum within `budget` bytes; all, if that is not enough.
+    Units that keep most are chosen first, as few as bring the sum within `budget` bytes; all if even that is too much.
     """
     with FakeTensorMode():
         counter = ActivationCounter(family, unet, inputs, dtype, compiled)

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
-from sdpo.command import InputError
 from sdpo.files import write_text
 from sdpo.losses import PairTerms
 
@@ -51,21 +50,8 @@ class Meter:
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
-        self.unreadable: set[str] = set()  # what was reported of each pair
         self.sums: dict[str, Tensor] = {}  # over updates, of this rank; minima for names in /min
         self.made = self.skipped = 0  # updates
-
-    def count_unreadable(self, reports: list[str], limit: int) -> None:
-        """Report pairs that were replaced because an image could not be read; raises InputError past the limit."""
-        for report in reports:
-            if report not in self.unreadable:
-                log.error(f"unreadable, always replaced by another pair: {report}")
-                self.unreadable.add(report)
-        if len(self.unreadable) > limit:
-            raise InputError(
-                f"{len(self.unreadable)} unreadable pairs, more than --max_unreadable_images {limit}; "
-                f"the last: {reports[-1]}"
-            )
 
     def add(self, micro_steps: list[dict[str, Tensor]]) -> None:
         """Take in the scalars of an update's micro-steps without leaving the device."""

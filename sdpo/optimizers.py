@@ -51,20 +51,29 @@ def adafactor(parameters: Iterable[nn.Parameter], config: TrainConfig, learning_
     )
 
 
+def adafactor_bytes(parameter: nn.Parameter) -> int:
+    """Size of Adafactor's state of a parameter: second moments in fp32, by row and column of the last two dimensions.
+
+    Of convolutions these are the kernels' sides, so that their state is two thirds of their size.
+    """
+    size, shape = parameter.numel(), parameter.shape
+    return 4 * (size // shape[-1] + size // shape[-2] if len(shape) > 1 else size)
+
+
 @dataclass(frozen=True)
 class OptimizerSpec:
     """What the trainer has to know of an optimizer."""
 
     build: Callable[[Iterable[nn.Parameter], TrainConfig, float], Optimizer]
-    state_bytes: int  # per parameter, rounded
+    state_bytes: Callable[[nn.Parameter], int]  # of a parameter
     moments: tuple[str, ...] = ()  # state that has the shape of its parameter
     shards: bool = False  # whether it works on parameters that FSDP2 or DeepSpeed share out
 
 
 OPTIMIZERS = {
-    "adamw": OptimizerSpec(adamw, state_bytes=8, moments=("exp_avg", "exp_avg_sq"), shards=True),
-    "adamw8bit": OptimizerSpec(adamw8bit, state_bytes=2),
-    "adafactor": OptimizerSpec(adafactor, state_bytes=0),
+    "adamw": OptimizerSpec(adamw, lambda p: 8 * p.numel(), moments=("exp_avg", "exp_avg_sq"), shards=True),
+    "adamw8bit": OptimizerSpec(adamw8bit, lambda p: 2 * p.numel()),
+    "adafactor": OptimizerSpec(adafactor, adafactor_bytes),
 }
 
 

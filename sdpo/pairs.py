@@ -311,7 +311,7 @@ def prepare_pairs(config: TrainConfig, seed: int) -> tuple[Pairs, Pairs | None, 
         pairs, held_out = split_by_prompt(pairs, config.validation_pairs, seed)
         unused = everything - len(pairs) - len(held_out)
         notes.append(
-            f"held out {len(held_out):,} pairs by prompt"
+            f"held out {describe_size(held_out)}"
             + (f" ({unused:,} more share their captions and are left out)" if unused else "")
         )
     pairs = draw_subset(pairs, config.max_train_samples, seed, "max-train-samples")
@@ -335,11 +335,17 @@ def load_held_out(config: TrainConfig, pairs: Pairs, seed: int) -> tuple[Pairs, 
         )
     held_out, notes = load_pairs(config, split, config.validation_data_dir)
     held_out = draw_subset(held_out, config.validation_pairs or None, seed, "held-out")
-    notes.append(f"held out {len(held_out):,} pairs")
+    notes.append(f"held out {describe_size(held_out)}")
     trained_on = set(itertools.chain(*pairs.captions()))
     if shared := sum(not trained_on.isdisjoint(options) for options in held_out.captions()):
         notes.append(f"CAUTION: {shared:,} of them have captions of pairs that are trained on")
     return held_out, notes
+
+
+def describe_size(pairs: Pairs) -> str:
+    """How many pairs these are, and of how many captions, within which they are not independent."""
+    captions = {options[0] for options in pairs.captions()}
+    return f"{len(pairs):,} pairs of {len(captions):,} captions"
 
 
 def draw_subset(pairs: Pairs, count: int | None, seed: int, stream: str) -> Pairs:

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
-import diffusers
 import torch
-import transformers
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -28,7 +27,7 @@ FLAGS = (  # that decide what the reference is shown, or how its numbers are rou
     "noise_offset", "input_perturbation",
     "train_batch_size", "official_reference_errors", "mixed_precision", "allow_tf32", "compile", "channels_last",
 )  # fmt: skip
-ARITHMETIC = 2  # raised whenever this code gives the reference other numbers for the same key
+ARITHMETIC = 3  # raised whenever this code gives the reference other numbers for the same key
 log = logging.getLogger(__name__)
 
 
@@ -129,5 +128,8 @@ def make_key(
         **pairs.describe(),
         "arithmetic": ARITHMETIC,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        **{library.__name__: library.__version__ for library in (torch, diffusers, transformers)},
+        "torch": torch.__version__,
+        **{
+            name: version(name) for name in ("diffusers", "transformers", "tokenizers", "ftfy", "pillow", "torchvision")
+        },
     }

@@ -131,8 +131,8 @@ def _win_rates(comparison: Comparison) -> str:
     summary = comparison.summary
     a, b = summary["pair"]["model_a"], summary["pair"]["model_b"]
     policy = {"half": "a tie counts half", "loss_for_a": f"a tie counts zero for {a}"}[summary["pair"]["ties_policy"]]
-    head = ["metric", "win rate", "95 % interval", "wins/ties/losses", "p (sign test)", "p (Holm)", f"mean of {a}",
-            f"mean of {b}", "mean difference", "95 % interval"]  # fmt: skip
+    head = ["metric", "win rate", "95 % interval", "wins/ties/losses", "p (sign test)", "p (Holm, these metrics)",
+            f"mean of {a}", f"mean of {b}", "mean difference", "95 % interval"]  # fmt: skip
     rows = [list(show_row(row).values()) for row in summary["metrics"]]
     table = _table(f"{policy}; paired by {summary['pairing']['by']}", head, rows)
     dropped = "".join(

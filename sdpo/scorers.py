@@ -424,7 +424,7 @@ def score_rows(
                 columns[metric] = score_block(metric, scorer, pairs, batch_size)
                 scorer.to(home)
             scores = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
-            yield from (next(scores) if fine else image for image, fine in zip(prepared, readable, strict=True))
+            yield from (image if isinstance(image, InputError) else next(scores) for image in prepared)
 
 
 def exceed(scorers: Iterable[Scorer], device: torch.device) -> bool:

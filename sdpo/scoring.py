@@ -50,7 +50,7 @@ OFFICIAL_METRICS = ("PickScore", "HPSv2", "CLIP", "Aesthetics", "ImageReward")  
 
 @dataclass(frozen=True)
 class Pending:
-    """A manifest whose scores are not complete yet."""
+    """A manifest, its scores, and which are missing."""
 
     entries: list[Entry]
     path: Path  # of its score file
@@ -126,7 +126,10 @@ def score_manifest(manifest: str | Path, metrics: Sequence[str], options: Scorin
 
 
 def plan_scores(manifest: str | Path, metrics: Sequence[str], options: ScoringOptions) -> Pending:
-    """The first half of score_manifest: raises InputError for what would stop the second, but for weights."""
+    """The first half of score_manifest, which takes in what ranks of an earlier command left.
+
+    Raises InputError for what would stop the second half, but for weights.
+    """
     take_in_shares(_beside(manifest))
     pending = _plan(manifest, metrics, options)
     expected = pending.expected(options)
@@ -255,12 +258,19 @@ def check_models(scored: Mapping[str, Scored], metrics: Sequence[str]) -> None:
 def score_groups(
     manifests: Mapping[str, Path], metrics: Sequence[str], options: ScoringOptions, accelerator: Accelerator
 ) -> dict[str, Scored]:
-    """Entries and scores by group in the metrics, on the main process; every rank computes a share of them."""
+    """Entries and scores by group in the metrics, on the main process; every rank computes a share of them.
+
+    Raises InputError, before any is computed, where scores of a metric would come from different models.
+    """
+    from sdpo.ranks import on_main
+
+    def check() -> None:
+        pending = {group: plan_scores(path, metrics, options) for group, path in manifests.items()}
+        check_models({group: plan.expected(options) for group, plan in pending.items()}, metrics)
+
+    on_main(accelerator, check)
     if accelerator.num_processes > 1:
         for path in manifests.values():
-            if accelerator.is_main_process:
-                take_in_shares(_beside(path))
-            accelerator.wait_for_everyone()
             score_share(path, metrics, options, accelerator.process_index, accelerator.num_processes)
             accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
@@ -277,7 +287,7 @@ def add_earlier(
             continue
         try:
             if not (scored := read_complete(path, metrics, options)):
-                continue
+                raise InputError(f"{path} has not all scores in {', '.join(metrics)}")
             check_models({**groups, group: scored}, metrics)
         except InputError as error:
             log.warning(f"CAUTION: {group} is left out of the summary: {error}")

@@ -196,11 +196,13 @@ def compute_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         return loss, {"train_loss": loss.detach()}
     mu = config.winner_preserving_mu if config.use_winner_preserving else None
     scaling = {"mu": mu, "per_pair": config.winner_preserving_per == "pair", "constant": config.constant_loser_scale}
-    known = batch.reference_error
+    reference_error = batch.reference_error
     if config.official_reference_errors and reference is not None:
         low = DTYPES[config.mixed_precision]
-        known = sample_error(reference.to(low), inputs.target.to(low))
-    terms = pair_terms(prediction, reference, inputs.target, config.beta_dpo, reference_error=known, **scaling)
+        reference_error = sample_error(reference.to(low), inputs.target.to(low))
+    terms = pair_terms(
+        prediction, reference, inputs.target, config.beta_dpo, reference_error=reference_error, **scaling
+    )
     loss = pair_loss(config, family)(terms).mean()
     values = {"train_loss": loss.detach(), **pair_metrics(terms)}
     if run.references and reference is not None:
@@ -243,8 +245,8 @@ def update(run: Run, micro_batches: Iterator[Batch]) -> Skipped | None:
     norm = run.accelerator.clip_grad_norm_(run.policy.parameters(), limit)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm)
     made = make_step(run, norm)
-    stay = run.recorded or isinstance(run.policy, DistributedDataParallel)  # where a recording adds to, or DDP's views
-    run.optimizer.zero_grad(set_to_none=not stay)
+    in_place = run.recorded or isinstance(run.policy, DistributedDataParallel)  # a recording's own, or DDP's views
+    run.optimizer.zero_grad(set_to_none=not in_place)
     run.step += 1
     if not made:
         run.meter.skipped += 1

@@ -63,47 +63,73 @@ class DataError(InputError):
 class MicroBatches:
     """This rank's micro-batches, for as long as its data give any.
 
-    Other ranks would wait for one that just ended. So it goes on with noise that is not a number, for which all of them
-    skip the update, and `check` ends the run on every rank. Not under DeepSpeed, which skips nothing.
+    Were a rank just to end, the others would wait for it. So it goes on with noise that is not a number, for which all
+    of them skip the update, and `check` ends the run on every rank. Not under DeepSpeed, which skips nothing.
     """
 
     def __init__(self, run: Run, batches: Iterator[Batch]):
+        """Loads the first one; raises DataError, on every rank, where some rank has none."""
         self.run, self.batches = run, batches
-        self.last: Batch | None = None
         self.error: InputError | None = None  # of this rank's data
+        self.unreadable: set[str] = set()  # what was reported of each pair
+        self.waiting = self.last = self._load()
+        if error := self._first_error():
+            raise DataError(error)
 
     def __iter__(self) -> MicroBatches:
         return self
 
     def __next__(self) -> Batch:
-        """The next one; raises DataError if there is none and no other rank, InputError if this rank cannot go on."""
-        if self.error is None:
-            try:
-                self.last = self._load()
-                return self.last
-            except InputError as error:
-                accelerator = self.run.accelerator
-                if accelerator.num_processes == 1:
-                    raise DataError(str(error)) from error
-                if self.last is None or accelerator.distributed_type == DistributedType.DEEPSPEED:
-                    raise
-                self.error = error
-        return dataclasses.replace(self.last, noise=torch.full_like(self.last.noise, math.nan))
+        """The next one.
 
-    def _load(self) -> Batch:
-        batch = next(self.batches)
-        self.run.meter.count_unreadable(batch.unreadable, self.run.config.max_unreadable_images)
+        Where the data end: DataError in a single process, noise that is not a number on one of several ranks.
+        """
+        batch, self.waiting = self.waiting or self._load(), None
+        if batch is None:
+            accelerator = self.run.accelerator
+            if accelerator.num_processes == 1 or accelerator.distributed_type == DistributedType.DEEPSPEED:
+                raise DataError(str(self.error)) from self.error
+            return dataclasses.replace(self.last, noise=torch.full_like(self.last.noise, math.nan))
+        self.last = batch
         return batch
+
+    def _load(self) -> Batch | None:
+        """The next one, if there is any; None from then on where the data end."""
+        if self.error:
+            return None
+        try:
+            batch = next(self.batches, None)
+            if batch:
+                self._count_unreadable(batch.unreadable, self.run.config.max_unreadable_images)
+        except InputError as error:
+            self.error = error
+            return None
+        return batch
+
+    def _count_unreadable(self, reports: list[str], limit: int) -> None:
+        """Report pairs that were replaced because an image could not be read; raises InputError past the limit."""
+        for report in reports:
+            if report not in self.unreadable:
+                log.error(f"unreadable, always replaced by another pair: {report}")
+                self.unreadable.add(report)
+        if len(self.unreadable) > limit:
+            raise InputError(
+                f"{len(self.unreadable)} unreadable pairs, more than --max_unreadable_images {limit}; "
+                f"the last: {reports[-1]}"
+            )
+
+    def _first_error(self) -> str:
+        """What ends the data of the first rank where they end, empty if they do on none; every rank calls this."""
+        return next(filter(None, gather_object([str(self.error or "")])), "")
 
     def check(self, skipped: Skipped | None) -> None:
         """Raises DataError, after taking back an update that was skipped because of some rank's data."""
-        if skipped is None or self.run.accelerator.num_processes == 1:
+        if skipped is None:  # what one rank skips, all do
             return
-        errors = gather_object([str(self.error) if self.error else ""])  # what one rank skips, all do
-        if any(errors):
+        if error := self._first_error():
             self.run.step -= 1
             self.run.meter.skipped -= 1
-            raise DataError(next(filter(None, errors)))
+            raise DataError(error)
 
 
 class Skips:
@@ -115,7 +141,8 @@ class Skips:
     def __init__(self, run: Run, dataset: PairDataset):
         self.run, self.dataset = run, dataset
         self.in_a_row = self.in_all = 0
-        self.began_at = self.last_made = run.step  # the last update that was not skipped
+        self.began_at = run.step
+        self.last_made = run.step  # updates up to the last one that was not skipped
 
     def note(self, skipped: Skipped | None) -> None:
         """Take in the outcome of an update; raises InputError for one skipped too many in a row.
@@ -173,7 +200,8 @@ class Skips:
         if self.in_all:
             last = f", the last {self.in_a_row} among them: the one before may have broken the weights"
             ending = last if self.in_a_row else ""
-            log.warning(f"CAUTION: {self.in_all} of {self.run.step} updates were skipped{ending}")
+            tried = self.run.step - self.began_at
+            log.warning(f"CAUTION: {self.in_all} of {tried} updates were skipped{ending}")
 
     def _describe(self, skipped: Skipped) -> str:
         bad = [micro for micro, loss in enumerate(skipped.losses) if not math.isfinite(loss)]

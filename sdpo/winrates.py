@@ -276,7 +276,7 @@ def _dropped(a: ScoredRun, b: ScoredRun, pairs: list[tuple[int, int]]) -> dict[s
 
 
 def _differing(a: ScoredRun, b: ScoredRun, pairs: list[tuple[int, int]]) -> dict[str, int]:
-    """How many pairs' manifests say that their images were made with another seed or guidance; without zeros."""
+    """How many pairs' manifests have other values of a setting of MADE_WITH; without zeros."""
     both = [(a.entries[i].made_with, b.entries[j].made_with) for i, j in pairs]
     counts = {name: sum(name in x and name in y and x[name] != y[name] for x, y in both) for name in MADE_WITH}
     return {name: count for name, count in counts.items() if count}

@@ -86,7 +86,7 @@ class Recorder:
             unet = run.accelerator.unwrap_model(run.policy)
             load_weights(unet, Path(self.teacher, f"checkpoint-{run.step}", "unet.pth"))
         self.updates.append({"step": run.step, "draws": [], "losses": [], "exchanges": [], "gradient": None})
-        original(run, *given)
+        return original(run, *given)
 
     def make_inputs(self, original, family, batch):
         inputs = original(family, batch)

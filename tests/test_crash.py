@@ -16,6 +16,7 @@ import accelerate.checkpointing
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from recording import metrics, run_on_ranks, weights
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -225,6 +226,17 @@ def test_only_damaged_checkpoints_are_no_reason_to_start_again(arguments, run):
     ):
         train.main(arguments(*WHOLE))
     assert (run / "metrics.jsonl").read_text() == before
+
+
+def test_too_little_memory_is_not_the_checkpoints_fault(arguments, run, monkeypatch):
+    def load_state(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    monkeypatch.setattr(Accelerator, "load_state", load_state)
+    with pytest.raises(
+        InputError, match=r"memory is exhausted \(CUDA out of memory\): try --gradient_checkpointing full"
+    ):
+        train.main(arguments(*WHOLE))
 
 
 def test_checkpoints_of_another_trainer_are_where_a_new_run_may_start(arguments, run):

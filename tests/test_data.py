@@ -28,8 +28,9 @@ from torchvision import transforms
 import sdpo.data
 import sdpo.rng
 import train
-from sdpo import tables
+from sdpo import images, tables
 from sdpo.batch import collate
+from sdpo.cache import ImageRows
 from sdpo.command import InputError
 from sdpo.config import Plan, TrainConfig
 from sdpo.data import PairDataset, Transform, deal_out, train_batches
@@ -730,7 +731,7 @@ def test_pairs_left_out_of_both_sides_are_counted(tmp_path):
     folder = as_parquet(tmp_path / "pairs", make_rows([1.0] * 12, caption=lambda i: f"caption {i // 4}"))
     training, held_out, notes = prepare_pairs(settings(folder, validation_pairs=3), 0)
     assert (len(training), len(held_out)) == (8, 3)
-    assert any("held out 3 pairs" in note and "(1 more" in note for note in notes)
+    assert any("held out 3 pairs of " in note and "(1 more" in note for note in notes)
 
 
 def test_a_pair_file_is_held_out_whatever_the_split_to_train_on(tmp_path):
@@ -906,6 +907,24 @@ def test_only_unreadable_images(limit):
     assert str(error.value).startswith(
         f"no readable pair in {limit + 1} draw(s), more than --max_unreadable_images {limit}; "
     )
+
+
+@pytest.mark.parametrize(
+    "fault", [OSError(errno.EMFILE, "Too many open files"), MemoryError()], ids=["files", "memory"]
+)
+def test_a_fault_of_the_machine_is_not_the_images(monkeypatch, fault):
+    """Another pair would be trained on for ever where a cache notes it."""
+
+    def fail(*_):
+        raise fault
+
+    pairs = in_memory()
+    monkeypatch.setattr(images, "decode", fail)
+    expected = InputError if isinstance(fault, OSError) else MemoryError
+    for read in (lambda: samples(pairs)[0, 0], lambda: ImageRows(pairs, 16)[0]):
+        with pytest.raises(expected) as error:
+            read()
+        assert expected is MemoryError or "jpg_0 cannot be read now (Too many open files)" in str(error.value)
 
 
 def test_only_unreadable_images_in_a_worker():

@@ -363,6 +363,25 @@ def test_convolutions_of_single_pixels_are_matrix_products_in_channels_last_form
     assert all(parameter.grad.stride() == parameter.stride() for parameter in unet.parameters())
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_they_are_the_same_operations_whether_the_weight_is_frozen(memory_format):
+    """Of images in either format: on a GPU norms leave channels-last."""
+    layer, operations = torch.nn.Conv2d(8, 4, 1), []
+    to_channels_last(torch.nn.Sequential(layer))
+
+    class Operations(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            operations[-1].append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    x = torch.randn(2, 8, 4, 4).to(memory_format=memory_format)
+    for trained in (True, False):
+        operations.append([])
+        with Operations():
+            layer.requires_grad_(trained)(x)
+    assert operations[0] == operations[1] and "aten.addmm.default" in operations[0]
+
+
 @pytest.mark.parametrize("last", [False, True])
 def test_so_they_are_in_compiled_blocks(bases, last):
     sides = set()

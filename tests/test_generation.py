@@ -319,6 +319,9 @@ def test_images_of_a_checkpoint_are_kept_outside_of_it(arguments, bases, tmp_pat
         assert manifest.parent == tmp_path / "run" / "eval-checkpoint-2"
     (entry, *_) = json.loads(manifest.read_text())
     assert (entry["steps"], entry["cfg"], entry["guidance"], entry["dtype"]) == (4, 7.5, "official", "fp32")
+    shutil.move(checkpoint / "unet.pth", checkpoint / "unet_ema.pth")
+    (manifest,) = eval_generate.main([*flags, f"--unet_path={checkpoint / 'unet_ema.pth'}"]).values()
+    assert manifest.parent == tmp_path / "run" / "eval-checkpoint-2" / "eval-ema"
 
 
 def test_the_folder_of_a_checkpoint_is_known_from_within_it(tmp_path, monkeypatch):
@@ -327,6 +330,8 @@ def test_the_folder_of_a_checkpoint_is_known_from_within_it(tmp_path, monkeypatc
     assert results_folder(Path()) == Path()
     Path("files.json").touch()
     assert results_folder(Path()) == tmp_path / "eval-checkpoint-2"
+    monkeypatch.chdir(tmp_path)
+    assert results_folder(Path("checkpoint-2")) == Path("eval-checkpoint-2")  # as manifests then spell their images
 
 
 def test_images_that_overflow_are_not_kept(arguments, bases, tmp_path):
@@ -423,6 +428,33 @@ def test_other_settings_or_weights_are_refused(arguments, bases, tmp_path):
     with pytest.raises(InputError, match=rf"{NAME}\.zip holds images of an earlier run.*move it away"):
         eval_generate.main(arguments())
     assert packed.exists() and (tmp_path / "run" / f"{NAME}.json").exists()
+
+
+def test_a_folder_that_was_claimed_for_nothing_may_be_removed(arguments, tmp_path, monkeypatch):
+    """As where the first images overflow in fp16, and the fix is another precision."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(generation, "make_images", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        eval_generate.main(arguments())
+    message = rf"{NAME} is kept for images of other settings \(noise was shared.*\), but has none: remove it, unless"
+    with pytest.raises(InputError, match=message):
+        eval_generate.main(arguments("--noise=per-prompt"))
+    shutil.rmtree(tmp_path / "run" / NAME)
+    eval_generate.main(arguments("--noise=per-prompt"))
+
+
+def test_scores_of_two_models_are_refused_before_any_is_computed(tmp_path):
+    captions = [spec.caption for spec in pictures.HELD_OUT[:4]]
+    for name, prompts in {"a": captions[:2], "b": captions[2:]}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(prompts))
+    flags = ["--unet_path=base", f"--pretrain_path={compare.BASE}", f"--output_path={tmp_path / 'out'}", "--steps=2"]
+    flags += ["--dtype=fp32", "--metrics=Pixels", "--test_json", str(tmp_path / "a.json")]
+    eval_generate.main(flags)
+    path = tmp_path / "out" / "scores.jsonl"
+    path.write_text(path.read_text().replace('"official"', '"bf16"'))
+    before = path.read_text()
+    with pytest.raises(InputError, match=r"Pixels come from different models \(a: bf16, b: official\)"):
+        eval_generate.main([*flags, str(tmp_path / "b.json")])
+    assert path.read_text() == before
 
 
 def test_a_killed_run_leaves_whole_images_and_is_resumed(tmp_path):
@@ -605,6 +637,7 @@ def test_generated_images_are_scored_and_summed_up(tmp_path, capsys):
     Image.new("RGB", (32, 32)).save(picture)
     eval_generate.main(other)  # with a picture that was not scored
     assert [row["group"] for row in json.loads((tmp_path / "summary.json").read_text())] == ["one"]
+    assert "tiny is left out of the summary: " in capsys.readouterr().err
     picture.write_bytes(pixels)
     eval_generate.main([*other, "--seed=1"])  # made otherwise
     assert [row["group"] for row in json.loads((tmp_path / "summary.json").read_text())] == ["one"]

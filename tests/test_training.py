@@ -27,7 +27,7 @@ from sdpo.batch import collate
 from sdpo.command import InputError, parse_flags
 from sdpo.config import TrainConfig
 from sdpo.families import FAMILIES, load_family
-from sdpo.heldout import HeldOutPairs
+from sdpo.heldout import HeldOutPairs, clustered_error
 from sdpo.inputs import make_inputs
 from sdpo.metrics import read_metrics
 from sdpo.optimizers import OPTIMIZERS, optimizer_name
@@ -287,7 +287,7 @@ def test_a_trained_output_folder_is_a_start_for_another_run(arguments, tmp_path)
     assert same(weights(tmp_path / "run"), weights(tmp_path / "first"))
 
 
-def test_a_single_held_out_pair_has_no_standard_error(arguments, tmp_path):
+def test_a_single_held_out_caption_has_no_standard_error(arguments, tmp_path):
     train.main(arguments("--validation_pairs=1", "--max_train_steps=1"))
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line, parse_constant=pytest.fail) for line in lines]  # NaN is no JSON
@@ -326,14 +326,32 @@ def test_held_out_figures_are_those_of_the_saved_weights(arguments, tmp_path):
     margin = -config.beta_dpo / 2 * (winner - loser)
     expected = {
         "winner_error_change": winner.mean(),
-        "winner_error_change_se": winner.std() / 10**0.5,
+        "winner_error_change_se": clustered_error(winner, held_out.caption),
         "loser_error_change": loser.mean(),
         "margin": margin.mean(),
         "margin_accuracy": (margin > 0).double().mean(),
     }
     for name, value in expected.items():
         last = read_metrics(tmp_path / "run", f"heldout/{name}")[-1][1]
-        assert last == pytest.approx(value.item(), rel=1e-3), name
+        assert last == pytest.approx(float(value), rel=1e-3), name
+
+
+def test_pairs_of_one_caption_are_not_independent():
+    """The standard error is that of the means of captions where these have as many pairs; else that of pairs."""
+    values = torch.tensor([1.0, 2, 4, 9, 3, 5, 8, 2, 7, 1, 0, 6], dtype=torch.float64)
+    assert clustered_error(values, torch.arange(12)) == pytest.approx(values.std().item() / 12**0.5)
+    means = values.view(4, 3).mean(1)
+    assert clustered_error(values, torch.tensor([5, 0, 2, 9]).repeat_interleave(3)) == pytest.approx(
+        means.std().item() / 2
+    )
+    assert clustered_error(values, torch.zeros(12, dtype=torch.long)) is None
+
+
+def test_a_held_out_error_that_is_not_finite_is_no_wrong_margin(arguments, tmp_path):
+    config = configure(arguments("--validation_pairs=6"))
+    run, _, held_out = train.set_up(config)
+    held_out.shares[0][2][0] = torch.nan  # the reference's error of a winner
+    assert math.isnan(held_out.measure(run.policy, 100.0, "heldout")["heldout/margin_accuracy"])
 
 
 def test_equal_models_have_a_held_out_accuracy_of_one_half(arguments, tmp_path):
@@ -344,7 +362,11 @@ def test_equal_models_have_a_held_out_accuracy_of_one_half(arguments, tmp_path):
 class FivePairs:
     """Held-out samples that are their own places, of which the fourth cannot be read."""
 
-    pairs = range(5)
+    class Pairs(list):
+        def captions(self):
+            return [["a"], ["b"], ["b"], ["c"], ["a"]]
+
+    pairs = Pairs(range(5))
 
     def __getitem__(self, place):
         return {"place": place, "unreadable": ["row 3: broken"] if place == (0, 3) else []}

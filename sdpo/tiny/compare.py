@@ -69,10 +69,13 @@ def reading(rows: list[dict]) -> str:
     ]
     for row in raw:
         moves = (f"{member} error {row[f'{member}_error_change'] * 1e3:+.2f}e-3" for member in ("winner", "loser"))
-        sentences.append(f"{row['method']}: {', '.join(moves)}, sample score {row['score'] - base['score']:+.3f}.")
+        sentences.append(
+            f"{row['method']}: {', '.join(moves)}, sample score changed by {row['score'] - base['score']:+.3f}."
+        )
     averaged = {row["method"]: row["winner_error_change"] for row in rows if row["weights"] == "averaged"}
     better = sum(averaged[row["method"]] < row["winner_error_change"] for row in raw if row["method"] in averaged)
-    sentences.append(f"Averaging the weights lowered the winner's error in {better} of {len(averaged)} runs.")
+    if averaged:
+        sentences.append(f"Averaging the weights lowered the winner's error in {better} of {len(averaged)} runs.")
     sentences.append(
         "A method whose winner error rises widens its margin only by losing the loser faster than the winner. "
         "Compare the safeguard with the two controls before crediting its adaptive rule. The quickstart's learning "
@@ -84,7 +87,7 @@ def reading(rows: list[dict]) -> str:
 
 
 def write_table(rows: list[dict], path: Path) -> str:
-    """Markdown table of the rows; errors in thousandths."""
+    """Write the rows as a Markdown table, errors in thousandths, and return it."""
 
     def cell(row: dict, key: str, factor: float, digits: int) -> str:
         if key not in row:
