@@ -44,7 +44,7 @@ class TrainConfig:
     cache_dir: str | None = flag(None, "where downloaded data sets are kept; models are where HF_HOME says")
 
     # Data
-    dataset_name: str | None = flag(None, "pairs in Pick-a-Pic columns: a hub id or a local folder")
+    dataset_name: str | None = flag(None, "pairs: a hub id, or a local folder as --train_data_dir takes it")
     dataset_config_name: str | None = flag(None, "config of the data set on the hub")
     train_data_dir: str | None = flag(
         None,
