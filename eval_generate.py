@@ -9,13 +9,11 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from accelerate import Accelerator
-
 from sdpo.command import parse_flags, run_command, show
 from sdpo.console import start_console
 from sdpo.generation import EvalConfig, find_groups, generate, prepare
 from sdpo.manifest import read_scores
-from sdpo.ranks import PATIENCE, check_ranks, on_main
+from sdpo.ranks import join_ranks, on_main
 from sdpo.report import write_report
 from sdpo.scoring import ScoringOptions, add_earlier, score_groups
 from sdpo.summary import summarise, write_summary
@@ -27,9 +25,8 @@ log = logging.getLogger(__name__)
 def main(arguments: list[str] | None = None) -> dict[str, Path]:
     """Generate and score as the command line says; returns the manifest's path by group."""
     config = parse_flags(EvalConfig, __doc__.splitlines()[0], "python eval_generate.py", arguments)
-    accelerator = Accelerator(kwargs_handlers=[PATIENCE])
+    accelerator = join_ranks()
     metrics = config.score_metrics
-    check_ranks(accelerator)
     options = ScoringOptions(config.sources, config.score_dtype, str(accelerator.device), config.score_batch_size)
     options.check(metrics)
     start_console(accelerator.is_main_process)

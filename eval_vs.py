@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from itertools import combinations
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 from sdpo.command import Parser, parse_assignments, run_command, show
 from sdpo.report import write_report
@@ -34,7 +35,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json_b", required=True, help="manifest of run B")
     parser.add_argument("--label_a", required=True, help="name of run A in the results")
     parser.add_argument("--label_b", required=True, help="name of run B in the results")
-    parser.add_argument("--more", nargs="*", default=[], metavar="LABEL=JSON", help="further runs, for a matrix")
+    parser.add_argument(
+        "--more", nargs="*", action="extend", default=[], metavar="LABEL=JSON", help="further runs, for a matrix"
+    )
     parser.add_argument("--outdir", default="output/vs_eval", help="folder of the results")
     parser.add_argument("--ties_as_loss_for_a", action="store_true", help="a tie counts zero for A, not one half")
     parser.add_argument("--pair_by", choices=PAIRINGS, default="prompt", help="how images of two runs are paired")
@@ -55,6 +58,8 @@ def main(arguments: list[str] | None = None) -> None:
     for a, b in combinations(unscored, 2):
         pair_runs(a, b, args.pair_by)  # raises for runs that cannot be paired
     Path(args.outdir).mkdir(parents=True, exist_ok=True)
+    with NamedTemporaryFile(dir=args.outdir):  # raises where nothing can be written
+        pass
     scored = {label: complete_scores(plan, args.metrics, options) for label, plan in pending.items()}
     runs = [collect_run(label, *pair, args.metrics) for label, pair in scored.items()]
     ties = "loss_for_a" if args.ties_as_loss_for_a else "half"

@@ -30,7 +30,7 @@ from sdpo.config import Plan, TrainConfig
 from sdpo.console import start_console
 from sdpo.data import PairDataset, Transform, train_batches
 from sdpo.families import FAMILIES, load_family
-from sdpo.files import brief, write_json
+from sdpo.files import write_json
 from sdpo.heldout import HeldOutPairs
 from sdpo.hub import check_precision
 from sdpo.memory import choose_checkpointing, planned_memory
@@ -38,7 +38,7 @@ from sdpo.metrics import MetricsLog
 from sdpo.optimizers import OPTIMIZERS, optimizer_name
 from sdpo.pairs import Pairs, prepare_pairs
 from sdpo.prompts import read_prompts
-from sdpo.ranks import PATIENCE, check_ranks, on_main
+from sdpo.ranks import join_ranks, on_main
 from sdpo.references import open_references
 from sdpo.rng import normal
 from sdpo.sampling import sample
@@ -59,21 +59,17 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     """Accelerate, console logging on rank 0 and the output folder; InputError for what this machine lacks."""
     check_precision(config.mixed_precision)
     logs = str(Path(config.output_dir, config.logging_dir))
-    try:
-        accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
-            dynamo_backend="no",  # ignore the launcher's, which would compile the policy alone; --compile compiles both
-            log_with=None if config.report_to == "none" else config.report_to,
-            project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=logs),
-            # after the first update, gradients are views of DDP's buckets
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True), AUTOCAST, PATIENCE],
-            step_scheduler_with_optimizer=False,  # the schedule advances once per update, on any number of ranks
-        )
-    except ImportError as error:  # of DeepSpeed
-        raise InputError(f"the launcher's configuration needs another package: {brief(error)}") from error
+    accelerator = join_ranks(
+        mixed_precision=config.mixed_precision,
+        dynamo_backend="no",  # ignore the launcher's, which would compile the policy alone; --compile compiles both
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=logs),
+        # after the first update, gradients are views of DDP's buckets
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True), AUTOCAST],
+        step_scheduler_with_optimizer=False,  # the schedule advances once per update, on any number of ranks
+    )
     if config.report_to not in ("all", "none") and not accelerator.log_with:
         raise InputError(f"--report_to {config.report_to}: it is not installed; pip install {config.report_to}")
-    check_ranks(accelerator)
     settle_engine(config, accelerator)
     start_console(accelerator.is_main_process)
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32

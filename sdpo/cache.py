@@ -31,7 +31,7 @@ from sdpo.hub import DTYPES, check_precision
 from sdpo.images import decode_column
 from sdpo.inputs import normalise
 from sdpo.pairs import Pairs, prepare_pairs
-from sdpo.ranks import PATIENCE, check_ranks, on_main
+from sdpo.ranks import join_ranks, on_main
 from sdpo.shards import SHARD_BYTES, Shards, read_key, refuse_changes, refuse_damaged
 
 log = logging.getLogger(__name__)
@@ -327,8 +327,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Fill a cache as the command line says."""
     config = parse_flags(CacheConfig, __doc__.splitlines()[0], "python -m sdpo.cache", arguments)
     check_precision(config.mixed_precision)
-    accelerator = Accelerator(kwargs_handlers=[PATIENCE])
-    check_ranks(accelerator)
+    accelerator = join_ranks()
     start_console(accelerator.is_main_process)
     with accelerator.main_process_first():
         pairs, held_out, notes = prepare_pairs(config, config.seed or 0)

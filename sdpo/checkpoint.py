@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from sdpo.command import NO_ROOM, InputError, is_out_of_memory
 from sdpo.config import TrainConfig
@@ -62,7 +63,7 @@ def alone_in(folder: str | Path) -> Iterator[None]:
 
     Raises InputError if there is another one. Every rank enters this, the first one speaks for all.
     """
-    if os.environ.get("RANK", "0") != "0":  # as launchers set it
+    if "LOCAL_RANK" in os.environ and os.environ.get("RANK", "0") != "0":  # as launchers set both
         yield
         return
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -193,7 +194,7 @@ def misplaced(folder: Path) -> str | None:
 def put_in_place(partial: Path, folder: Path) -> None:
     """Give a complete checkpoint its name; one that had it before, from an abandoned or damaged run, goes then."""
     removed = folder.with_name(folder.name + ".removed")
-    if folder.exists():
+    if os.path.lexists(folder):  # also as a link to a disk that is not there
         os.replace(folder, removed)
     os.replace(partial, folder)
     sync(folder.parent)
@@ -209,8 +210,8 @@ def remove(folder: Path) -> None:
 
 
 def delete(removed: Path) -> None:
-    """Delete the files of a checkpoint that has lost its name, or the link that it was, if there are any."""
-    if removed.is_symlink():
+    """Delete the files of a checkpoint that has lost its name, or the link or file that it was, if there are any."""
+    if removed.is_symlink() or removed.is_file():
         removed.unlink()
     shutil.rmtree(removed, ignore_errors=True)
 
@@ -219,7 +220,7 @@ def remove_remains(output_dir: str | Path) -> None:
     """Delete what a crash while writing or removing a checkpoint has left."""
     for ending in ("partial", "removed"):
         for path in Path(output_dir).glob(f"checkpoint-*.{ending}"):
-            shutil.rmtree(path, ignore_errors=True)
+            delete(path)
 
 
 def remove_older(config: TrainConfig, newest: Path) -> None:
@@ -368,8 +369,13 @@ def read_state(checkpoint: Path) -> dict:
         raise InputError(
             f"{path} does not hold step and seed, both 0 or more, config, plan, data, base and meter; {fix}"
         )
-    if not all(type(state["meter"].get(name)) is int and state["meter"][name] >= 0 for name in ("made", "skipped")):
+    counts = [state["meter"].get(name) for name in ("made", "skipped")]
+    if not all(type(count) is int and 0 <= count < 2**63 for count in counts):
         raise InputError(f"{path} does not hold the numbers of updates made and skipped; {fix}")
+    sums = state["meter"].get("sums")
+    numbers = isinstance(sums, dict) and all(isinstance(values, list) for values in sums.values())
+    if not numbers or not all(isinstance(x, int | float) for values in sums.values() for x in values):
+        raise InputError(f"{path} does not hold the meter's sums as lists of numbers; {fix}")
     if not all(isinstance(value, int | float) for value in state["plan"].values()):
         raise InputError(f"{path} does not hold the plan as numbers; {fix}")
     return state
@@ -472,8 +478,18 @@ def check_restored(run: Run) -> None:
     moments = OPTIMIZERS[optimizer_name(run.config, run.family)].moments
     for parameter, state in run.optimizer.state.items():
         for name in moments if state else ():
-            if getattr(state.get(name), "shape", None) != parameter.shape:
+            if not is_like(state.get(name), parameter):
                 raise ValueError(f"{name} of the optimizer does not have the shape of its parameter")
+        if state and isinstance(state.get("step"), Tensor) and state["step"].numel() != 1:
+            raise ValueError("the optimizer's step is no number")
+
+
+def is_like(value: Any, parameter: Tensor) -> bool:
+    """Whether a value is a tensor of a parameter's shape with memory of its own for every element."""
+    if not isinstance(value, Tensor) or value.shape != parameter.shape or value.layout != torch.strided:
+        return False
+    value = value.to_local() if isinstance(value, DTensor) else value
+    return value.untyped_storage().nbytes() >= value.nbytes and 0 not in value.stride()
 
 
 def keep_settings(run: Run, own: list[dict]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 from collections.abc import Iterator
@@ -11,11 +12,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sdpo.command import Count, Decay, InputError, Natural, NotNegative, Positive, Share, Side, check_limits, flag
+from sdpo.files import is_text
 from sdpo.scoring import METRICS
 
 OFFICIAL_CHOICES = {"aesthetics": "aes", "hpsv2": "hps"}  # names of scorers in --choice_model
 CHOICE_MODELS = {OFFICIAL_CHOICES.get(row, row): row for row in METRICS.values()}  # row of sdpo.scorers.SCORERS
 POLYNOMIAL_END = 1e-7  # learning rate that diffusers' polynomial schedule ends with, whatever it began with
+DATA_FOLDERS = ("dataset_name", "train_data_dir", "validation_data_dir")  # where they are local
 PLACES = ("labels_file", "latent_cache", "reference_cache", "validation_data_dir", "validation_split")  # if given
 
 
@@ -220,6 +223,7 @@ class TrainConfig:
         )
         check_data_source(self.dataset_name, self.train_data_dir)
         yield not self.output_dir, "--output_dir is empty: name a folder"
+        yield not is_text(self.output_dir), f"--output_dir {self.output_dir!r} is not UTF-8: name another folder"
         output = os.path.realpath(self.output_dir)
         models = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "unet_init")
         for name in (*models, "dataset_name", "train_data_dir"):
@@ -228,6 +232,13 @@ class TrainConfig:
             yield (
                 getattr(self, name) and output == str(place.parent if part else place),
                 f"--output_dir {self.output_dir} holds --{name}, which training would write over: name another folder",
+            )
+        for name, written in itertools.product(DATA_FOLDERS, ("output_dir", "latent_cache", "reference_cache")):
+            data, place = (getattr(self, flag) for flag in (name, written))
+            yield (
+                data and place and os.path.isdir(data) and Path(place).resolve().is_relative_to(Path(data).resolve()),
+                f"--{written} {place} is in the folder of --{name}, where its files would be taken for data: name "
+                "another folder",
             )
 
     def _data_conflicts(self) -> Iterator[tuple[object, str]]:

@@ -35,7 +35,7 @@ from transformers import CLIPTokenizer, PreTrainedModel
 
 from sdpo.command import InputError, Natural, Size, check_limits, flag, parse_assignments, within_memory
 from sdpo.families import MENDED, RELEASED, StableDiffusion, load_family
-from sdpo.files import brief, write_file, write_json
+from sdpo.files import brief, is_text, write_file, write_json
 from sdpo.hub import DTYPES, WEIGHT_SUFFIXES, fetch
 from sdpo.images import open_image
 from sdpo.manifest import MADE_WITH, write_manifest
@@ -133,6 +133,9 @@ class EvalConfig:
             yield group not in GROUPS, f"--groups {group}: known are {', '.join(GROUPS)}; give files with --test_json"
         names = [*self.groups, *(Path(path).stem for path in self.test_json)]
         yield len(set(names)) < len(names), f"groups must have different names, got {', '.join(names)}: rename a file"
+        for name in names:
+            wrong = not is_text(name) or len(name.encode()) > 180  # of 255 bytes that names of files may have
+            yield wrong, f"--test_json: {name!r} cannot be part of a folder's name: use up to 180 bytes of UTF-8"
         for metric in self.metrics:
             yield metric not in (*METRICS, "none"), f"--metrics {metric}: known are {', '.join(METRICS)}, or none"
         yield "none" in self.metrics and len(self.metrics) > 1, "--metrics none goes with no other: drop one of them"
@@ -349,7 +352,8 @@ def sample_images(run: EvalRun, captions: list[str], seeds: list[int], steps: in
             return sample(family, run.unet, captions, noise, steps, config.cfg, config.guidance)
     except FloatingPointError as error:
         raise InputError(
-            f"{error}: use --dtype bf16 or fp32 instead of fp16, or other weights; what was made is kept"
+            f"{error}: use --dtype bf16 or fp32 instead of fp16, a smaller --cfg, or other weights; what was made is "
+            "kept"
         ) from error
 
 

@@ -191,9 +191,8 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
             f"{path} is not a state dict: expected parameter names with their tensors, "
             "as written by torch.save(model.state_dict())"
         )
-    for prefix in WRAPPERS:
-        if all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    while prefix := next((p for p in WRAPPERS if all(name.startswith(p) for name in state)), None):
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
 
 

@@ -238,6 +238,7 @@ def read_label_file(path: Path, captions: list, source: str) -> np.ndarray:
         about = json.loads((table.schema.metadata or {}).get(LABELS_ABOUT, b"{}"))
         rows = len(captions)
         made_for = about.get("captions")
+        intact = "sha256" not in about or about["sha256"] == hash_labels(table)
     except Exception as error:  # pyarrow has many
         raise InputError(
             f"cannot read labels from {path} ({brief(error)}); make it with python -m sdpo.relabel"
@@ -254,7 +255,18 @@ def read_label_file(path: Path, captions: list, source: str) -> np.ndarray:
             f"{path} was made for other captions, or another order of them, than {source} has: "
             "make it again from this data with python -m sdpo.relabel"
         )
+    if not intact:
+        raise InputError(
+            f"{path} does not hold what python -m sdpo.relabel wrote (sha256): make it again, or, if that is meant, "
+            "write it without its metadata"
+        )
     return read_labels(labels, str(path))
+
+
+def hash_labels(table: pa.Table) -> str:
+    """SHA-256 over the columns of a label file."""
+    columns = {name: table[name].to_pylist() for name in sorted(table.column_names)}
+    return hashlib.sha256(json.dumps(columns).encode()).hexdigest()
 
 
 def as_number(label: object) -> float:

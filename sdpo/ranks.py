@@ -5,20 +5,45 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 
 from sdpo.command import InputError
+from sdpo.files import brief
 
 T = TypeVar("T")
 PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # while the main process fetches and prepares data
 
 
+def join_ranks(**options: Any) -> Accelerator:
+    """The accelerator of this process, with the others that a launcher started; options are Accelerator's.
+
+    Raises InputError for what a launcher or its remains have left in the environment and cannot be used.
+    """
+    numbers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+    fix = "start with torchrun, accelerate or our launchers, or unset what they have left"
+    for name in numbers:
+        if not os.environ.get(name, "0").isdecimal():
+            raise InputError(f"{name}={os.environ[name]} in the environment is no number: {fix}")
+    rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if rank >= ranks:
+        raise InputError(f"RANK={rank} in the environment is not below WORLD_SIZE={ranks}: {fix}")
+    try:
+        accelerator = Accelerator(kwargs_handlers=[PATIENCE, *options.pop("kwargs_handlers", [])], **options)
+    except ImportError as error:  # of DeepSpeed
+        raise InputError(f"the launcher's configuration needs another package: {brief(error)}") from error
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"the launcher's settings cannot be used ({brief(error)}): {fix}") from error
+    check_ranks(accelerator)
+    return accelerator
+
+
 def check_ranks(accelerator: Accelerator) -> None:
     """Raises InputError where a launcher started processes that did not join: each would do the whole work alone."""
-    started = int(os.environ.get("WORLD_SIZE") or 1) if "LOCAL_RANK" in os.environ else 1  # as launchers set both
+    launched = "LOCAL_RANK" in os.environ or "RANK" in os.environ  # as launchers set them
+    started = int(os.environ.get("WORLD_SIZE") or 1) if launched else 1
     if started != accelerator.num_processes:
         raise InputError(
             f"{started} processes were started, but {accelerator.num_processes} found each other, as where there are "

@@ -39,7 +39,7 @@ from sdpo.console import start_console
 from sdpo.files import alone, brief, parse_json, read_text, write_file, write_text
 from sdpo.images import image_source
 from sdpo.manifest import check_score
-from sdpo.pairs import IMAGES, LABELS_ABOUT, check_columns
+from sdpo.pairs import IMAGES, LABELS_ABOUT, check_columns, hash_labels
 from sdpo.scorers import check_device, load_scorers, score_rows
 from sdpo.tables import as_list, column, hash_captions, hash_images, read_table
 
@@ -142,7 +142,9 @@ def relabel(config: RelabelConfig) -> str:
     first, second = (pa.array(column, from_pandas=True) for column in scores.T)  # nan as null
     about = {"source": source, "config": config.dataset_config_name, **scored, "margin": config.margin}
     columns = {"row": np.arange(len(scores)), **dict(zip(SCORES, (first, second), strict=True)), "label_0": labels}
-    labelled = pa.table(columns).replace_schema_metadata({LABELS_ABOUT: json.dumps(about)})
+    labelled = pa.table(columns)
+    about["sha256"] = hash_labels(labelled)
+    labelled = labelled.replace_schema_metadata({LABELS_ABOUT: json.dumps(about)})
     write_file(out, lambda partial: pq.write_table(labelled, partial))
     kept.unlink(missing_ok=True)
     return f"labels by {config.metric}: {len(labels):,} rows, {(labels == 0.5).sum():,} ties; written to {out}"

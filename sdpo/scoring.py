@@ -303,7 +303,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--metrics", nargs="+", choices=METRICS, default=list(OFFICIAL_METRICS), help="what to score")
     parser.add_argument("--device", help="where missing scores are computed: cpu, cuda, ...; on a GPU if there is one")
     parser.add_argument("--batch_size", type=int, default=64, help="images per step of a scorer")
-    parser.add_argument("--weights", nargs="*", default=[], metavar="METRIC.PART=SOURCE", help="local path or hub file")
+    parser.add_argument(
+        "--weights", nargs="*", action="extend", default=[], metavar="METRIC.PART=SOURCE", help="local path or hub file"
+    )
     parser.add_argument("--score_dtype", choices=["fp32", "bf16"], default="fp32", help="of the scorers' backbones")
 
 

@@ -80,6 +80,7 @@ class Shards:
         """Write one file of len(names) rows; every tensor is (len(names), ...)."""
         rows = [{key: tensor[row] for key, tensor in tensors.items()} for row in range(len(names))]
         about = {"names": names, "notes": notes, "crc32": list(map(checksum, rows)), "key": self.mark}
+        about["header"] = hash_header(names, notes, {name: list(tensor.shape) for name, tensor in tensors.items()})
         about["sha256"] = hash_content(names, notes, tensors)
         path = self.folder / f"{self._name_file(names)}.safetensors"
         write_file(path, lambda partial: save_readable(tensors, partial, about, self.folder / "index.json"))
@@ -137,19 +138,27 @@ def read_key(folder: Path) -> dict:
 
 
 def read_about(path: Path) -> dict:
-    """{"names", "notes", "crc32", "sha256", "key"} of a file; raises InputError where its header or length is wrong."""
+    """What Shards.write says of the rows of a file; raises InputError where its header or length is wrong."""
     try:
         with safe_open(path, "pt") as file:
             about = json.loads(file.metadata()["about"])
-            rows = {file.get_slice(name).get_shape()[0] for name in file.keys()}  # noqa: SIM118
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        if about["header"] != hash_header(about["names"], about["notes"], shapes):
+            raise ValueError("its header has changed")
+        rows = {shape[0] for shape in shapes.values()}
         described = rows == {len(set(about["names"]))} == {len(np.array(about["crc32"], np.uint32))}  # hashable names
         if not described or not isinstance(about["notes"], dict):
             raise ValueError("it does not describe its own rows")
-        return {name: about[name] for name in ("names", "notes", "crc32", "sha256", "key")}
+        return {name: about[name] for name in ("names", "notes", "crc32", "sha256", "key", "header")}
     except (OSError, SafetensorError, TypeError, LookupError, ValueError, OverflowError) as error:
         raise InputError(
             f"{path} is damaged ({brief(error)}): delete it and run the same command again, which makes it anew"
         ) from error
+
+
+def hash_header(names: list, notes: dict[str, str], shapes: dict[str, list[int]]) -> str:
+    """SHA-256 over what a file says of its rows, and the names and shapes of its tensors."""
+    return hashlib.sha256(json.dumps([names, notes, shapes], sort_keys=True).encode()).hexdigest()
 
 
 def hash_content(names: list, notes: dict[str, str], tensors: dict[str, Tensor]) -> str:

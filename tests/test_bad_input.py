@@ -503,6 +503,16 @@ DATA = {  # pairs: (what writes them, flags of train.py, message)
         "--labels_file={f}/data/l.pq",
         r"l.pq does not have its rows in the order of the data: sort them by row",
     ),
+    "results among the data": (
+        parquet(),
+        "--output_dir={f}/data/train-run",
+        r"--output_dir .*train-run is in the folder of --train_data_dir, where .*: name another folder",
+    ),
+    "latents among the data": (
+        parquet(),
+        "--latent_cache={f}/data/latents",
+        r"--latent_cache .*latents is in the folder of --train_data_dir",
+    ),
     "labels in text": (both(parquet(), text("l.txt", "1 0 1")), "--labels_file={f}/data/l.txt", r"cannot read labels"),
     "prompts in Latin-1": (text("p.txt", b"caf\xe9"), VALIDATION, r"p.txt is not UTF-8 text .*; save it as UTF-8"),
     "prompts of no kind": (text("p", "x"), VALIDATION.replace("p.txt", "p"), r"p: prompts are read from .json, .jsonl"),
@@ -625,6 +635,19 @@ def optimizer_of_other_shapes(folder):
     torch.save(state, folder / "optimizer.bin")
 
 
+def optimizer_of_repeated_elements(folder):
+    """Of the right shape, with memory for one element."""
+    state = torch.load(folder / "optimizer.bin", weights_only=True)
+    state["state"][0]["exp_avg"] = torch.zeros(()).expand(state["state"][0]["exp_avg"].shape)
+    torch.save(state, folder / "optimizer.bin")
+
+
+def optimizer_of_sparse_moments(folder):
+    state = torch.load(folder / "optimizer.bin", weights_only=True)
+    state["state"][0]["exp_avg_sq"] = state["state"][0]["exp_avg_sq"].to_sparse()
+    torch.save(state, folder / "optimizer.bin")
+
+
 CHECKPOINTS = {  # damage to a checkpoint: (what does it, message)
     "state of text": (text("state.json", "x"), r"state.json: not valid JSON \(.*\); remove the checkpoint"),
     "state too deep": (text("state.json", DEEP), r"state.json: not valid JSON \(.*\); remove the checkpoint"),
@@ -636,12 +659,15 @@ CHECKPOINTS = {  # damage to a checkpoint: (what does it, message)
     "step not finite": (edit("state.json", step=float("nan")), r"state.json does not hold step and seed"),
     "settings a list": (edit("state.json", config=[]), r"state.json does not hold step and seed, .* config"),
     "plan a list": (edit("state.json", plan=[]), r"state.json does not hold step and seed, .* plan"),
-    "meter of texts": (edit("state.json", meter={"sums": {"x": ["y"]}, "made": 1, "skipped": 0}), r"checkpoint-1 cannot be resumed from \(.*\); remove it"),
+    "meter of texts": (edit("state.json", meter={"sums": {"x": ["y"]}, "made": 1, "skipped": 0}), r"state.json does not hold the meter's sums as lists of numbers; remove"),
     "plan of texts": (edit("state.json", plan={"pairs": "x"}), r"state.json does not hold the plan as numbers; remove"),
     "weights cut off": (cut("unet.pth"), r"unet.pth cannot be read as weights"),
     "weights with code": (malicious("unet.pth"), r"unet.pth cannot be read as weights"),
     "meter of no numbers": (edit("state.json", meter={"sums": {}, "made": None, "skipped": 0}), r"numbers of updates made"),
     "optimizer of other shapes": (optimizer_of_other_shapes, r"resumed from \(exp_avg of the optimizer does not have"),
+    "optimizer of repeated elements": (optimizer_of_repeated_elements, r"resumed from \(exp_avg of the optimizer does not"),
+    "optimizer of sparse moments": (optimizer_of_sparse_moments, r"resumed from \(exp_avg_sq of the optimizer does not"),
+    "meter too large": (edit("state.json", meter={"sums": {}, "made": 10**30, "skipped": 0}), r"numbers of updates made"),
     "optimizer gone": (drop("optimizer.bin"), r"checkpoint-1 cannot be resumed from \(.*\); remove it"),
     "optimizer cut off": (cut("optimizer.bin"), r"checkpoint-1 cannot be resumed from \(.*\); remove it"),
     "optimizer with code": (malicious("optimizer.bin"), r"checkpoint-1 cannot be resumed from \(.*\); remove it"),
@@ -725,6 +751,12 @@ LAUNCHED = {  # what is run in a process of its own: (words, environment, messag
         "python eval_vs.py --json_a=a.json --json_b=b.json --label_a=a --label_b=b",
         {},
         r"a.json is not a file; give the manifest",
+    ),
+    "rank of text": ("scripts/eval/test_tiny.sh base", {"RANK": "x"}, r"RANK=x in the environment is no number: start"),
+    "rank too high": (
+        "scripts/eval/test_tiny.sh base",
+        {"RANK": "5", "LOCAL_RANK": "0", "WORLD_SIZE": "2"},
+        r"RANK=5 in the environment is not below WORLD_SIZE=2: start",
     ),
     "no UNet": ("scripts/eval/test_sd15.sh", {}, r"name the UNet first: .*test_sd15.sh PATH/unet.pth"),
     "no UNet, tiny": ("scripts/eval/test_tiny.sh", {}, r"name the UNet first: .*test_tiny.sh PATH/unet.pth"),

@@ -37,7 +37,7 @@ from sdpo.hub import hash_part
 from sdpo.inputs import make_inputs
 from sdpo.metrics import read_metrics
 from sdpo.pairs import Pairs, prepare_pairs
-from sdpo.shards import Shards, is_intact, read_about, refuse_changes
+from sdpo.shards import Shards, hash_header, is_intact, read_about, refuse_changes
 from sdpo.stopping import StopRequest
 from sdpo.tiny import pictures
 from sdpo.tiny.make_pairs import encode
@@ -530,17 +530,28 @@ def test_files_of_other_keys_rows_or_notes_are_refused(tmp_path):
     (path,) = tmp_path.glob("*.safetensors")
     tensors, about = load_file(path), read_about(path)
     assert is_intact(path)
-    for part, value in {"names": [1, 3], "notes": {}, "sha256": "0" * 64}.items():
+    save_file(tensors, path, {"about": json.dumps(about | {"sha256": "0" * 64})})
+    assert not is_intact(path)
+    for part, value in {"names": [1, 3], "notes": {"1`0": "broken"}}.items():
         save_file(tensors, path, {"about": json.dumps(about | {part: value})})
-        assert not is_intact(path), part
+        with pytest.raises(InputError, match=f"{path} is damaged .*its header has changed"):
+            shards.scan()
+    save_file({"y": tensors["x"]}, path, {"about": json.dumps(about)})
+    with pytest.raises(InputError, match=f"{path} is damaged .*its header has changed"):
+        shards.scan()
+
+    def save_with(names):
+        header = hash_header(names, about["notes"], {"x": [2]})
+        save_file(tensors, path, {"about": json.dumps(about | {"names": names, "header": header})})
+
     with pytest.raises(InputError, match=f"{path} is damaged .*its own rows"):
         save_file(tensors, path, {"about": json.dumps(about | {"crc32": about["crc32"][:1]})})
         shards.scan()
     for names in ([1], [1, 1], [1, 2, 3]):
-        save_file(tensors, path, {"about": json.dumps(about | {"names": names})})
+        save_with(names)
         with pytest.raises(InputError, match=f"{path} is damaged .*its own rows"):
             shards.scan()
-    save_file(tensors, path, {"about": json.dumps(about | {"names": [1, 3]})})
+    save_with([1, 3])
     with pytest.raises(InputError, match=f"{path} is damaged .its name is not that of its rows"):
         shards.scan()
     save_file(tensors, path, {"about": json.dumps(about | {"key": "0" * 64})})

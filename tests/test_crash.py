@@ -228,6 +228,14 @@ def test_only_damaged_checkpoints_are_no_reason_to_start_again(arguments, run):
     assert (run / "metrics.jsonl").read_text() == before
 
 
+def test_a_checkpoint_on_a_disk_that_is_not_there_is_written_again(arguments, run):
+    shutil.rmtree(run / "checkpoint-3")
+    (run / "checkpoint-3").symlink_to("/nowhere/checkpoint-3")
+    (run / "checkpoint-3.partial").write_text("")  # in the way
+    train.main(arguments(*WHOLE))
+    assert damage(run / "checkpoint-3") is None and not (run / "checkpoint-3").is_symlink()
+
+
 def test_too_little_memory_is_not_the_checkpoints_fault(arguments, run, monkeypatch):
     def load_state(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
@@ -282,7 +290,7 @@ def test_another_base_is_another_run(arguments, bases, tmp_path):
     train.main([*flags, "--resume_with_changes"])
 
 
-def test_two_runs_do_not_share_a_folder(arguments, tmp_path):
+def test_two_runs_do_not_share_a_folder(arguments, tmp_path, monkeypatch):
     flags, holder = (
         arguments(),
         "import sys; from sdpo.checkpoint import alone_in\nwith alone_in(sys.argv[1]): print(1, flush=True); input()",
@@ -291,6 +299,9 @@ def test_two_runs_do_not_share_a_folder(arguments, tmp_path):
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
         with pytest.raises(InputError, match=r"another run is in .*run: wait until it ends"):
+            train.main(flags)
+        with monkeypatch.context() as patch, pytest.raises(InputError, match="another run is in"):
+            patch.setenv("RANK", "1")  # which something else has left: launchers set LOCAL_RANK too
             train.main(flags)
         other.kill()
     (tmp_path / "run" / "unet.pth.0a1b2c3d.partial").touch()  # of a run that was killed

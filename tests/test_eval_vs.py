@@ -121,8 +121,11 @@ def test_missing_scores_are_computed_once_and_several_runs_give_a_matrix(tmp_pat
     assert all(f"Win rates of {a} over {b}" in report for a, b in (("good", "fair"), ("good", "bad"), ("fair", "bad")))
     (tmp_path / "fair" / "0.png").unlink()  # its score is kept, so the image is not needed again
     before = (tmp_path / "fair" / "scores.jsonl").read_bytes()
-    eval_vs.main([*command[:-1], str(tmp_path / "again")])
+    again = [*command[:-1], str(tmp_path / "again")]
+    eval_vs.main([*again, "--more", f"good again={manifests['good']}"])  # one more, by another flag
     assert (tmp_path / "fair" / "scores.jsonl").read_bytes() == before
+    (matrix,) = (json.loads(path.read_text()) for path in (tmp_path / "again").glob("matrix_*.json"))
+    assert matrix["labels"] == ["good", "fair", "bad", "good again"]
     assert "good" in capsys.readouterr().out
 
 

@@ -160,7 +160,7 @@ def test_a_vae_kept_in_fp32_decodes_in_fp32_under_autocast(bases):
     assert torch.equal(pixels, family.decode_latents(latents))
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
 @pytest.mark.parametrize("nested", [False, True])
 def test_weights_as_wrappers_name_them_are_read(tmp_path, prefix, nested):
     state = {"a": torch.ones(2), "module.b": torch.zeros(1)}

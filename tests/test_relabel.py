@@ -18,7 +18,7 @@ import train
 from sdpo import relabel as module
 from sdpo.command import InputError
 from sdpo.config import TrainConfig
-from sdpo.pairs import load_pairs
+from sdpo.pairs import load_pairs, read_label_file
 from sdpo.relabel import RelabelConfig, describe_scores, iterate_images, main, make_labels, read_kept, relabel
 from sdpo.tables import read_table
 from sdpo.tiny import pictures
@@ -332,3 +332,16 @@ def test_labels_are_scored_with_the_weights_given(pairs_folder, tmp_path, monkey
     flags = [f"--train_data_dir={pairs_folder}", "--metric=hps", "--weights=hpsv2.checkpoint=a.pt"]
     with pytest.raises(InputError, match=r"^\['hpsv2'\] {'hpsv2.checkpoint': 'a.pt'}$"):
         module.main([*flags, f"--out={tmp_path / 'labels.parquet'}"])
+
+
+def test_labels_that_changed_since_they_were_written_are_refused(pairs_folder, tmp_path):
+    table = made(pairs_folder, tmp_path / "l.parquet")
+    labels = table["label_0"].to_pylist()
+    other = table.set_column(table.column_names.index("label_0"), "label_0", [[1 - label for label in labels]])
+    pq.write_table(other, tmp_path / "other.parquet")
+    captions = [row["caption"] for row in pq.read_table(pairs_folder / "train.parquet").to_pylist()]
+    assert read_label_file(tmp_path / "l.parquet", captions, "data").tolist() == labels
+    with pytest.raises(InputError, match=r"other.parquet does not hold what .*relabel wrote \(sha256\): make it again"):
+        read_label_file(tmp_path / "other.parquet", captions, "data")
+    pq.write_table(other.replace_schema_metadata({}), tmp_path / "other.parquet")
+    assert read_label_file(tmp_path / "other.parquet", captions, "data").tolist() == [1 - label for label in labels]

@@ -18,6 +18,7 @@ import torch
 from recording import metrics, optimizer_state, run_on_ranks, same, weights
 
 import train
+from sdpo import ranks
 from sdpo.command import InputError
 from sdpo.console import start_console
 from sdpo.data import SHARED_MEMORY, PairDataset, explain_failures
@@ -148,7 +149,7 @@ def test_a_package_that_the_launcher_needs_is_named(arguments, monkeypatch):
     def refuse(**options):
         raise ImportError("DeepSpeed is not installed => run `pip install deepspeed` or build it from source.")
 
-    monkeypatch.setattr(train, "Accelerator", refuse)
+    monkeypatch.setattr(ranks, "Accelerator", refuse)
     with pytest.raises(InputError, match="another package: DeepSpeed is not installed => run `pip install deepspeed`"):
         train.main(arguments())
 
