@@ -141,8 +141,12 @@ def parse_flags(cls: type, description: str, command: str, arguments: list[str] 
 
 
 def parse_assignments(texts: Sequence[str], flag: str) -> list[tuple[str, str]]:
-    """(name, value) of NAME=VALUE texts; raises InputError for one without an equals sign."""
+    """(name, value) of NAME=VALUE texts; raises InputError for one without an equals sign, and for a name twice."""
     for text in texts:
         if "=" not in text:
             raise InputError(f"{flag} {text}: expected NAME=VALUE")
-    return [tuple(text.split("=", 1)) for text in texts]
+    pairs = [tuple(text.split("=", 1)) for text in texts]
+    names = [name for name, _ in pairs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"{flag} names {twice[0]} twice: give it once")
+    return pairs

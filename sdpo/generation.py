@@ -73,7 +73,8 @@ class EvalConfig:
         metadata={"help": f"of {', '.join(GROUPS)}; {', '.join(OFFICIAL)} by default unless --test_json is given"},
     )
     test_json: list[str] = field(
-        default_factory=list, metadata={"help": "JSON, JSONL or TXT files with prompts, each a group of its own"}
+        default_factory=list,
+        metadata={"help": "JSON, JSONL or TXT files with prompts, each a group of its own", "action": "extend"},
     )
 
     # Sampling
@@ -106,7 +107,10 @@ class EvalConfig:
     )
     weights: list[str] = field(
         default_factory=list,
-        metadata={"help": "METRIC.PART=SOURCE: a local path or hub file in place of the official one"},
+        metadata={
+            "help": "METRIC.PART=SOURCE: a local path or hub file in place of the official one",
+            "action": "extend",
+        },
     )
     score_dtype: Literal["fp32", "bf16"] = flag(
         "fp32", "of the scorers' backbones; bf16 is faster on a GPU and moves scores by up to about 2e-3"

@@ -60,7 +60,8 @@ class RelabelConfig:
     metric: str = flag("", f"scorer: {', '.join(CHOICE_MODELS)}")
     margin: NotNegative = flag(0.0, "pairs whose scores differ by this or less are ties")
     weights: list[str] = field(
-        default_factory=list, metadata={"help": "METRIC.PART=SOURCE: local path or hub file of a scorer's part"}
+        default_factory=list,
+        metadata={"help": "METRIC.PART=SOURCE: local path or hub file of a scorer's part", "action": "extend"},
     )
     device: str | None = flag(None, "where scores are computed: cpu, cuda, cuda:1, ...; on a GPU if there is one")
     batch_size: Size = flag(64, "images per step of the scorer")

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 import eval_generate
 from sdpo import generation
-from sdpo.command import InputError
+from sdpo.command import InputError, parse_flags
 from sdpo.families import RELEASED, load_family
 from sdpo.generation import (
     EvalConfig,
@@ -652,6 +652,16 @@ def test_generated_images_are_scored_and_summed_up(tmp_path, capsys):
     assert "scoring on cpu: 100%" in said and f"/{math.ceil((len(rows) - 15) / 2)} " in said
     assert sorted((tmp_path / "scores.jsonl").read_text().splitlines(keepends=True)) == sorted(rows)
     assert not list(tmp_path.glob("scores.rank*"))
+
+
+def test_lists_are_put_together_where_a_flag_is_given_twice():
+    flags = ["--unet_path=base", "--pretrain_path=base", "--weights", "clip.checkpoint=a", "hpsv2.checkpoint=b"]
+    flags += ["--weights=pickscore.model=c", "--test_json=a.json", "--test_json=b.json"]
+    config = parse_flags(EvalConfig, "", "", flags)
+    assert config.sources == {"clip.checkpoint": "a", "hpsv2.checkpoint": "b", "pickscore.model": "c"}
+    assert config.test_json == ["a.json", "b.json"]
+    with pytest.raises(InputError, match=r"--weights names clip.checkpoint twice: give it once"):
+        parse_flags(EvalConfig, "", "", [*flags, "--weights=clip.checkpoint=d"]).sources  # noqa: B018
 
 
 def test_defaults_are_the_official_settings():
