@@ -402,7 +402,8 @@ def claim_folder(run: EvalRun, group: str) -> None:
     path = folder / FINGERPRINT
     texts = json.dumps([prompt.text for prompt in run.prompts[group]])
     settings = {**run.made_with, "prompts": hashlib.sha256(texts.encode()).hexdigest()}
-    fix = "choose another --output_path, or remove the folder"
+    other = "choose another --output_path"
+    fix = f"{other}, or remove the folder"
     if not path.exists():
         manifest, packed = (run.beside(group, ending) for ending in (".json", ".zip"))
         if any(folder.glob("*.png")):
@@ -410,7 +411,7 @@ def claim_folder(run: EvalRun, group: str) -> None:
                 fix += f"; `python -m sdpo.scoring {manifest}` scores them as they are"
             raise InputError(f"{folder} holds images but no {FINGERPRINT} that says what made them: {fix}")
         if packed.exists():
-            raise InputError(f"{packed} holds images of an earlier run: choose another --output_path, or move it away")
+            raise InputError(f"{packed} holds images of an earlier run: {other}, or move it away")
         manifest.unlink(missing_ok=True)  # of images that were here
         about = {"unet_path": run.config.unet_path, "pretrain_path": run.config.pretrain_path}
         about |= {"torch": torch.__version__, "diffusers": diffusers.__version__}
@@ -424,8 +425,10 @@ def claim_folder(run: EvalRun, group: str) -> None:
         if then.get(name) != settings.get(name)
     ]
     if differ and not any(folder.glob("*.png")):
-        fix = f"remove it, unless another command is about to make them, or {fix.split(',')[0]}"
-        raise InputError(f"{folder} is kept for images of other settings ({'; '.join(differ)}), but has none: {fix}")
+        raise InputError(
+            f"{folder} is kept for images of other settings ({'; '.join(differ)}), but has none: remove it, unless "
+            f"another command is about to make them, or {other}"
+        )
     if differ:
         raise InputError(f"{folder} holds images made with other settings ({'; '.join(differ)}): {fix}")
 

@@ -356,8 +356,8 @@ def load_held_out(config: TrainConfig, pairs: Pairs, seed: int) -> tuple[Pairs, 
 
 def describe_size(pairs: Pairs) -> str:
     """How many pairs these are, and of how many captions, within which they are not independent."""
-    captions = {options[0] for options in pairs.captions()}
-    return f"{len(pairs):,} pairs of {len(captions):,} captions"
+    captions = len({options[0] for options in pairs.captions()})
+    return f"{len(pairs):,} pairs of {captions:,} caption{'s' * (captions > 1)}"
 
 
 def draw_subset(pairs: Pairs, count: int | None, seed: int, stream: str) -> Pairs:
