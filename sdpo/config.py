@@ -233,13 +233,6 @@ class TrainConfig:
                 getattr(self, name) and output == str(place.parent if part else place),
                 f"--output_dir {self.output_dir} holds --{name}, which training would write over: name another folder",
             )
-        for name, written in itertools.product(DATA_FOLDERS, ("output_dir", "latent_cache", "reference_cache")):
-            data, place = (getattr(self, flag) for flag in (name, written))
-            yield (
-                data and place and os.path.isdir(data) and Path(place).resolve().is_relative_to(Path(data).resolve()),
-                f"--{written} {place} is in the folder of --{name}, where its files would be taken for data: name "
-                "another folder",
-            )
 
     def _data_conflicts(self) -> Iterator[tuple[object, str]]:
         yield (
@@ -417,6 +410,13 @@ class TrainConfig:
             self.use_winner_preserving and self.method != "sft" and self.winner_preserving_mu == 1,
             "--winner_preserving_mu 1 makes the scale 0 wherever <e_w, e_l> > 0: training is on winners only, mostly",
         )
+        for name, written in itertools.product(DATA_FOLDERS, ("output_dir", "latent_cache", "reference_cache")):
+            data, place = (getattr(self, flag) for flag in (name, written))
+            yield (
+                data and place and os.path.isdir(data) and Path(place).resolve().is_relative_to(Path(data).resolve()),
+                f"--{written} {place} is in the folder of --{name}, where the next command may take its files for "
+                "data: better name another folder",
+            )
         yield (
             (self.input_perturbation > 0 or self.noise_offset > 0) and self.holds_out,
             "held-out errors are measured without --input_perturbation and --noise_offset",

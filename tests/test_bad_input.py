@@ -503,16 +503,6 @@ DATA = {  # pairs: (what writes them, flags of train.py, message)
         "--labels_file={f}/data/l.pq",
         r"l.pq does not have its rows in the order of the data: sort them by row",
     ),
-    "results among the data": (
-        parquet(),
-        "--output_dir={f}/data/train-run",
-        r"--output_dir .*train-run is in the folder of --train_data_dir, where .*: name another folder",
-    ),
-    "latents among the data": (
-        parquet(),
-        "--latent_cache={f}/data/latents",
-        r"--latent_cache .*latents is in the folder of --train_data_dir",
-    ),
     "labels in text": (both(parquet(), text("l.txt", "1 0 1")), "--labels_file={f}/data/l.txt", r"cannot read labels"),
     "prompts in Latin-1": (text("p.txt", b"caf\xe9"), VALIDATION, r"p.txt is not UTF-8 text .*; save it as UTF-8"),
     "prompts of no kind": (text("p", "x"), VALIDATION.replace("p.txt", "p"), r"p: prompts are read from .json, .jsonl"),
