@@ -322,8 +322,8 @@ def train(run: Run, dataset: PairDataset, held_out: HeldOutPairs | None, request
 
 
 def save_progress(run: Run, kept: int, prune: bool) -> None:
-    """Write a checkpoint of what was done since update `kept`; not under DeepSpeed, where not every rank calls this."""
-    if run.step == kept or run.accelerator.distributed_type == DistributedType.DEEPSPEED:
+    """Write a checkpoint of what was done since update `kept`; every rank calls this."""
+    if run.step == kept:
         return
     try:
         log.info(f"saved          {checkpoints.save_checkpoint(run, prune)}")

@@ -386,7 +386,17 @@ class TrainConfig:
 
         `loss` is the row of PAIR_LOSSES.
         """
-        return [text for applies, text in self._cautions(loss, steps) if applies]
+        found = itertools.chain(self._cautions(loss, steps), self._place_cautions())
+        return [text for applies, text in found if applies]
+
+    def _place_cautions(self) -> Iterator[tuple[object, str]]:
+        for name, written in itertools.product(DATA_FOLDERS, ("output_dir", "latent_cache", "reference_cache")):
+            data, place = (getattr(self, flag) for flag in (name, written))
+            yield (
+                data and place and os.path.isdir(data) and Path(place).resolve().is_relative_to(Path(data).resolve()),
+                f"--{written} {place} is in the folder of --{name}, where the next command may take its files for "
+                "data: better name another folder",
+            )
 
     def _cautions(self, loss: str, steps: int) -> Iterator[tuple[object, str]]:
         alpha = min(max(self.dmpo_alpha, 1e-6), 1 - 1e-6)  # as the loss has it
@@ -410,13 +420,6 @@ class TrainConfig:
             self.use_winner_preserving and self.method != "sft" and self.winner_preserving_mu == 1,
             "--winner_preserving_mu 1 makes the scale 0 wherever <e_w, e_l> > 0: training is on winners only, mostly",
         )
-        for name, written in itertools.product(DATA_FOLDERS, ("output_dir", "latent_cache", "reference_cache")):
-            data, place = (getattr(self, flag) for flag in (name, written))
-            yield (
-                data and place and os.path.isdir(data) and Path(place).resolve().is_relative_to(Path(data).resolve()),
-                f"--{written} {place} is in the folder of --{name}, where the next command may take its files for "
-                "data: better name another folder",
-            )
         yield (
             (self.input_perturbation > 0 or self.noise_offset > 0) and self.holds_out,
             "held-out errors are measured without --input_perturbation and --noise_offset",

@@ -82,13 +82,15 @@ class MicroBatches:
     def __next__(self) -> Batch:
         """The next one.
 
-        Where the data end: DataError in a single process, noise that is not a number on one of several ranks.
+        Where the data end: DataError in a single process, noise that is not a number on one of several ranks, or under
+        DeepSpeed the InputError itself, for which the others wait in vain.
         """
         batch, self.waiting = self.waiting or self._load(), None
         if batch is None:
-            accelerator = self.run.accelerator
-            if accelerator.num_processes == 1 or accelerator.distributed_type == DistributedType.DEEPSPEED:
+            if self.run.accelerator.num_processes == 1:
                 raise DataError(str(self.error)) from self.error
+            if self.run.accelerator.distributed_type == DistributedType.DEEPSPEED:
+                raise self.error
             return dataclasses.replace(self.last, noise=torch.full_like(self.last.noise, math.nan))
         self.last = batch
         return batch

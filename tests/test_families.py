@@ -364,7 +364,7 @@ def test_convolutions_of_single_pixels_are_matrix_products_in_channels_last_form
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_they_are_the_same_operations_whether_the_weight_is_frozen(memory_format):
+def test_pixels_are_multiplied_alike_whether_the_weight_is_frozen(memory_format):
     """Of images in either format: on a GPU norms leave channels-last."""
     layer, operations = torch.nn.Conv2d(8, 4, 1), []
     to_channels_last(torch.nn.Sequential(layer))
@@ -383,7 +383,7 @@ def test_they_are_the_same_operations_whether_the_weight_is_frozen(memory_format
 
 
 @pytest.mark.parametrize("last", [False, True])
-def test_so_they_are_in_compiled_blocks(bases, last):
+def test_compiled_blocks_multiply_pixels_too(bases, last):
     sides = set()
 
     def note(graph, _):

@@ -96,6 +96,18 @@ def test_a_loader_worker_may_end_in_several_ways(error):
         list(explain_failures(fail()))
 
 
+@pytest.mark.parametrize(
+    "error", [RuntimeError("received 0 items of ancdata"), OSError(errno.EMFILE, "Too many open files")], ids=str
+)
+def test_too_few_open_files_for_loader_workers_are_named(error):
+    def fail():
+        yield 1
+        raise error
+
+    with pytest.raises(InputError, match="more open files than allowed: raise the limit with `ulimit -n 65536`"):
+        list(explain_failures(fail()))
+
+
 def test_errors_of_a_loader_worker_are_not_taken_for_its_end():
     def fail():
         yield 1
