@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
     Path(args.outdir).mkdir(parents=True, exist_ok=True)
     with NamedTemporaryFile(dir=args.outdir):  # raises where nothing can be written
         pass
-    scored = {label: complete_scores(plan, args.metrics, options) for label, plan in pending.items()}
+    scored = complete_scores(pending, args.metrics, options)
     runs = [collect_run(label, *pair, args.metrics) for label, pair in scored.items()]
     ties = "loss_for_a" if args.ties_as_loss_for_a else "half"
     comparisons = compare_all(runs, ties=ties, pair_by=args.pair_by)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -115,18 +115,20 @@ class ScoringOptions:
         return None if model == OFFICIAL_MODEL else model
 
 
-def score_manifest(manifest: str | Path, metrics: Sequence[str], options: ScoringOptions | None = None) -> Scored:
-    """Entries of a manifest and their scores in `metrics` (names of METRICS), the missing ones computed and kept.
+def score_manifests(
+    manifests: Mapping[str, str | Path], metrics: Sequence[str], options: ScoringOptions
+) -> dict[str, Scored]:
+    """Entries of manifests and their scores in `metrics` (names of METRICS), the missing ones computed and kept.
 
     Images are needed, and torch is imported, only if a score is missing. Rows are appended as they come, so a run that
     was cut off goes on where it was. Raises InputError for missing images, weights or unusable scores.
     """
-    options = options or ScoringOptions()
-    return complete_scores(plan_scores(manifest, metrics, options), metrics, options)
+    pending = {name: plan_scores(manifest, metrics, options) for name, manifest in manifests.items()}
+    return complete_scores(pending, metrics, options)
 
 
 def plan_scores(manifest: str | Path, metrics: Sequence[str], options: ScoringOptions) -> Pending:
-    """The first half of score_manifest, which takes in what ranks of an earlier command left.
+    """The first half of score_manifests for one of them, which takes in what ranks of an earlier command left.
 
     Raises InputError for what would stop the second half, but for weights.
     """
@@ -138,19 +140,25 @@ def plan_scores(manifest: str | Path, metrics: Sequence[str], options: ScoringOp
     return pending
 
 
-def complete_scores(pending: Pending, metrics: Sequence[str], options: ScoringOptions) -> Scored:
-    """The second half of score_manifest."""
-    entries, path, scores = pending.entries, pending.path, pending.scores
-    for lacking, missing in pending.todo.items():
-        _compute(missing, lacking, path, options)
-    if pending.todo:
+def complete_scores(
+    pending: Mapping[str, Pending], metrics: Sequence[str], options: ScoringOptions
+) -> dict[str, Scored]:
+    """The second half of score_manifests."""
+    for lacking, missing in _collect(pending.values()).items():
+        _compute(missing, lacking, options)
+    for path in {plan.path for plan in pending.values() if plan.todo}:
         compact_scores(path)
-        scores = match_scores(entries, read_scores(path))
-    for metric in metrics:
-        model = find_model(entries, scores, metric, str(path))
-        if model not in (None, OFFICIAL_MODEL) and options.accepts(metric) is None:
-            log.warning(f"CAUTION: scores of {metric} in {path} are not of the official model in fp32, but of {model}")
-    return entries, scores
+    scored = {}
+    for name, plan in pending.items():
+        scores = match_scores(plan.entries, read_scores(plan.path)) if plan.todo else plan.scores
+        scored[name] = plan.entries, scores
+        for metric in metrics:
+            model = find_model(plan.entries, scores, metric, str(plan.path))
+            if model not in (None, OFFICIAL_MODEL) and options.accepts(metric) is None:
+                log.warning(
+                    f"CAUTION: scores of {metric} in {plan.path} are not of the official model in fp32, but of {model}"
+                )
+    return scored
 
 
 def read_complete(manifest: str | Path, metrics: Sequence[str], options: ScoringOptions) -> Scored | None:
@@ -159,13 +167,15 @@ def read_complete(manifest: str | Path, metrics: Sequence[str], options: Scoring
     return None if _missing(entries, scores, metrics, options) else (entries, scores)
 
 
-def score_share(manifest: str | Path, metrics: Sequence[str], options: ScoringOptions, rank: int, ranks: int) -> None:
-    """Compute one rank's share of the missing scores into scores.rank{N}.jsonl, which score_manifest takes in."""
-    pending = _plan(manifest, metrics, options)
-    file = pending.path.with_name(f"scores.rank{rank}.jsonl")
-    for lacking, missing in pending.todo.items():
-        if share := missing[rank::ranks]:
-            _compute(share, lacking, file, options, quiet=rank > 0)
+def score_share(
+    manifests: Iterable[str | Path], metrics: Sequence[str], options: ScoringOptions, rank: int, ranks: int
+) -> None:
+    """Compute one rank's share of the missing scores into scores.rank{N}.jsonl, which score_manifests takes in."""
+    pending = [_plan(manifest, metrics, options) for manifest in manifests]
+    for lacking, missing in _collect(pending).items():
+        share = [(path.with_name(f"scores.rank{rank}.jsonl"), entry) for path, entry in missing[rank::ranks]]
+        if share:
+            _compute(share, lacking, options, quiet=rank > 0)
 
 
 def take_in_shares(path: Path) -> None:
@@ -206,6 +216,15 @@ def _missing(entries: Sequence[Entry], scores: Scores, metrics: Sequence[str], o
     return todo
 
 
+def _collect(pending: Iterable[Pending]) -> dict[tuple[str, ...], list[tuple[Path, Entry]]]:
+    """Score files and entries of all manifests by the metrics that they lack, each once: weights are loaded once."""
+    collected: dict[tuple[str, ...], dict[tuple, tuple[Path, Entry]]] = {}
+    for plan in pending:
+        for lacking, missing in plan.todo.items():
+            collected.setdefault(lacking, {}).update({(plan.path, entry.key): (plan.path, entry) for entry in missing})
+    return {lacking: list(entries.values()) for lacking, entries in collected.items()}
+
+
 def find_model(entries: Sequence[Entry], scores: Scores, metric: str, where: str) -> str | None:
     """The model that gave all scores of a metric, None if no row says so; raises InputError for more than one."""
     models = {scores.get(entry.key, {}).get("models", {}).get(metric) for entry in entries} - {None}
@@ -218,8 +237,9 @@ def find_model(entries: Sequence[Entry], scores: Scores, metric: str, where: str
 
 
 def _compute(
-    entries: Sequence[Entry], metrics: Sequence[str], path: Path, options: ScoringOptions, quiet: bool = False
+    entries: Sequence[tuple[Path, Entry]], metrics: Sequence[str], options: ScoringOptions, quiet: bool = False
 ) -> None:
+    """Append scores of entries in the metrics to the score file of each."""
     from tqdm.auto import tqdm  # existing scores need none of these
 
     from sdpo.hub import DTYPES
@@ -227,13 +247,13 @@ def _compute(
 
     device = check_device(options.device)  # before weights are fetched
     scorers = load_scorers([METRICS[metric] for metric in metrics], options.sources, DTYPES[options.dtype])
-    images = ((entry.path, entry.prompt) for entry in entries)
+    images = ((entry.path, entry.prompt) for _, entry in entries)
     rows = score_rows(images, scorers, device=device, batch_size=options.batch_size)
     models = {metric: options.model(metric) for metric in metrics}
     progress = tqdm(entries, desc=f"scoring on {device}", unit="image", disable=quiet)
     fix = "score fewer images at a time, or with --score_dtype bf16; scores made so far are kept"
     with progress, within_memory(fix):
-        for entry, row in zip(progress, rows, strict=True):
+        for (path, entry), row in zip(progress, rows, strict=True):
             values = {metric: row[METRICS[metric]] for metric in metrics}
             about = {"image": entry.image, "prompt": entry.prompt, "sha256": sha256(entry.path)}
             append_scores(path, [{**about, **values, "models": models}])
@@ -270,12 +290,11 @@ def score_groups(
 
     on_main(accelerator, check)
     if accelerator.num_processes > 1:
-        for path in manifests.values():
-            score_share(path, metrics, options, accelerator.process_index, accelerator.num_processes)
-            accelerator.wait_for_everyone()
+        score_share(manifests.values(), metrics, options, accelerator.process_index, accelerator.num_processes)
+        accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return {}
-    return {group: score_manifest(path, metrics, options) for group, path in manifests.items()}
+    return score_manifests(manifests, metrics, options)
 
 
 def add_earlier(
@@ -328,8 +347,7 @@ def main(arguments: list[str] | None = None) -> None:
     add_flags(parser)
     args = parser.parse_args(arguments)
     options = read_flags(args)
-    pending = {manifest: plan_scores(manifest, args.metrics, options) for manifest in args.manifests}
-    scored = {manifest: complete_scores(plan, args.metrics, options) for manifest, plan in pending.items()}
+    scored = score_manifests({manifest: manifest for manifest in args.manifests}, args.metrics, options)
     runs = [collect_run(manifest, *run, args.metrics) for manifest, run in scored.items()]
     show(format_summary(summarise(runs)))
 

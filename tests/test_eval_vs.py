@@ -16,7 +16,7 @@ import eval_vs
 from sdpo import scorers, scoring
 from sdpo.command import InputError
 from sdpo.manifest import append_scores, read_manifest, read_scores
-from sdpo.scoring import ScoringOptions, score_manifest
+from sdpo.scoring import ScoringOptions, score_manifests
 from sdpo.tiny import pictures
 
 ROOT = Path(__file__).parents[1]
@@ -276,7 +276,7 @@ def test_scores_are_computed_as_asked_and_kept_under_their_names(tmp_path, monke
     monkeypatch.setattr(scorers, "load_scorers", lambda names, sources, dtype: asked.update(names=names, dtype=dtype))
     monkeypatch.setattr(scorers, "score_rows", score_rows)
     options = ScoringOptions(dtype="bf16", device="cpu", batch_size=5)
-    entries, scores = score_manifest(picture_run(tmp_path / "run", 0), ["HPSv2", "CLIP"], options)
+    entries, scores = score_manifests({"run": picture_run(tmp_path / "run", 0)}, ["HPSv2", "CLIP"], options)["run"]
     assert asked == {"names": ["hpsv2", "clip"], "dtype": torch.bfloat16, "device": "cpu", "batch_size": 5}
     found = [[scores[entry.key][metric] for metric in ("HPSv2", "CLIP")] for entry in entries]
     assert found == [[10.0 + i, 20.0 + i] for i in range(8)]
@@ -308,6 +308,22 @@ def test_a_manifest_is_scored_and_summed_up_by_itself(tmp_path, capsys):
         scoring.main([str(tmp_path / "none.json")])
 
 
+def test_weights_are_loaded_once_for_all_manifests_and_an_image_named_twice_is_scored_once(tmp_path, monkeypatch):
+    loaded, scored = [], []
+    monkeypatch.setattr(scorers, "load_scorers", lambda names, *_: loaded.append(names))
+
+    def score_rows(rows, *_, **__):
+        for row in rows:
+            scored.append(row)
+            yield {"clip": 0.25}
+
+    monkeypatch.setattr(scorers, "score_rows", score_rows)
+    manifests = [str(picture_run(tmp_path / name, seed)) for seed, name in enumerate("ab")]
+    scoring.main([*manifests, manifests[0], "--metrics=CLIP"])
+    assert loaded == [["clip"]] and len(scored) == len(set(scored)) == 16
+    assert all(len(read_scores(tmp_path / name / "scores.jsonl")) == 8 for name in "ab")
+
+
 def test_exhausted_memory_while_scoring_is_one_sentence(tmp_path, monkeypatch):
     def score_rows(*_, **__):
         yield from ()
@@ -322,12 +338,12 @@ def test_ranks_share_the_scores_that_are_missing(tmp_path, monkeypatch):
     manifest, options, metrics = picture_run(tmp_path / "run", 3), scoring.ScoringOptions(), ["Pixels"]
     assert scoring.read_complete(manifest, metrics, options) is None
     for rank in range(3):
-        scoring.score_share(manifest, metrics, options, rank, 3)
+        scoring.score_share([manifest], metrics, options, rank, 3)
     shares = [read_scores(path) for path in sorted((tmp_path / "run").glob("scores.rank*.jsonl"))]
     assert [len(share) for share in shares] == [3, 3, 2]
     assert not shares[0].keys() & shares[1].keys() and len(shares[0] | shares[1] | shares[2]) == 8
     monkeypatch.setattr(scoring, "_compute", None)
-    entries, scores = scoring.score_manifest(manifest, metrics, options)
+    entries, scores = score_manifests({"run": manifest}, metrics, options)["run"]
     assert [scores[entry.key]["Pixels"] for entry in entries] == [
         next(share[entry.key]["Pixels"] for share in shares if entry.key in share) for entry in entries
     ]
