@@ -27,19 +27,24 @@ def main(arguments: list[str] | None = None) -> dict[str, Path]:
     config = parse_flags(EvalConfig, __doc__.splitlines()[0], "python eval_generate.py", arguments)
     accelerator = join_ranks()
     metrics = config.score_metrics
-    options = ScoringOptions(config.sources, config.score_dtype, str(accelerator.device), config.score_batch_size)
-    options.check(metrics)
+    device = str(accelerator.device)
+    options = ScoringOptions(metrics, config.sources, config.score_dtype, device, config.score_batch_size)
+    options.check()
     start_console(accelerator.is_main_process)
     run = prepare(config, accelerator)
+
+    def try_scoring() -> None:
+        options.try_out()
+        read_scores(run.output / "scores.jsonl")  # raises for a damaged file
+
     if any(run.missing.values()):  # before hours of making images
-        on_main(accelerator, lambda: options.try_out(metrics))
-        on_main(accelerator, lambda: read_scores(run.output / "scores.jsonl") and None)  # raises for a damaged file
+        on_main(accelerator, try_scoring)
     manifests = generate(run)
     for path in manifests.values():
         log.info(f"manifest       {path}")
-    groups = score_groups(manifests, metrics, options, accelerator)
+    groups = score_groups(manifests, options, accelerator)
     if accelerator.is_main_process:
-        add_earlier(groups, find_groups(run), metrics, options)
+        add_earlier(groups, find_groups(run), options)
         runs = [collect_run(group, *scored, metrics) for group, scored in groups.items()]
         if metrics:
             size = run.height if run.height == run.width else run.size

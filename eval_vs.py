@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
     check_labels([label for label, _ in named])
     options = read_flags(args)
     # what cannot be scored, paired or written is found before hours of scoring
-    pending = {label: plan_scores(manifest, args.metrics, options) for label, manifest in named}
+    pending = {label: plan_scores(manifest, options) for label, manifest in named}
     check_models({label: plan.expected(options) for label, plan in pending.items()}, args.metrics)
     unscored = [ScoredRun(label, plan.entries, {}) for label, plan in pending.items()]
     for a, b in combinations(unscored, 2):
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
     Path(args.outdir).mkdir(parents=True, exist_ok=True)
     with NamedTemporaryFile(dir=args.outdir):  # raises where nothing can be written
         pass
-    scored = complete_scores(pending, args.metrics, options)
+    scored = complete_scores(pending, options)
     runs = [collect_run(label, *pair, args.metrics) for label, pair in scored.items()]
     ties = "loss_for_a" if args.ties_as_loss_for_a else "half"
     comparisons = compare_all(runs, ties=ties, pair_by=args.pair_by)

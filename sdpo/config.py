@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from sdpo.command import Count, Decay, InputError, Natural, NotNegative, Positive, Share, Side, check_limits, flag
 from sdpo.files import is_text
-from sdpo.scoring import METRICS
+from sdpo.manifest import METRICS
 
 OFFICIAL_CHOICES = {"aesthetics": "aes", "hpsv2": "hps"}  # names of scorers in --choice_model
 CHOICE_MODELS = {OFFICIAL_CHOICES.get(row, row): row for row in METRICS.values()}  # row of sdpo.scorers.SCORERS

@@ -38,11 +38,10 @@ from sdpo.families import MENDED, RELEASED, StableDiffusion, load_family
 from sdpo.files import brief, is_text, write_file, write_json
 from sdpo.hub import DTYPES, WEIGHT_SUFFIXES, fetch
 from sdpo.images import open_image
-from sdpo.manifest import MADE_WITH, write_manifest
+from sdpo.manifest import MADE_WITH, METRICS, OFFICIAL_METRICS, write_manifest
 from sdpo.prompts import GROUPS, OFFICIAL, Prompt, read_prompts
 from sdpo.ranks import on_main
 from sdpo.sampling import draw_noise, sample
-from sdpo.scoring import METRICS, OFFICIAL_METRICS
 
 CPU_PIXELS = 128 * 128  # batch on a CPU: larger ones only pay for tiny images
 GPU_SHARE, GPU_IMAGES = 0.8, 32  # batch on a GPU: share of its free memory, and what is enough to keep it busy
@@ -84,7 +83,8 @@ class EvalConfig:
     steps: Size = flag(50, "Euler steps")
     cfg: float = flag(7.5, "guidance scale")
     guidance: Literal["official", "standard"] = flag(
-        "official", "rule: cond + cfg (cond - uncond), official, whose 7.5 is 8.5 in the standard uncond + cfg (...)"
+        "official",
+        "official: cond + cfg (cond - uncond); standard: uncond + cfg (cond - uncond). 7.5 official is 8.5 standard",
     )
     seed: Natural = flag(0, "seed of the noise")
     noise: Literal["shared", "per-prompt"] = flag(
@@ -112,8 +112,8 @@ class EvalConfig:
             "action": "extend",
         },
     )
-    score_dtype: Literal["fp32", "bf16"] = flag(
-        "fp32", "of the scorers' backbones; bf16 is faster on a GPU and moves scores by up to about 2e-3"
+    score_dtype: Literal["fp32", "bf16"] | None = flag(
+        None, "of the scorers' backbones, fp32 by default; bf16 is faster on a GPU and moves scores by up to about 2e-3"
     )
     score_batch_size: Size = flag(64, "images per step of a scorer")
 
@@ -390,14 +390,17 @@ def find_damage(path: Path, height: int, width: int) -> str:
             kind = (image.format, image.mode)
             image.verify()
     except Exception as error:  # a broken file may raise anything
-        return str(error).splitlines()[0] if str(error) else repr(error)
+        return brief(error)
     if kind != ("PNG", "RGB"):
         return f"{kind[0]} of mode {kind[1]}"
     return "" if size == (width, height) else f"{size[0]} x {size[1]} pixels"
 
 
 def claim_folder(run: EvalRun, group: str) -> None:
-    """Write the fingerprint of a group's folder; raises InputError if images there were made with other settings."""
+    """Write the fingerprint of a group's folder; raises InputError if images there were made with other settings.
+
+    A manifest whose images are no longer there is removed.
+    """
     folder = run.folder(group)
     path = folder / FINGERPRINT
     texts = json.dumps([prompt.text for prompt in run.prompts[group]])
@@ -550,8 +553,6 @@ def generate(run: EvalRun) -> dict[str, Path]:
             f"(processes: {accelerator.num_processes}, batch size: {run.batch_size}) in {run.folder(group)}"
         )
         make_images(run, group)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            write_results(run, group)
-    accelerator.wait_for_everyone()
+        accelerator.wait_for_everyone()  # the images of every rank are there
+        on_main(accelerator, partial(write_results, run, group))
     return {group: run.beside(group, ".json") for group in run.prompts}

@@ -20,6 +20,17 @@ from typing import Any
 from sdpo.command import InputError
 from sdpo.files import is_text, locked, parse_json, read_text, sha256, write_json, write_text
 
+# Name of a metric in files -> row of sdpo.scorers.SCORERS
+METRICS = {
+    "PickScore": "pickscore",
+    "HPSv2": "hpsv2",
+    "HPSv2.1": "hpsv21",
+    "Aesthetics": "aesthetics",
+    "CLIP": "clip",
+    "ImageReward": "imagereward",
+    "Pixels": "pixels",
+}
+OFFICIAL_METRICS = ("PickScore", "HPSv2", "CLIP", "Aesthetics", "ImageReward")  # in the order of summary.json
 ABOUT_A_ROW = {"image", "prompt", "models", "sha256"}  # keys of a row of scores that are not metrics
 # Keys of an entry by which images of two runs should not differ
 MADE_WITH = ("seed", "guidance", "cfg", "steps", "noise", "dtype", "latents_dtype")

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 from sdpo.command import InputError, Parser, Size, check_limits, parse_assignments, run_command, show, within_memory
 from sdpo.files import locked, sha256
 from sdpo.manifest import (
+    METRICS,
+    OFFICIAL_METRICS,
     Entry,
     Scores,
     append_scores,
@@ -26,74 +28,52 @@ from sdpo.manifest import (
     read_scores,
     require_images,
 )
+from sdpo.summary import format_summary, summarise
+from sdpo.winrates import collect_run
 
 if TYPE_CHECKING:  # scores that are there need no torch
     from accelerate import Accelerator
+
+    from sdpo.scorers import Scorer
 
 Scored = tuple[list[Entry], Scores]  # a manifest and its scores
 Todo = dict[tuple[str, ...], list[Entry]]  # entries by the metrics that they lack
 log = logging.getLogger(__name__)
 OFFICIAL_MODEL = "official"  # a metric's own weights in fp32, in rows of scores
 
-# Name of a metric in files -> row of sdpo.scorers.SCORERS
-METRICS = {
-    "PickScore": "pickscore",
-    "HPSv2": "hpsv2",
-    "HPSv2.1": "hpsv21",
-    "Aesthetics": "aesthetics",
-    "CLIP": "clip",
-    "ImageReward": "imagereward",
-    "Pixels": "pixels",
-}
-OFFICIAL_METRICS = ("PickScore", "HPSv2", "CLIP", "Aesthetics", "ImageReward")  # in the order of summary.json
-
-
-@dataclass(frozen=True)
-class Pending:
-    """A manifest, its scores, and which are missing."""
-
-    entries: list[Entry]
-    path: Path  # of its score file
-    scores: Scores  # that are there
-    todo: Todo
-
-    def expected(self, options: ScoringOptions) -> Scored:
-        """The entries, with scores that say which model gave each or will give it."""
-        scores = {key: {"models": dict(row.get("models", {}))} for key, row in self.scores.items()}
-        for lacking, missing in self.todo.items():
-            for entry in missing:
-                models = scores.setdefault(entry.key, {"models": {}})["models"]
-                models |= {metric: options.model(metric) for metric in lacking}
-        return self.entries, scores
-
 
 @dataclass(frozen=True)
 class ScoringOptions:
-    """How scores are computed where they are missing."""
+    """Which scores are wanted, and how they are computed where they are missing."""
 
+    metrics: Sequence[str]  # of METRICS
     sources: Mapping[str, str] = field(default_factory=dict)  # "metric.part" -> local path or hub reference
-    dtype: str = "fp32"  # of the backbones, fp32 or bf16
+    dtype: str | None = None  # of the backbones, fp32 or bf16; None: fp32, and existing scores of either count
     device: str | None = None  # a GPU if there is one
     batch_size: Size = 64
 
     def __post_init__(self):
         check_limits(self)
 
-    def check(self, metrics: Sequence[str]) -> None:
+    def check(self) -> None:
         """Raises InputError for sources that are no parts of the metrics or do not exist: before hours are spent."""
         if self.sources:
             from sdpo.scorers import check_parts  # slow to import, and not needed where all scores are there
 
-            check_parts(self.sources, [METRICS[metric] for metric in metrics])
+            check_parts(self.sources, [METRICS[metric] for metric in self.metrics])
 
-    def try_out(self, metrics: Sequence[str]) -> None:
-        """Load the weights of each metric once; raises InputError where some are missing, damaged or out of reach."""
+    def load(self, metrics: Sequence[str]) -> dict[str, Scorer]:
+        """Scorers by row of METRICS, on the CPU; raises InputError for weights that cannot be used."""
         from sdpo.hub import DTYPES
         from sdpo.scorers import load_scorers
 
-        for metric in metrics:
+        return load_scorers([METRICS[metric] for metric in metrics], self.sources, DTYPES[self.dtype or "fp32"])
+
+    def try_out(self) -> None:
+        """Load the weights of each metric once; raises InputError where some are missing, damaged or out of reach."""
+        for metric in self.metrics:
             try:
-                load_scorers([METRICS[metric]], self.sources, DTYPES[self.dtype])
+                self.load([metric])
             except InputError as error:
                 raise InputError(
                     f"{error}; or choose other --metrics (none: images alone); no image was made"
@@ -107,42 +87,56 @@ class ScoringOptions:
             for name, source in sorted(self.sources.items())
             if name.startswith(prefix)
         ]
-        return ", ".join([*parts, *([self.dtype] if self.dtype != "fp32" else [])]) or OFFICIAL_MODEL
+        return ", ".join([*parts, *(["bf16"] if self.dtype == "bf16" else [])]) or OFFICIAL_MODEL
 
     def accepts(self, metric: str) -> str | None:
         """The model that existing scores of a metric must be from; None, any one, if nothing was said about it."""
-        model = self.model(metric)
-        return None if model == OFFICIAL_MODEL else model
+        said = self.dtype or any(name.startswith(METRICS[metric] + ".") for name in self.sources)
+        return self.model(metric) if said else None
 
 
-def score_manifests(
-    manifests: Mapping[str, str | Path], metrics: Sequence[str], options: ScoringOptions
-) -> dict[str, Scored]:
-    """Entries of manifests and their scores in `metrics` (names of METRICS), the missing ones computed and kept.
+@dataclass(frozen=True)
+class Pending:
+    """A manifest, its scores, and which are missing."""
+
+    entries: list[Entry]
+    path: Path  # of its score file
+    scores: Scores  # that are there
+    todo: Todo
+
+    def expected(self, options: ScoringOptions) -> Scored:
+        """The entries, and for each, in place of scores, the model by metric that gave or will give them."""
+        scores = {key: {"models": dict(row.get("models", {}))} for key, row in self.scores.items()}
+        for lacking, missing in self.todo.items():
+            for entry in missing:
+                models = scores.setdefault(entry.key, {"models": {}})["models"]
+                models |= {metric: options.model(metric) for metric in lacking}
+        return self.entries, scores
+
+
+def score_manifests(manifests: Mapping[str, str | Path], options: ScoringOptions) -> dict[str, Scored]:
+    """Entries of manifests and their scores, the missing ones computed and kept.
 
     Images are needed, and torch is imported, only if a score is missing. Rows are appended as they come, so a run that
     was cut off goes on where it was. Raises InputError for missing images, weights or unusable scores.
     """
-    pending = {name: plan_scores(manifest, metrics, options) for name, manifest in manifests.items()}
-    return complete_scores(pending, metrics, options)
+    return complete_scores({name: plan_scores(manifest, options) for name, manifest in manifests.items()}, options)
 
 
-def plan_scores(manifest: str | Path, metrics: Sequence[str], options: ScoringOptions) -> Pending:
+def plan_scores(manifest: str | Path, options: ScoringOptions) -> Pending:
     """The first half of score_manifests for one of them, which takes in what ranks of an earlier command left.
 
     Raises InputError for what would stop the second half, but for weights.
     """
     take_in_shares(_beside(manifest))
-    pending = _plan(manifest, metrics, options)
+    pending = _plan(manifest, options)
     expected = pending.expected(options)
-    for metric in metrics:
+    for metric in options.metrics:
         find_model(*expected, metric, str(pending.path))
     return pending
 
 
-def complete_scores(
-    pending: Mapping[str, Pending], metrics: Sequence[str], options: ScoringOptions
-) -> dict[str, Scored]:
+def complete_scores(pending: Mapping[str, Pending], options: ScoringOptions) -> dict[str, Scored]:
     """The second half of score_manifests."""
     for lacking, missing in _collect(pending.values()).items():
         _compute(missing, lacking, options)
@@ -152,7 +146,7 @@ def complete_scores(
     for name, plan in pending.items():
         scores = match_scores(plan.entries, read_scores(plan.path)) if plan.todo else plan.scores
         scored[name] = plan.entries, scores
-        for metric in metrics:
+        for metric in options.metrics:
             model = find_model(plan.entries, scores, metric, str(plan.path))
             if model not in (None, OFFICIAL_MODEL) and options.accepts(metric) is None:
                 log.warning(
@@ -161,17 +155,17 @@ def complete_scores(
     return scored
 
 
-def read_complete(manifest: str | Path, metrics: Sequence[str], options: ScoringOptions) -> Scored | None:
-    """Entries of a manifest and their scores, None unless every image, as it is now, has one in each of the metrics."""
-    entries, _, scores = _read(manifest)
-    return None if _missing(entries, scores, metrics, options) else (entries, scores)
+def read_complete(manifest: str | Path, options: ScoringOptions) -> Scored:
+    """Entries of a manifest and their scores; raises InputError unless every image, as it is now, has all of them."""
+    entries, path, scores = _read(manifest)
+    if _missing(entries, scores, options):
+        raise InputError(f"{path} has not all scores of {manifest} in {', '.join(options.metrics)}")
+    return entries, scores
 
 
-def score_share(
-    manifests: Iterable[str | Path], metrics: Sequence[str], options: ScoringOptions, rank: int, ranks: int
-) -> None:
-    """Compute one rank's share of the missing scores into scores.rank{N}.jsonl, which score_manifests takes in."""
-    pending = [_plan(manifest, metrics, options) for manifest in manifests]
+def score_share(manifests: Iterable[str | Path], options: ScoringOptions, rank: int, ranks: int) -> None:
+    """Compute one rank's share of the missing scores into scores.rank{N}.jsonl, which plan_scores takes in."""
+    pending = [_plan(manifest, options) for manifest in manifests]
     for lacking, missing in _collect(pending).items():
         share = [(path.with_name(f"scores.rank{rank}.jsonl"), entry) for path, entry in missing[rank::ranks]]
         if share:
@@ -183,6 +177,7 @@ def take_in_shares(path: Path) -> None:
     for share in sorted(path.parent.glob("scores.rank*.jsonl")):
         with locked(share):
             append_scores(path, read_scores(share).values())
+            compact_scores(path)
             share.unlink(missing_ok=True)  # another command may have taken it in meanwhile
 
 
@@ -197,20 +192,20 @@ def _read(manifest: str | Path) -> tuple[list[Entry], Path, Scores]:
     return entries, path, match_scores(entries, read_scores(path))
 
 
-def _plan(manifest: str | Path, metrics: Sequence[str], options: ScoringOptions) -> Pending:
+def _plan(manifest: str | Path, options: ScoringOptions) -> Pending:
     """What there is and what is missing; raises InputError where a score is missing and its image too."""
     entries, path, scores = _read(manifest)
-    todo = _missing(entries, scores, metrics, options)
+    todo = _missing(entries, scores, options)
     for lacking, missing in todo.items():
         require_images(missing, f"{path} lacks its {', '.join(lacking)}")
     return Pending(entries, path, scores, todo)
 
 
-def _missing(entries: Sequence[Entry], scores: Scores, metrics: Sequence[str], options: ScoringOptions) -> Todo:
+def _missing(entries: Sequence[Entry], scores: Scores, options: ScoringOptions) -> Todo:
     """Entries by the metrics that they lack."""
     todo = {}
     for entry in entries:
-        lacking = tuple(m for m in metrics if find_score(entry, scores, m, options.accepts(m)) is None)
+        lacking = tuple(m for m in options.metrics if find_score(entry, scores, m, options.accepts(m)) is None)
         if lacking:
             todo.setdefault(lacking, []).append(entry)
     return todo
@@ -242,11 +237,10 @@ def _compute(
     """Append scores of entries in the metrics to the score file of each."""
     from tqdm.auto import tqdm  # existing scores need none of these
 
-    from sdpo.hub import DTYPES
-    from sdpo.scorers import check_device, load_scorers, score_rows
+    from sdpo.scorers import check_device, score_rows
 
     device = check_device(options.device)  # before weights are fetched
-    scorers = load_scorers([METRICS[metric] for metric in metrics], options.sources, DTYPES[options.dtype])
+    scorers = options.load(metrics)
     images = ((entry.path, entry.prompt) for _, entry in entries)
     rows = score_rows(images, scorers, device=device, batch_size=options.batch_size)
     models = {metric: options.model(metric) for metric in metrics}
@@ -275,39 +269,35 @@ def check_models(scored: Mapping[str, Scored], metrics: Sequence[str]) -> None:
 # Groups of prompts
 
 
-def score_groups(
-    manifests: Mapping[str, Path], metrics: Sequence[str], options: ScoringOptions, accelerator: Accelerator
-) -> dict[str, Scored]:
-    """Entries and scores by group in the metrics, on the main process; every rank computes a share of them.
+def score_groups(manifests: Mapping[str, Path], options: ScoringOptions, accelerator: Accelerator) -> dict[str, Scored]:
+    """Entries and scores by group, on the main process; every rank computes a share of them.
 
     Raises InputError, before any is computed, where scores of a metric would come from different models.
     """
     from sdpo.ranks import on_main
 
-    def check() -> None:
-        pending = {group: plan_scores(path, metrics, options) for group, path in manifests.items()}
-        check_models({group: plan.expected(options) for group, plan in pending.items()}, metrics)
+    pending: dict[str, Pending] = {}  # on the main process
 
-    on_main(accelerator, check)
+    def plan() -> None:
+        pending.update({group: plan_scores(path, options) for group, path in manifests.items()})
+        check_models({group: plan.expected(options) for group, plan in pending.items()}, options.metrics)
+
+    on_main(accelerator, plan)
     if accelerator.num_processes > 1:
-        score_share(manifests.values(), metrics, options, accelerator.process_index, accelerator.num_processes)
+        score_share(manifests.values(), options, accelerator.process_index, accelerator.num_processes)
         accelerator.wait_for_everyone()
-    if not accelerator.is_main_process:
-        return {}
-    return score_manifests(manifests, metrics, options)
+        on_main(accelerator, plan)  # with the shares of all ranks
+    return complete_scores(pending, options)
 
 
-def add_earlier(
-    groups: dict[str, Scored], manifests: Mapping[str, Path], metrics: Sequence[str], options: ScoringOptions
-) -> None:
+def add_earlier(groups: dict[str, Scored], manifests: Mapping[str, Path], options: ScoringOptions) -> None:
     """Add groups that earlier commands made and scored alike; those that cannot be are named."""
     for group, path in manifests.items():
         if group in groups:
             continue
         try:
-            if not (scored := read_complete(path, metrics, options)):
-                raise InputError(f"{path} has not all scores in {', '.join(metrics)}")
-            check_models({**groups, group: scored}, metrics)
+            scored = read_complete(path, options)
+            check_models({**groups, group: scored}, options.metrics)
         except InputError as error:
             log.warning(f"CAUTION: {group} is left out of the summary: {error}")
         else:
@@ -325,29 +315,25 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights", nargs="*", action="extend", default=[], metavar="METRIC.PART=SOURCE", help="local path or hub file"
     )
-    parser.add_argument("--score_dtype", choices=["fp32", "bf16"], default="fp32", help="of the scorers' backbones")
+    parser.add_argument("--score_dtype", choices=["fp32", "bf16"], help="of the scorers' backbones; fp32 by default")
 
 
 def read_flags(args: argparse.Namespace) -> ScoringOptions:
     """Options of the flags of add_flags; raises InputError for those that cannot be used."""
-    options = ScoringOptions(
-        dict(parse_assignments(args.weights, "--weights")), args.score_dtype, args.device, args.batch_size
-    )
-    options.check(args.metrics)
+    sources = dict(parse_assignments(args.weights, "--weights"))
+    options = ScoringOptions(args.metrics, sources, args.score_dtype, args.device, args.batch_size)
+    options.check()
     return options
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Score manifests as the command line says and print the means."""
-    from sdpo.summary import format_summary, summarise
-    from sdpo.winrates import collect_run
-
     parser = Parser(prog="python -m sdpo.scoring", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("manifests", nargs="+", metavar="MANIFEST.json", help="the file beside a folder of images")
     add_flags(parser)
     args = parser.parse_args(arguments)
     options = read_flags(args)
-    scored = score_manifests({manifest: manifest for manifest in args.manifests}, args.metrics, options)
+    scored = score_manifests({manifest: manifest for manifest in args.manifests}, options)
     runs = [collect_run(manifest, *run, args.metrics) for manifest, run in scored.items()]
     show(format_summary(summarise(runs)))
 

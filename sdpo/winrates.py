@@ -25,8 +25,7 @@ from scipy import stats
 
 from sdpo.command import InputError
 from sdpo.files import write_json
-from sdpo.manifest import MADE_WITH, Entry, Scores, check_score, find_score
-from sdpo.scoring import OFFICIAL_METRICS
+from sdpo.manifest import MADE_WITH, OFFICIAL_METRICS, Entry, Scores, check_score, find_score
 
 TIE_FOR_A = {"half": 0.5, "loss_for_a": 0.0}  # what a tie counts by ties policy
 RESAMPLES = 9999  # of the bootstrap

@@ -254,15 +254,17 @@ def test_a_device_that_cannot_be_used_is_said_before_weights_are_fetched(tmp_pat
 def test_model_names_the_weights_of_a_metric(tmp_path, monkeypatch):
     (tmp_path / "x.pt").touch()
     monkeypatch.chdir(tmp_path)
-    options = ScoringOptions({"hpsv2.checkpoint": "x.pt", "clip.checkpoint": "me/clip:y.bin"}, "bf16")
+    options = ScoringOptions([], {"hpsv2.checkpoint": "x.pt", "clip.checkpoint": "me/clip:y.bin"}, "bf16")
     assert options.model("HPSv2") == f"checkpoint={tmp_path / 'x.pt'}, bf16"
     assert options.model("CLIP") == "checkpoint=me/clip:y.bin, bf16"
-    assert (options.model("HPSv2.1"), ScoringOptions().model("HPSv2")) == ("bf16", "official")
+    assert (options.model("HPSv2.1"), ScoringOptions([]).model("HPSv2")) == ("bf16", "official")
 
 
 def test_the_name_of_a_metrics_weights_does_not_depend_on_the_order_of_flags():
     sources = {"imagereward.tokenizer": "me/bert", "imagereward.checkpoint": "me/reward:x.pt"}
-    names = [ScoringOptions(dict(items)).model("ImageReward") for items in (sources.items(), reversed(sources.items()))]
+    names = [
+        ScoringOptions([], dict(items)).model("ImageReward") for items in (sources.items(), reversed(sources.items()))
+    ]
     assert names[0] == names[1] == "checkpoint=me/reward:x.pt, tokenizer=me/bert"
 
 
@@ -275,11 +277,26 @@ def test_scores_are_computed_as_asked_and_kept_under_their_names(tmp_path, monke
 
     monkeypatch.setattr(scorers, "load_scorers", lambda names, sources, dtype: asked.update(names=names, dtype=dtype))
     monkeypatch.setattr(scorers, "score_rows", score_rows)
-    options = ScoringOptions(dtype="bf16", device="cpu", batch_size=5)
-    entries, scores = score_manifests({"run": picture_run(tmp_path / "run", 0)}, ["HPSv2", "CLIP"], options)["run"]
+    options = ScoringOptions(["HPSv2", "CLIP"], dtype="bf16", device="cpu", batch_size=5)
+    entries, scores = score_manifests({"run": picture_run(tmp_path / "run", 0)}, options)["run"]
     assert asked == {"names": ["hpsv2", "clip"], "dtype": torch.bfloat16, "device": "cpu", "batch_size": 5}
     found = [[scores[entry.key][metric] for metric in ("HPSv2", "CLIP")] for entry in entries]
     assert found == [[10.0 + i, 20.0 + i] for i in range(8)]
+
+
+def test_scores_in_fp32_that_are_asked_for_take_the_place_of_others(tmp_path):
+    manifest = picture_run(tmp_path / "run", 0)
+    file = tmp_path / "run" / "scores.jsonl"
+    entries = read_manifest(manifest)
+    low = [{"image": e.image, "prompt": e.prompt, "Pixels": 7.0, "models": {"Pixels": "bf16"}} for e in entries]
+    for rows in (low, low[:4]):
+        file.unlink(missing_ok=True)
+        append_scores(file, rows)
+        if len(rows) == len(entries):  # nothing said, so what exists is used
+            _, scores = score_manifests({"run": manifest}, ScoringOptions(["Pixels"]))["run"]
+            assert {row["Pixels"] for row in scores.values()} == {7.0}
+        _, scores = score_manifests({"run": manifest}, ScoringOptions(["Pixels"], dtype="fp32"))["run"]
+        assert all(row["Pixels"] <= 1 and row["models"] == {"Pixels": "official"} for row in scores.values())
 
 
 def test_models_that_will_differ_are_refused_before_anything_is_scored(tmp_path, monkeypatch):
@@ -335,25 +352,27 @@ def test_exhausted_memory_while_scoring_is_one_sentence(tmp_path, monkeypatch):
 
 
 def test_ranks_share_the_scores_that_are_missing(tmp_path, monkeypatch):
-    manifest, options, metrics = picture_run(tmp_path / "run", 3), scoring.ScoringOptions(), ["Pixels"]
-    assert scoring.read_complete(manifest, metrics, options) is None
+    manifest, options = picture_run(tmp_path / "run", 3), ScoringOptions(["Pixels"])
+    with pytest.raises(InputError, match=r"has not all scores of .*manifest.json in Pixels"):
+        scoring.read_complete(manifest, options)
     for rank in range(3):
-        scoring.score_share([manifest], metrics, options, rank, 3)
+        scoring.score_share([manifest], options, rank, 3)
     shares = [read_scores(path) for path in sorted((tmp_path / "run").glob("scores.rank*.jsonl"))]
     assert [len(share) for share in shares] == [3, 3, 2]
     assert not shares[0].keys() & shares[1].keys() and len(shares[0] | shares[1] | shares[2]) == 8
     monkeypatch.setattr(scoring, "_compute", None)
-    entries, scores = score_manifests({"run": manifest}, metrics, options)["run"]
+    entries, scores = score_manifests({"run": manifest}, options)["run"]
+    assert len((tmp_path / "run" / "scores.jsonl").read_text().splitlines()) == 8
     assert [scores[entry.key]["Pixels"] for entry in entries] == [
         next(share[entry.key]["Pixels"] for share in shares if entry.key in share) for entry in entries
     ]
     assert not list((tmp_path / "run").glob("scores.rank*.jsonl"))
-    assert scoring.read_complete(manifest, metrics, options) == (entries, scores)
+    assert scoring.read_complete(manifest, options) == (entries, scores)
 
 
 def test_scorers_are_tried_out_with_the_weights_given(monkeypatch):
     asked = []
     monkeypatch.setattr(scorers, "load_scorers", lambda *given: asked.append(given))
     sources = {"clip.checkpoint": "a.pt"}
-    ScoringOptions(sources, dtype="bf16").try_out(["HPSv2", "CLIP"])
+    ScoringOptions(["HPSv2", "CLIP"], sources, dtype="bf16").try_out()
     assert asked == [([name], sources, torch.bfloat16) for name in ("hpsv2", "clip")]

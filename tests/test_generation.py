@@ -668,7 +668,7 @@ def test_defaults_are_the_official_settings():
     """PROTOCOL.md: 50 steps, seed 0 for every prompt, guidance cond + 7.5 (cond - uncond), bf16 throughout."""
     config = EvalConfig("base", "base")
     assert (config.steps, config.cfg, config.guidance, config.seed, config.noise) == (50, 7.5, "official", 0, "shared")
-    assert (config.dtype, config.latents_dtype, config.score_dtype) == ("bf16", None, "fp32")
+    assert (config.dtype, config.latents_dtype, config.score_dtype) == ("bf16", None, None)
     assert config.resolution is config.height is config.width is None
     assert sorted(config.score_metrics) == ["Aesthetics", "CLIP", "HPSv2", "ImageReward", "PickScore"]
 

@@ -21,9 +21,8 @@ from PIL import Image, ImageOps
 
 from sdpo.command import InputError, parse_assignments, run_command
 from sdpo.files import brief
-from sdpo.manifest import read_manifest, require_images
+from sdpo.manifest import METRICS, read_manifest, require_images
 from sdpo.scorers import SCORERS, load_scorers, locate, score_rows
-from sdpo.scoring import METRICS
 
 STORED, SMALL = "as stored", "224 x 224"
 TOLERANCES = {  # metric -> kind of images -> largest absolute deviation
