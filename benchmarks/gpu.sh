@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The training benchmark on one GPU, in under 9 minutes and without a network: bash benchmarks/gpu.sh
 # Needs torch, transformers and accelerate. DIFFUSERS_WHEEL=FILE.whl brings diffusers along where it is not installed;
-# OUT=FOLDER takes the results; PYTHON=... names the interpreter. Flags are those of benchmarks/train.py and override the
-# ones below.
+# OUT=FOLDER takes the results; PYTHON=... names the interpreter; LIMIT=SECONDS ends the command. Flags are those of
+# benchmarks/train.py and override the ones below.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
@@ -14,4 +14,4 @@ if [ -n "${DIFFUSERS_WHEEL:-}" ]; then
 fi
 export HF_HUB_OFFLINE=1 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 # what was measured is on file even if the limit cuts the rest off
-timeout 538 "$PYTHON" benchmarks/train.py --minutes 8.5 --seconds 1 --out "${OUT:-benchmarks/results}" "$@"
+timeout "${LIMIT:-538}" "$PYTHON" benchmarks/train.py --minutes 8.5 --seconds 1 --out "${OUT:-benchmarks/results}" "$@"

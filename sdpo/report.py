@@ -133,7 +133,7 @@ def _win_rates(comparison: Comparison) -> str:
     policy = {"half": "a tie counts half", "loss_for_a": f"a tie counts zero for {a}"}[summary["pair"]["ties_policy"]]
     head = ["metric", "win rate", "95 % interval", "wins/ties/losses", "p (sign test)", "p (Holm, these metrics)",
             f"mean of {a}", f"mean of {b}", "mean difference", "95 % interval"]  # fmt: skip
-    rows = [list(show_row(row).values()) for row in summary["metrics"]]
+    rows = list(map(show_row, summary["metrics"]))
     table = _table(f"{policy}; paired by {summary['pairing']['by']}", head, rows)
     dropped = "".join(
         f'<p class="hint">{escape(label)}: {len(prompts)} images without a partner left out</p>'

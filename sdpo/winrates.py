@@ -1,7 +1,9 @@
 """Win rates of one run's images over another's, with intervals and tests, on scores alone: no torch, no images.
 
-Images are paired by prompt. Files and rules are the official ones; what is added to each metric's row of summary.json
-is `win_rate_ci95`, `sign_test_p`, `sign_test_p_holm`, `mean_difference` and `mean_difference_ci95`.
+Images are paired by prompt. Files and rules are the official ones. Added to summary.json are, in each metric's row,
+`win_rate_ci95`, `sign_test_p`, `sign_test_p_holm`, `mean_difference` and `mean_difference_ci95`, and beside the rows
+`pairing` (prompts without a partner, settings by which the images differ) and `bootstrap`; to the files of a metric's
+pairs `prompt_b`, where the prompts differ.
 """
 
 from __future__ import annotations
@@ -201,7 +203,7 @@ def compare(a: ScoredRun, b: ScoredRun, *, ties: str = "half", pair_by: str = "p
     rates, sizes = ([row[key] for row in rows] for key in ("win_rate_a_over_b", "total_pairs"))
     averages = {
         "macro_win_rate_a_over_b": fmean(rates),
-        "micro_win_rate_a_over_b": sum(r * n for r, n in zip(rates, sizes, strict=True)) / sum(sizes),
+        "micro_win_rate_a_over_b": fmean(rates, sizes),
     }
     summary = {
         "pair": {"model_a": a.label, "model_b": b.label, "ties_policy": ties},
@@ -376,7 +378,7 @@ def format_comparison(comparison: Comparison) -> str:
     lines = [
         f"A = {pair['model_a']}, B = {pair['model_b']}: {summary['metrics'][0]['total_pairs']} pairs by "
         f"{pairing['by']}, ties policy {pair['ties_policy']}",
-        *_align([head, *(list(show_row(row).values()) for row in summary["metrics"])]),
+        *_align([head, *map(show_row, summary["metrics"])]),
         f"average over metrics: macro {averages['macro_win_rate_a_over_b']:.1%}, "
         f"micro {averages['micro_win_rate_a_over_b']:.1%}",
     ]
@@ -388,22 +390,22 @@ def format_comparison(comparison: Comparison) -> str:
     return "\n".join(lines)
 
 
-def show_row(row: dict[str, Any]) -> dict[str, str]:
-    """The figures of a metric's row of summary.json as text, by column."""
+def show_row(row: dict[str, Any]) -> list[str]:
+    """The figures of a metric's row of summary.json as text, a column each."""
     low, high = row["win_rate_ci95"]
     spread = row["mean_difference_ci95"]
-    return {
-        "metric": row["metric"],
-        "win rate": f"{row['win_rate_a_over_b']:.1%}",
-        "interval": f"{low:.1%} to {high:.1%}",
-        "counts": f"{row['wins_a']}/{row['ties']}/{row['wins_b']}",
-        "p": f"{row['sign_test_p']:.2g}",
-        "p (Holm)": f"{row['sign_test_p_holm']:.2g}",
-        "mean A": f"{row['mean_a']:.4f}",
-        "mean B": f"{row['mean_b']:.4f}",
-        "difference": f"{row['mean_difference']:+.4f}",
-        "spread": "{:+.4f} to {:+.4f}".format(*spread) if spread else "-",
-    }
+    return [
+        row["metric"],
+        f"{row['win_rate_a_over_b']:.1%}",
+        f"{low:.1%} to {high:.1%}",
+        f"{row['wins_a']}/{row['ties']}/{row['wins_b']}",
+        f"{row['sign_test_p']:.2g}",
+        f"{row['sign_test_p_holm']:.2g}",
+        f"{row['mean_a']:.4f}",
+        f"{row['mean_b']:.4f}",
+        f"{row['mean_difference']:+.4f}",
+        "{:+.4f} to {:+.4f}".format(*spread) if spread else "-",
+    ]
 
 
 def _align(rows: Sequence[Sequence[str]]) -> list[str]:
