@@ -92,7 +92,7 @@ def torchvision_preprocess(size: int) -> Preprocess:
 
 
 def processor_preprocess(source: str) -> Preprocess:
-    """That of a CLIP model on the hub, on PIL: transformers' default resizes tensors, and pixels differ by up to 0.015."""
+    """That of a CLIP model on the hub, on PIL: transformers resizes tensors by default, which moves pixels by 0.015."""
     processor = load_part(transformers.CLIPImageProcessorPil, source)
     return Preprocess(
         processor.to_json_string(), lambda image: processor(image, return_tensors="pt")["pixel_values"][0]
