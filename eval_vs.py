@@ -48,7 +48,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Score what is missing, compare every pair of runs, write and print the results."""
     args = parse_arguments(arguments)
-    named = [(args.label_a, args.json_a), (args.label_b, args.json_b), *parse_assignments(args.more, "--more")]
+    named = [(args.label_a, args.json_a), (args.label_b, args.json_b), *parse_assignments(args.more, "--more").items()]
     check_labels([label for label, _ in named])
     options = read_flags(args)
     # what cannot be scored, paired or written is found before hours of scoring

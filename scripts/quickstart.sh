@@ -24,14 +24,18 @@ run() {
 }
 export OMP_NUM_THREADS=1 # on so small a model two runs side by side are faster than one with two threads
 source scripts/launch.sh && tiny_pairs
-run plain --use_winner_preserving false --winner_preserving_mu 0 &
-run safeguard &
+# the first to end is looked at, so that a failure ends the other; then each by its number, for `wait -n` forgets one of
+# two that end together
+run plain --use_winner_preserving false --winner_preserving_mu 0 & first=$!
+run safeguard & second=$!
 wait -n
+wait "$first"
+wait "$second"
+run constant --use_winner_preserving false --winner_preserving_mu 0 --constant_loser_scale 0.2 & first=$!
+run winner_only --use_winner_preserving false --winner_preserving_mu 0 --constant_loser_scale 0 & second=$!
 wait -n
-run constant --use_winner_preserving false --winner_preserving_mu 0 --constant_loser_scale 0.2 &
-run winner_only --use_winner_preserving false --winner_preserving_mu 0 --constant_loser_scale 0 &
-wait -n
-wait -n
+wait "$first"
+wait "$second"
 
 echo "sampling held-out captions"
 "$PYTHON" -m sdpo.tiny.compare --out "$out" "plain DPO=$out/plain" "safeguard mu 0.9=$out/safeguard" \

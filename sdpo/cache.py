@@ -205,7 +205,7 @@ def make(config: TrainConfig, accelerator: Accelerator, family: StableDiffusion,
     else:
         encoded = ((family.encode_texts(texts), {}) for texts in batches)
     dtype = DTYPES[work.shards.key["stored in"]]
-    unreadable = {}
+    unreadable = dict(work.shards.notes)  # those of an earlier command count, too
     progress = tqdm(
         desc=f"caching {work.shards.folder.name}",
         unit="pair" if work.pairs else "text",

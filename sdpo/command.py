@@ -140,13 +140,14 @@ def parse_flags(cls: type, description: str, command: str, arguments: list[str] 
     return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)[0]
 
 
-def parse_assignments(texts: Sequence[str], flag: str) -> list[tuple[str, str]]:
-    """(name, value) of NAME=VALUE texts; raises InputError for one without an equals sign, and for a name twice."""
+def parse_assignments(texts: Sequence[str], flag: str) -> dict[str, str]:
+    """{name: value} of NAME=VALUE texts; raises InputError for one without an equals sign, and for a name twice."""
+    values = {}
     for text in texts:
-        if "=" not in text:
+        name, equals, value = text.partition("=")
+        if not equals:
             raise InputError(f"{flag} {text}: expected NAME=VALUE")
-    pairs = [tuple(text.split("=", 1)) for text in texts]
-    names = [name for name, _ in pairs]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise InputError(f"{flag} names {twice[0]} twice: give it once")
-    return pairs
+        if name in values:
+            raise InputError(f"{flag} names {name} twice: give it once")
+        values[name] = value
+    return values

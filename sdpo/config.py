@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 import os
@@ -19,7 +18,13 @@ OFFICIAL_CHOICES = {"aesthetics": "aes", "hpsv2": "hps"}  # names of scorers in 
 CHOICE_MODELS = {OFFICIAL_CHOICES.get(row, row): row for row in METRICS.values()}  # row of sdpo.scorers.SCORERS
 POLYNOMIAL_END = 1e-7  # learning rate that diffusers' polynomial schedule ends with, whatever it began with
 DATA_FOLDERS = ("dataset_name", "train_data_dir", "validation_data_dir")  # where they are local
-PLACES = ("labels_file", "latent_cache", "reference_cache", "validation_data_dir", "validation_split")  # if given
+PLACES = (
+    "labels_file",
+    "latent_cache",
+    "reference_cache",
+    "validation_data_dir",
+    "validation_split",
+)  # not empty, if given
 
 
 def check_data_source(dataset_name: str | None, train_data_dir: str | None) -> None:
@@ -44,7 +49,9 @@ class TrainConfig:
     unet_init: str = flag(
         "", "start policy and reference from this UNet: diffusers folder, hub id, .pth or .safetensors"
     )
-    cache_dir: str | None = flag(None, "where downloaded data sets are kept; models are where HF_HOME says")
+    cache_dir: str | None = flag(
+        None, "where downloaded data sets and copies of local parquet files are kept; models are where HF_HOME says"
+    )
 
     # Data
     dataset_name: str | None = flag(None, "pairs: a hub id, or a local folder as --train_data_dir takes it")
@@ -62,7 +69,8 @@ class TrainConfig:
     choice_model: str = flag(
         "",
         f"label the training pairs with a scorer before the start: {', '.join(CHOICE_MODELS)}; "
-        "kept in output_dir. For much data on several GPUs run `python -m sdpo.relabel` first",
+        "kept in output_dir. One process does it while the others wait, six hours at most: for much data run "
+        "`python -m sdpo.relabel` first",
     )
     choice_margin: NotNegative = flag(0.0, "with --choice_model: pairs whose scores differ by this or less are ties")
     choice_weights: str = flag("", "with --choice_model: METRIC.PART=SOURCE,... for weights that lie elsewhere")
@@ -371,15 +379,14 @@ class TrainConfig:
 
     def without_effect(self, optimizer: str) -> list[str]:
         """A sentence for every flag that was given and has no effect; `optimizer` is the row of OPTIMIZERS."""
-        defaults = self.idle_defaults(optimizer)
-        reasons = self._idle(optimizer)
-        given = [name for name in reasons if getattr(self, name) != defaults[name]]
-        return [f"--{name} has no effect {reasons[name]}" for name in given]
+        idle = self._idle(optimizer).items()
+        return [
+            f"--{name} has no effect {why}" for name, why in idle if getattr(self, name) != getattr(TrainConfig, name)
+        ]
 
     def idle_defaults(self, optimizer: str) -> dict[str, Any]:
         """Defaults of the flags that have no effect; `optimizer` is the row of OPTIMIZERS."""
-        idle = self._idle(optimizer)
-        return {f.name: f.default for f in dataclasses.fields(self) if f.name in idle}
+        return {name: getattr(TrainConfig, name) for name in self._idle(optimizer)}
 
     def cautions(self, loss: str, steps: int) -> list[str]:
         """A sentence for every combination that is known to be inert or harmful in a run of so many updates.
@@ -391,7 +398,7 @@ class TrainConfig:
 
     def _place_cautions(self) -> Iterator[tuple[object, str]]:
         for name, written in itertools.product(DATA_FOLDERS, ("output_dir", "latent_cache", "reference_cache")):
-            data, place = (getattr(self, flag) for flag in (name, written))
+            data, place = getattr(self, name), getattr(self, written)
             yield (
                 data and place and os.path.isdir(data) and Path(place).resolve().is_relative_to(Path(data).resolve()),
                 f"--{written} {place} is in the folder of --{name}, where the next command may take its files for "

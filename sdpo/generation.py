@@ -148,7 +148,7 @@ class EvalConfig:
     @property
     def sources(self) -> dict[str, str]:
         """Replaced parts of scorers, as load_scorers takes them; raises InputError for a text without '='."""
-        return dict(parse_assignments(self.weights, "--weights"))
+        return parse_assignments(self.weights, "--weights")
 
     @property
     def score_metrics(self) -> list[str]:

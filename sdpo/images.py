@@ -16,7 +16,7 @@ from sdpo.command import InputError
 from sdpo.files import brief
 
 OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)  # errors that say nothing of an image
-MAX_ASPECT = 100  # of a picture's sides: resized, the longer one has as many times the shorter one's pixels
+MAX_ASPECT = 100  # longest side over shortest: resizing fixes the shortest, so memory grows with this
 
 
 def image_source(value: Any) -> Any:

@@ -1,9 +1,9 @@
 """Label pairs with a scorer: `python -m sdpo.relabel --train_data_dir DIR --metric pickscore --out labels.parquet`.
 
 Both images of every row are scored once; `train.py --labels_file labels.parquet` trains on the labels. The file has a
-line per row of the data: row, score_0, score_1 (null for an image that cannot be read), label_0 (1: jpg_0 won, 0: jpg_1
-won, 0.5: tie, or not to be judged), and in its metadata what it was made from. The same command run again makes what is
-missing.
+row for every row of the data, with the columns row, score_0, score_1 (null for an image that cannot be read) and
+label_0 (1: jpg_0 won, 0: jpg_1 won, 0.5: tie, or not to be judged), and in its metadata what it was made from. The same
+command run again makes what is missing.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class RelabelConfig:
     train_data_dir: str | None = flag(None, "local pairs, in any form that train.py reads")
     split: str = flag("train", "split to label")
     caption_column: str = flag("caption", "column of the caption; of a list of captions the first is scored")
-    cache_dir: str | None = flag(None, "where downloaded data sets are kept")
+    cache_dir: str | None = flag(None, "where downloaded data sets and copies of local parquet files are kept")
     metric: str = flag("", f"scorer: {', '.join(CHOICE_MODELS)}")
     margin: NotNegative = flag(0.0, "pairs whose scores differ by this or less are ties")
     weights: list[str] = field(
@@ -79,7 +79,7 @@ class RelabelConfig:
         if data.exists() and data.resolve() in Path(self.out).resolve().parents:
             raise InputError(
                 f"{self.out} would lie among the data in {data} and be read with them: choose another place for the "
-                "labels (--out, of train.py --output_dir)"
+                "labels: another --out, or for --choice_model of train.py another --output_dir"
             )
 
     @classmethod
@@ -96,7 +96,7 @@ class RelabelConfig:
     @property
     def sources(self) -> dict[str, str]:
         """Replaced parts of scorers, as load_scorers takes them; raises InputError for a text without '='."""
-        return dict(parse_assignments(self.weights, "--weights"))
+        return parse_assignments(self.weights, "--weights")
 
 
 class NamedBytes(io.BytesIO):
@@ -132,7 +132,7 @@ def relabel(config: RelabelConfig) -> str:
     then = read_about(out)
     if out.exists():
         refuse_others(out, then, scored)
-        scores = read_scored(out, len(table))
+        scores = read_scored(out, then, len(table))
         if then["margin"] == config.margin:
             return f"labels by {config.metric} reused from {out}"
     else:
@@ -140,10 +140,9 @@ def relabel(config: RelabelConfig) -> str:
         with alone(out.with_name(f".{out.name}.lock"), f"another command makes {out}: wait until it ends"):
             scores = score_table(config, table, scored, kept)
     labels = make_labels(scores, config.margin)
-    first, second = (pa.array(column, from_pandas=True) for column in scores.T)  # nan as null
     about = {"source": source, "config": config.dataset_config_name, **scored, "margin": config.margin}
-    columns = {"row": np.arange(len(scores)), **dict(zip(SCORES, (first, second), strict=True)), "label_0": labels}
-    labelled = pa.table(columns)
+    first, second = (pa.array(values, from_pandas=True) for values in scores.T)  # nan as null
+    labelled = pa.table([np.arange(len(scores)), first, second, labels], names=["row", *SCORES, "label_0"])
     about["sha256"] = hash_labels(labelled)
     labelled = labelled.replace_schema_metadata({LABELS_ABOUT: json.dumps(about)})
     write_file(out, lambda partial: pq.write_table(labelled, partial))
@@ -181,7 +180,7 @@ def refuse_others(out: Path, then: dict | None, scored: dict) -> None:
         )
 
 
-def read_scored(out: Path, rows: int) -> np.ndarray:
+def read_scored(out: Path, about: dict, rows: int) -> np.ndarray:
     """Scores (rows, 2) that a label file holds beside its labels; raises InputError where it is damaged."""
     try:
         table = pq.read_table(out)
@@ -190,6 +189,8 @@ def read_scored(out: Path, rows: int) -> np.ndarray:
         raise InputError(f"{out} is damaged ({brief(error)}): remove it to score the data again") from error
     if len(scores) != rows:
         raise InputError(f"{out} has {len(scores):,} rows, the data {rows:,}: remove it to score the data again")
+    if about.get("sha256") != hash_labels(table):
+        raise InputError(f"{out} is damaged (sha256): remove it to score the data again")
     return scores
 
 
@@ -204,6 +205,7 @@ def score_table(config: RelabelConfig, table: datasets.Dataset, about: dict, kep
         raise InputError(f"{kept} has {len(scores):,} rows, the data {len(table):,}: remove the file")
     lines = [json.dumps(row) + "\n" for row in (about, *scores)]
     write_text(kept, "".join(lines))  # without a line that was cut off
+    unreadable = sum(None in row for row in scores)
     name = CHOICE_MODELS[config.metric]
     images = iterate_images(table, config.caption_column, len(scores))
     scorers = load_scorers([name], config.sources)
@@ -211,26 +213,28 @@ def score_table(config: RelabelConfig, table: datasets.Dataset, about: dict, kep
     progress = tqdm(desc=config.metric, unit="pair", initial=len(scores), total=len(table))
     with progress, kept.open("a") as file, within_memory("use a smaller --batch_size; scores made so far are kept"):
         for pair in zip(results, results, strict=True):
+            errors = [result for result in pair if isinstance(result, InputError)]
+            for error in errors:
+                log.warning(f"CAUTION: {error}; its row counts as a tie")
+            unreadable += bool(errors)
+            if errors and unreadable > config.max_unreadable_images:  # not kept, so that the same command stops again
+                raise InputError(
+                    f"{unreadable} rows have unreadable images, more than --max_unreadable_images "
+                    f"{config.max_unreadable_images}; the last: {errors[-1]}; remove {kept} once they are repaired"
+                )
             scores.append([None if isinstance(result, InputError) else result[name] for result in pair])
             file.write(json.dumps(scores[-1]) + "\n")
             file.flush()
             progress.update()
-            for error in (result for result in pair if isinstance(result, InputError)):
-                log.warning(f"CAUTION: {error}; its row counts as a tie")
-                if (count := sum(None in row for row in scores)) > config.max_unreadable_images:
-                    raise InputError(
-                        f"{count} rows have unreadable images, more than --max_unreadable_images "
-                        f"{config.max_unreadable_images}; the last: {error}; remove {kept} once they are repaired"
-                    )
     return np.array(scores, float).reshape(-1, 2)
 
 
 def read_kept(kept: Path, about: dict) -> list[list[float | None]]:
-    """Scores that an earlier run for the same labels left, up to a line cut off; raises InputError for other lines."""
+    """Scores that an earlier run left, up to a line cut off; raises InputError for other lines and other labels'."""
     lines = read_text(kept).split("\n")[:-1] if kept.is_file() else []
     rows = [parse_json(line, f"{kept}, line {number}", "remove the file") for number, line in enumerate(lines, 1)]
-    if not rows or rows[0] != about:
-        return []
+    if rows[1:] and rows[0] != about:
+        raise InputError(f"{kept} holds scores made from something else: name another --out, or remove it")
     for number, row in enumerate(rows[1:], 2):
         if not isinstance(row, list) or len(row) != 2:
             raise InputError(f"{kept}, line {number}: not the scores of two images; remove the file")

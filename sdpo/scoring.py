@@ -320,7 +320,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def read_flags(args: argparse.Namespace) -> ScoringOptions:
     """Options of the flags of add_flags; raises InputError for those that cannot be used."""
-    sources = dict(parse_assignments(args.weights, "--weights"))
+    sources = parse_assignments(args.weights, "--weights")
     options = ScoringOptions(args.metrics, sources, args.score_dtype, args.device, args.batch_size)
     options.check()
     return options

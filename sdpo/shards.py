@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sdpo.command import InputError
@@ -92,8 +92,7 @@ class Shards:
         """The tensors of one row, as views of the mapped file; raises InputError for a row that has changed."""
         number, row = place
         if number not in self._mapped:
-            with safe_open(self.files[number], "pt") as file:
-                self._mapped[number] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            self._mapped[number] = load_file(self.files[number])
         tensors = {name: tensor[row] for name, tensor in self._mapped[number].items()}
         if checksum(tensors) != self.checksums[number][row]:
             raise InputError(
@@ -114,9 +113,7 @@ def checksum(row: dict[str, Tensor]) -> int:
 def is_intact(path: Path) -> bool:
     """Whether a file still has the content that was written."""
     about = read_about(path)
-    with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return hash_content(about["names"], about["notes"], tensors) == about["sha256"]
+    return hash_content(about["names"], about["notes"], load_file(path)) == about["sha256"]
 
 
 def refuse_damaged(files: Iterable[Path]) -> None:
@@ -179,10 +176,12 @@ def refuse_changes(stores: Iterable[Shards], flag: str) -> None:
     """Raises InputError saying what changed where the folders of a flag hold rows of something else than their keys."""
     changes = []
     for shards in stores:
-        then = read_key(shards.folder)
-        for name, value in shards.key.items() if then else ():
-            if then.get(name) != value:
-                changes.append(f"{shards.folder}: {name} was {shorten(then.get(name))}, is {shorten(value)}")
+        then = read_key(shards.folder) or shards.key  # a new folder has none
+        changes += [
+            f"{shards.folder}: {name} was {shorten(then.get(name))}, is {shorten(value)}"
+            for name, value in shards.key.items()
+            if then.get(name) != value
+        ]
     if changes:
         raise InputError(
             f"{flag} was made from something else: {'; '.join(changes)}. "

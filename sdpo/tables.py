@@ -264,7 +264,7 @@ def find_pair_file(path: Path) -> Path | None:
     if path.is_file() and path.suffix in (".jsonl", ".csv"):
         return path
     found = sorted([*path.glob("*.jsonl"), *path.glob("*.csv")]) if path.is_dir() else []
-    found = [file for file in found if file.is_file() and not describes_images(file)]
+    found = [file for file in found if file.is_file() and not file.name.startswith(".") and not describes_images(file)]
     if len(found) > 1:
         names = ", ".join(file.name for file in found)
         raise InputError(f"{path} holds several pair files ({names}): name one of them as --train_data_dir")

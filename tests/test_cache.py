@@ -489,6 +489,13 @@ def test_what_cannot_be_cached_is_refused(flags, more, message):
         open_cache(flags(*more))
 
 
+def test_run_again_a_cache_with_too_many_unreadable_images_is_refused_again(flags, monkeypatch):
+    monkeypatch.setattr(cache, "SHARD_BYTES", 100)  # a row per file, so the first of them is on file
+    for _ in range(2):
+        with pytest.raises(InputError, match="2 unreadable images, more than --max_unreadable_images"):
+            open_cache(flags("--max_unreadable_images=1"))
+
+
 def test_a_full_disk_is_noticed_before_the_start(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     with pytest.raises(InputError, match="GiB more, but its disk has"):

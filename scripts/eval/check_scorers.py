@@ -21,6 +21,7 @@ from PIL import Image, ImageOps
 
 from sdpo.command import InputError, parse_assignments, run_command
 from sdpo.files import brief
+from sdpo.images import decode
 from sdpo.manifest import METRICS, read_manifest, require_images
 from sdpo.scorers import SCORERS, load_scorers, locate, score_rows
 
@@ -90,7 +91,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=16, help="how many of them, from the first one on")
     parser.add_argument("--metrics", nargs="+", choices=TOLERANCES, default=list(TOLERANCES), help="what to compare")
     about = "local path or hub file; the med_config.json of imagereward.checkpoint is looked for beside it, then there"
-    parser.add_argument("--weights", nargs="*", default=[], metavar="METRIC.PART=SOURCE", help=about)
+    parser.add_argument("--weights", nargs="*", action="extend", default=[], metavar="METRIC.PART=SOURCE", help=about)
     parser.add_argument("--reference_python", required=True, help="interpreter that has the packages")
     return parser.parse_args(arguments)
 
@@ -98,7 +99,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> bool:
     """Compare every metric on a manifest's first images, print the verdict and return whether all agree."""
     args = parse_arguments(arguments)
-    sources = dict(parse_assignments(args.weights, "--weights"))
+    sources = parse_assignments(args.weights, "--weights")
     if args.images < 1:
         raise InputError(f"--images must be at least 1, got {args.images}")
     entries = read_manifest(args.manifest)[: args.images]
@@ -108,7 +109,7 @@ def main(arguments: list[str] | None = None) -> bool:
         for number, (path, prompt) in enumerate(images[STORED]):
             small = Path(folder, f"{number}.png")
             try:
-                picture = Image.open(path).convert("RGB")
+                picture = decode(path)
             except Exception as error:  # every image format has errors of its own
                 raise InputError(f"image {path} cannot be read: {brief(error)}; make it again") from error
             ImageOps.fit(picture, (224, 224), Image.Resampling.BICUBIC).save(small)

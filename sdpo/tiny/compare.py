@@ -6,7 +6,6 @@ errors.png and samples.png in DIR.
 
 from __future__ import annotations
 
-import argparse
 import textwrap
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from matplotlib import pyplot as plt
 
-from sdpo.command import InputError, parse_assignments, run_command
+from sdpo.command import InputError, Parser, parse_assignments, run_command, show
 from sdpo.console import quiet_libraries
 from sdpo.families import StableDiffusion, load_family
 from sdpo.files import write_json, write_text
@@ -55,8 +54,9 @@ def held_out_figures(run: Path, prefix: str) -> dict[str, float]:
     """Last held-out figures of a run and its mean loser scale."""
     names = ("winner_error_change", "loser_error_change", "margin_accuracy")
     figures = {key: read_metrics(run, f"{prefix}/{key}")[-1][1] for name in names for key in (name, f"{name}_se")}
-    scales = [value for _, value in read_metrics(run, "avg_lose_l_scale")]
-    return {**figures, "lambda": float(np.mean(scales))}
+    if scales := [value for _, value in read_metrics(run, "avg_lose_l_scale")]:  # sft has none
+        figures["lambda"] = float(np.mean(scales))
+    return figures
 
 
 def reading(rows: list[dict]) -> str:
@@ -140,11 +140,11 @@ def draw_samples(images: dict[str, np.ndarray], path: Path, per_row: int = 20) -
 
 def main() -> None:
     """Score the base and every run, raw and averaged weights."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser("python -m sdpo.tiny.compare", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("runs", nargs="+", metavar="NAME=RUN", help="label and output folder of a run of train.py")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    runs = {name: Path(folder) for name, folder in parse_assignments(args.runs, "run")}
+    runs = {name: Path(folder) for name, folder in parse_assignments(args.runs, "run").items()}
     for run in runs.values():
         if not (run / "unet.pth").is_file() or not read_metrics(run, "heldout/margin_se"):
             raise InputError(f"{run} is no run that ended and had held-out pairs: train it with --validation_pairs")
@@ -162,10 +162,10 @@ def main() -> None:
                 rows.append({"method": name, "weights": label, **held_out_figures(run, prefix), **figures})
                 grids[f"{name}, {label}"] = images
     write_json(args.out / "table.json", rows)
-    print(write_table(rows, args.out / "table.md"))
+    show(write_table(rows, args.out / "table.md"))
     draw_errors(runs, args.out / "errors.png")
     draw_samples(grids, args.out / "samples.png")
-    print(f"\n{reading(rows)}\n\nTable, chart and samples: table.md, errors.png and samples.png in {args.out}")
+    show(f"\n{reading(rows)}\n\nTable, chart and samples: table.md, errors.png and samples.png in {args.out}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 from pathlib import Path
 
@@ -11,10 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from sdpo.command import run_command
+from sdpo.command import Parser, run_command
 from sdpo.files import write_file
 from sdpo.tiny import pictures
 
+PAIRS = 4000
 TIES = 0.06  # share of undecided pairs, as Pick-a-Pic has
 FAULTY_WINNERS = 0.1  # share of pairs whose winner has a fault too, as human labels are noisy
 
@@ -48,12 +48,11 @@ def write_split(specs: list[pictures.Spec], count: int, seed: int, path: Path) -
 
 def main() -> None:
     """Pairs over the captions that the base was trained on."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser("python -m sdpo.tiny.make_pairs", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--train", type=int, default=4000)
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_split(pictures.TRAINED, args.train, 0, args.out / "train.parquet")
+    out = parser.parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
+    write_split(pictures.TRAINED, PAIRS, 0, out / "train.parquet")
 
 
 if __name__ == "__main__":
