@@ -98,7 +98,7 @@ def count(base: Base, dtype: torch.dtype) -> dict[str, dict[str, float]]:
     pixels = torch.empty(2 * pairs, 3, size, size, device=meta)
     with patch.object(F, "scaled_dot_product_attention", fused_attention):
         with part("encode"):
-            latents = family.encode_images(pixels, noise)
+            latents = family.sample_posterior(family.encode_moments(pixels), noise)
         with part("text"):
             conditioning = family.encode_captions([""] * pairs, size)
         conditioning = {k: torch.cat([v, v]).to(dtype) for k, v in conditioning.items()}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import itertools
 import types
 import warnings
 from collections.abc import Callable
@@ -53,8 +52,12 @@ def to_channels_last(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Transformer2DModel) and module.is_input_continuous:
             module._get_output_for_continuous_inputs = types.MethodType(_after_blocks, module)
-        if isinstance(module, nn.Conv2d) and module.kernel_size == module.stride == (1, 1) and module.groups == 1:
+        if isinstance(module, nn.Conv2d) and _multiplies_pixels(module):
             module.forward = types.MethodType(_multiply_pixels, module)
+
+
+def _multiplies_pixels(conv: nn.Conv2d) -> bool:
+    return conv.kernel_size == conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
 
 
 def _multiply_pixels(self: nn.Conv2d, x: Tensor) -> Tensor:
@@ -106,20 +109,19 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
 
 def _track(module: nn.Module, method: str, run: Callable) -> None:
     """Have a method of a module run by `run`, and without gradients as with them."""
-    names = list(inspect.signature(getattr(module, method)).parameters)
+    signature = inspect.signature(getattr(module, method))
 
     def tracked(*inputs, **options):
         if torch.is_grad_enabled():
             return run(*inputs, **options)
+        call = signature.bind(*inputs, **options)
+        for name in CARRYING & call.arguments.keys():
+            if isinstance(call.arguments[name], Tensor):
+                call.arguments[name] = call.arguments[name].detach().requires_grad_()
         with torch.enable_grad():
-            inputs = itertools.starmap(_require_gradient, itertools.zip_longest(names[: len(inputs)], inputs))
-            return _detach(run(*inputs, **{name: _require_gradient(name, value) for name, value in options.items()}))
+            return _detach(run(*call.args, **call.kwargs))
 
     setattr(module, method, tracked)
-
-
-def _require_gradient(name: str | None, value: Any) -> Any:
-    return value.detach().requires_grad_() if name in CARRYING and isinstance(value, Tensor) else value
 
 
 def _detach(output: Any) -> Any:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
@@ -34,14 +34,13 @@ class AveragedWeights:
         finally:
             self._swap()
 
-    @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
-        """Take the averaged weights from a state dict of the whole model."""
-        for (name, weight), value in zip(self.model.named_parameters(), self.values, strict=True):
-            whole = state[name].to(weight.device)
-            if isinstance(weight, DTensor):
-                whole = distribute_tensor(whole, weight.device_mesh, weight.placements, src_data_rank=None).to_local()
-            value.copy_(whole)
+        """Take the averaged weights from a state dict of the whole model; every rank calls this."""
+        # slow to import, and only a run that resumes needs it
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+        with self.in_place():
+            set_model_state_dict(self.model, state, options=StateDictOptions(full_state_dict=True))
 
     @torch.no_grad()
     def _swap(self) -> None:

@@ -317,9 +317,10 @@ def tidy_output(run: Run, checkpoint: Path | None) -> None:
 
 
 def set_results_aside(folder: Path, logging_dir: str, anew: bool) -> None:
-    """Move all that a run left in a folder into earlier-N there.
+    """Move weights, settings, figures, samples and checkpoints that a run left in a folder into earlier-N there.
 
-    Where the next one begins `anew`, that is done only if the run had ended.
+    The other parts of its pipeline stay, to be written over. Where the next run begins `anew`, that is done only if
+    this one had ended.
     """
     names = ["unet.pth", "unet_ema.pth", "unet", "config.json", "metrics.jsonl", "validation"]
     if re.fullmatch(r"[\w-]+", logging_dir):  # a folder of the output folder's own

@@ -250,6 +250,5 @@ def train_batches(config: TrainConfig, dataset: PairDataset, plan: Plan, rank: i
         num_workers=workers,
         worker_init_fn=outlive_signals,
         pin_memory=torch.cuda.is_available(),
-        persistent_workers=workers > 0,
     )
     return start_loading(loader)

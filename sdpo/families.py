@@ -51,7 +51,7 @@ def read_pipeline_class(source: str, **options: str | None) -> str:
 def hold_matmul_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Keep the weights that autocast would cast anyway (linear and convolution) in `dtype`, all others in fp32.
 
-    Normalisation runs in fp32 under autocast and its weights must not be rounded: with them in fp32, the frozen model
+    Autocast does not cast the weights of norms, so these must not be rounded: with them in fp32, the frozen model
     computes bit for bit what an fp32 copy computes under autocast.
     """
     for module in model.modules():
@@ -162,8 +162,8 @@ class StableDiffusion:
     def _unet_place(self, init: str) -> tuple[str, str | None, dict[str, str | None]]:
         if not init:
             return self.source, "unet", self.options
-        # the folder of the UNet itself, not of a pipeline, beside which train.py leaves another config.json
-        bare = Path(init, "config.json").is_file() and not Path(init, "model_index.json").is_file()
+        # the folder of the UNet itself, not of a run or a pipeline, where it is a folder beside another config.json
+        bare = Path(init, "config.json").is_file() and not Path(init, "unet").is_dir()
         return init, None if bare else "unet", {"cache_dir": self.cache_dir}
 
     def fingerprint_unet(self, init: str = "") -> str:
@@ -258,10 +258,6 @@ class StableDiffusion:
         """Side in pixels of an image whose latents have this side."""
         return latent_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
 
-    def encode_images(self, pixels: Tensor, noise: Tensor) -> Tensor:
-        """Latents (N, C, h, w) fp32 of pixels (N, 3, H, W) in [-1, 1]; `noise` samples the posterior."""
-        return self.sample_posterior(self.encode_moments(pixels), noise)
-
     @torch.no_grad()
     def encode_moments(self, pixels: Tensor) -> Tensor:
         """Mean and standard deviation (N, 2, C, h, w) fp32 of the posteriors of pixels (N, 3, H, W) in [-1, 1]."""
@@ -269,7 +265,7 @@ class StableDiffusion:
         return torch.stack([posterior.mean, posterior.std], 1).float()
 
     def sample_posterior(self, moments: Tensor, noise: Tensor) -> Tensor:
-        """Latents (N, C, h, w) fp32 of moments (N, 2, C, h, w) in any precision."""
+        """Latents (N, C, h, w) fp32 of moments (N, 2, C, h, w) in any precision and standard normal noise."""
         mean, std = moments.float().unbind(1)
         return (mean + std * noise) * self.vae.config.scaling_factor
 
@@ -343,7 +339,8 @@ class StableDiffusion:
         wrong = f"{self.source} cannot encode, predict and decode an image"
         fix = "its config files do not go with its weights; download it again"
         try:
-            moments = self.encode_moments(torch.zeros(1, 3, side, side, device=self.device))
+            with torch.autocast(self.device.type, enabled=False):  # as in training: a VAE in fp32 overflows in fp16
+                moments = self.encode_moments(torch.zeros(1, 3, side, side, device=self.device))
             latents = self.sample_posterior(moments, torch.ones_like(moments[:, 0]))
             noisy, target = self.add_noise(latents, torch.ones_like(latents), self.timesteps(draw))
             texts = {name: value.to(unet.dtype) for name, value in self.encode_captions([""], side).items()}

@@ -37,12 +37,11 @@ def normalise(pixels: Tensor) -> Tensor:
 def make_inputs(family: StableDiffusion, batch: Batch) -> Inputs:
     """Encode a batch on the family's device; both members of a pair get the same noise, timestep and caption."""
     members = len(batch.posterior_noise) // len(batch.captions)
-    if batch.moments is None:
-        latents = family.encode_images(normalise(batch.pixels), batch.posterior_noise)
-        conditioning = family.encode_captions(batch.captions, batch.pixels.shape[-1])
-    else:
-        latents = family.sample_posterior(batch.moments, batch.posterior_noise)
-        conditioning = family.condition(batch.texts, family.image_size(latents.shape[-1]))
+    moments, texts = batch.moments, batch.texts
+    if moments is None:  # not from a latent cache
+        moments, texts = family.encode_moments(normalise(batch.pixels)), family.encode_texts(batch.captions)
+    latents = family.sample_posterior(moments, batch.posterior_noise)
+    conditioning = family.condition(texts, family.image_size(latents.shape[-1]))
 
     def for_each_member(x: Tensor) -> Tensor:  # (B, ...) -> (members * B, ...)
         return torch.cat([x] * members)

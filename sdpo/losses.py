@@ -1,8 +1,8 @@
 """The preference losses and the winner-preserving safeguard (Diffusion-SDPO, arXiv 2511.03317), on plain tensors.
 
 One pair is one caption with a winner `w` and a loser `l` that share noise and timestep. Tensors of predictions and
-targets hold 2B samples, winners first. Errors are formed in fp32 whatever the precision of the inputs. Nothing here
-knows a model, a device or a config.
+targets hold 2B samples, winners first. `pair_terms` and `sft` form errors in fp32 whatever the precision of their
+inputs. Nothing here knows a model, a device or a config.
 """
 
 from __future__ import annotations
@@ -115,11 +115,13 @@ def pair_terms(
     residual = prediction - target
     residual_w, residual_l = residual.chunk(2)
     error_w, error_l = sample_mean(residual.square()).chunk(2)  # at once, as the reference's: a GPU sums by shape
-    reference = None if reference is None else reference.detach().float()
+    drift_w = None
+    if reference is not None:
+        reference = reference.detach().float()
+        drift_w = prediction.chunk(2)[0] - reference.chunk(2)[0]
     if reference_error is None:
         reference_error = sample_error(reference, target)
     reference_error_w, reference_error_l = reference_error.float().chunk(2)
-    drift_w = None if reference is None else (prediction - reference).chunk(2)[0]
     scale = (
         error_l.new_full((), constant) if mu is None else winner_preserving_scale(residual_w, residual_l, mu, per_pair)
     )
@@ -178,7 +180,7 @@ def dmpo(terms: PairTerms, alpha: float) -> Tensor:
     """DMPO (arXiv 2507.07510), (B,): KL(Bernoulli(sigmoid(u)) || Bernoulli(q)), q = 1 - alpha in [1e-6, 1 - 1e-6]."""
     u = terms.margin
     p, log_p, log_not_p = torch.sigmoid(u), -F.softplus(-u), -F.softplus(u)
-    q = u.new_full((), 1 - alpha).clamp(1e-6, 1 - 1e-6)
+    q = u.new_full((), 1 - alpha).clamp(1e-6, 1 - 1e-6)  # in fp32: the official code's figures, bit for bit
     return p * (log_p - q.log()) + (1 - p) * (log_not_p - torch.log1p(-q))
 
 

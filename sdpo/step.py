@@ -50,7 +50,7 @@ class Run:
     family: StableDiffusion
     plan: Plan
     seed: int
-    policy: nn.Module  # fp32 weights, prepared by accelerate
+    policy: nn.Module  # fp32 weights; wrapped by accelerate once `prepare` has run
     reference: nn.Module | None  # frozen; None where nothing is compared with it
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
@@ -227,7 +227,7 @@ class Skipped:
 
 
 def update(run: Run, micro_batches: Iterator[Batch]) -> Skipped | None:
-    """One optimizer step over the accumulated micro-batches, the schedule's and the average's.
+    """Add up the gradients of the micro-batches, then let optimizer, schedule and average step once.
 
     If a loss or gradient of any rank is not finite, every rank leaves weights, optimizer, schedule and average as they
     are. To see that, the host waits for the device once. DeepSpeed's engine steps by itself and skips nothing.
@@ -243,7 +243,8 @@ def update(run: Run, micro_batches: Iterator[Batch]) -> Skipped | None:
             measured.append(values)
     limit = run.config.max_grad_norm or float("inf")
     norm = run.accelerator.clip_grad_norm_(run.policy.parameters(), limit)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm)
+    # DeepSpeed's is a float
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm, device=device)
     made = make_step(run, norm)
     in_place = run.recorded or isinstance(run.policy, DistributedDataParallel)  # a recording's own, or DDP's views
     run.optimizer.zero_grad(set_to_none=not in_place)

@@ -170,8 +170,13 @@ def assert_same(got, expected):
 class StubFamily:
     """Stands in for a base model: records the pixels, and noises zero latents by adding the noise."""
 
-    def encode_images(self, pixels, noise):
+    def encode_moments(self, pixels):
         self.pixels = pixels
+
+    def encode_texts(self, captions):
+        return captions
+
+    def sample_posterior(self, moments, noise):
         return torch.zeros_like(noise)
 
     def timesteps(self, uniform):
@@ -180,7 +185,10 @@ class StubFamily:
     def add_noise(self, latents, noise, timesteps, perturbed):
         return latents + (noise if perturbed is None else perturbed), noise
 
-    def encode_captions(self, captions, resolution):
+    def image_size(self, latent_size):
+        return 8 * latent_size
+
+    def condition(self, captions, resolution):
         return {"lengths": torch.tensor([[len(caption)] for caption in captions])}
 
 

@@ -234,6 +234,16 @@ def test_nothing_but_the_decision_to_step_waits_for_the_device(base, flags, cach
     assert numbers.calls == waiting.shapes == []
 
 
+def test_the_number_that_deepspeed_gives_for_the_norm_goes_to_the_device(monkeypatch):
+    monkeypatch.setattr(Accelerator, "device", torch.device("meta"))
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", lambda self, parameters, limit: 0.5)
+    monkeypatch.setattr(step, "make_step", lambda run, norm: True)
+    flags = {"train_batch_size": 1, "optimizer": "adafactor"}
+    contestant = OurLoop(BASES["tiny"].config(**flags), BASES["tiny"].build("meta"), Variant())
+    assert step.update(contestant.run, contestant.batches) is None
+    assert {total.device.type for total in contestant.run.meter.sums.values()} == {"meta"}
+
+
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_checkpointing_does_not_change_the_weights(arguments, tmp_path, family, capsys):
     modes = {"none": [], "full": [], "auto": ["--activation_memory=0.0005"]}

@@ -287,6 +287,10 @@ def test_a_trained_output_folder_is_a_start_for_another_run(arguments, tmp_path)
     train.main(arguments(out="first"))
     train.main(arguments(f"--unet_init={tmp_path / 'first'}", "--learning_rate=0", "--max_train_steps=1"))
     assert same(weights(tmp_path / "run"), weights(tmp_path / "first"))
+    train.main(arguments("--learning_rate=1e-3", out="first"))  # moves the former results aside
+    earlier = tmp_path / "first" / "earlier-1"
+    train.main(arguments(f"--unet_init={earlier}", "--learning_rate=0", "--max_train_steps=1", out="again"))
+    assert same(weights(tmp_path / "again"), weights(earlier))
 
 
 def test_a_single_held_out_caption_has_no_standard_error(arguments, tmp_path):
