@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from sdpo.command import parse_flags, run_command, show
+from sdpo.command import InputError, parse_flags, run_command, show
 from sdpo.console import start_console
 from sdpo.generation import EvalConfig, find_groups, generate, prepare
 from sdpo.manifest import read_scores
@@ -34,7 +34,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Path]:
     run = prepare(config, accelerator)
 
     def try_scoring() -> None:
-        options.try_out()
+        try:
+            options.try_out()
+        except InputError as error:
+            raise InputError(f"{error}; or choose other --metrics (none: images alone); no image was made") from error
         read_scores(run.output / "scores.jsonl")  # raises for a damaged file
 
     if any(run.missing.values()):  # before hours of making images

@@ -29,7 +29,7 @@ from sdpo.command import InputError, parse_flags, run_command, within_memory
 from sdpo.config import Plan, TrainConfig
 from sdpo.console import start_console
 from sdpo.data import PairDataset, Transform, train_batches
-from sdpo.families import FAMILIES, load_family
+from sdpo.families import FAMILIES, StableDiffusion, load_family
 from sdpo.files import write_json
 from sdpo.heldout import HeldOutPairs
 from sdpo.hub import check_precision
@@ -38,7 +38,7 @@ from sdpo.metrics import MetricsLog
 from sdpo.optimizers import OPTIMIZERS, optimizer_name
 from sdpo.pairs import Pairs, prepare_pairs
 from sdpo.prompts import read_prompts
-from sdpo.ranks import join_ranks, on_main
+from sdpo.ranks import join_ranks, main_first, on_main
 from sdpo.references import open_references
 from sdpo.rng import normal
 from sdpo.sampling import sample
@@ -176,8 +176,9 @@ def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
     family.check_pipeline()
 
     # data: what identifies the pairs is read before a latent cache stands in for them
-    with accelerator.main_process_first():
-        pairs, held_out_pairs, notes = prepare_pairs(config, seed)
+    if config.choice_model or config.latent_cache:
+        on_main(accelerator, lambda: try_flags(config, accelerator.num_processes, family))
+    pairs, held_out_pairs, notes = main_first(accelerator, lambda: prepare_pairs(config, seed))
     plan = Plan.of(config, accelerator.num_processes, len(pairs))
     references = open_references(config, accelerator, family, plan, seed, pairs)
     fingerprint = pairs.fingerprint()
@@ -204,6 +205,14 @@ def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
     if config.gradient_checkpointing == "auto":
         log.info(choose_checkpointing(run, collate([dataset[run.step, 0]] * config.train_batch_size)))
     return run, dataset, hold_out(run, held_out_pairs)
+
+
+def try_flags(config: TrainConfig, processes: int, family: StableDiffusion) -> None:
+    """Raises InputError for what would otherwise stop the run once labels or a latent cache are made."""
+    config.accumulation(processes)
+    OPTIMIZERS[optimizer_name(config, family)].build([nn.Parameter(torch.zeros(1))], config, config.learning_rate)
+    if config.unet_init:
+        family.load_unet(config.unet_init)
 
 
 @torch.compiler.set_stance("force_eager")  # for an image of another size than those trained on

@@ -12,6 +12,7 @@ import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ from sdpo.hub import DTYPES, check_precision
 from sdpo.images import decode_column
 from sdpo.inputs import normalise
 from sdpo.pairs import Pairs, prepare_pairs
-from sdpo.ranks import join_ranks, on_main
+from sdpo.ranks import join_ranks, main_first, on_main, together
 from sdpo.shards import SHARD_BYTES, Shards, read_key, refuse_changes, refuse_damaged
 
 log = logging.getLogger(__name__)
@@ -212,20 +213,23 @@ def make(config: TrainConfig, accelerator: Accelerator, family: StableDiffusion,
         total=sum(map(len, share)),  # of this rank
         disable=not accelerator.is_local_main_process,
     )
+
+    def make_file(names: list[int | str]) -> None:
+        parts = []
+        notes = {}
+        for piece in cut(names, batch):
+            tensors, texts = next(encoded)
+            parts.append({name: tensor.to(dtype).cpu() for name, tensor in tensors.items()})
+            notes |= texts
+            progress.update(len(piece))
+        unreadable.update(notes)
+        refuse_unreadable(unreadable, config.max_unreadable_images, work.pairs)
+        if names:
+            work.shards.write(names, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, notes)
+
     with progress:
         for names in share:
-            parts = []
-            notes = {}
-            for piece in cut(names, batch):
-                tensors, texts = next(encoded)
-                parts.append({name: tensor.to(dtype).cpu() for name, tensor in tensors.items()})
-                notes |= texts
-                progress.update(len(piece))
-            unreadable |= notes
-            refuse_unreadable(unreadable, config.max_unreadable_images, work.pairs)
-            if names:
-                work.shards.write(names, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, notes)
-            accelerator.wait_for_everyone()
+            together(partial(make_file, names))
 
 
 def refuse_unreadable(unreadable: dict[str, str], limit: int, pairs: Pairs | None) -> None:
@@ -329,14 +333,13 @@ def main(arguments: list[str] | None = None) -> None:
     check_precision(config.mixed_precision)
     accelerator = join_ranks()
     start_console(accelerator.is_main_process)
-    with accelerator.main_process_first():
-        pairs, held_out, notes = prepare_pairs(config, config.seed or 0)
+    pairs, held_out, notes = main_first(accelerator, lambda: prepare_pairs(config, config.seed or 0))
     for line in notes:
         log.info(line)
     with within_memory("try a smaller --train_batch_size or --resolution; what was written is kept"):
         open_cache(config, accelerator, pairs, held_out)
     if config.verify:
-        verify(Path(config.latent_cache), accelerator)
+        together(lambda: verify(Path(config.latent_cache), accelerator))
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

@@ -32,6 +32,10 @@ from sdpo.hub import load_fitting_state, load_weights
 from sdpo.optimizers import OPTIMIZERS, optimizer_name
 from sdpo.step import Run, loss_name
 
+EVALUATED = (  # what an evaluation of a run's weights leaves beside them
+    "*_seed*cfg", "*_seed*cfg.json", "*_seed*cfg.zip", "scores.*", "summary.json", "summary.csv", "joint_test_*.log",
+    "report.html", "eval-*",
+)  # fmt: skip
 log = logging.getLogger(__name__)
 
 
@@ -317,7 +321,7 @@ def tidy_output(run: Run, checkpoint: Path | None) -> None:
 
 
 def set_results_aside(folder: Path, logging_dir: str, anew: bool) -> None:
-    """Move weights, settings, figures, samples and checkpoints that a run left in a folder into earlier-N there.
+    """Move what a run left in a folder, and what evaluations of its weights left beside them, into earlier-N there.
 
     The other parts of its pipeline stay, to be written over. Where the next run begins `anew`, that is done only if
     this one had ended.
@@ -326,11 +330,12 @@ def set_results_aside(folder: Path, logging_dir: str, anew: bool) -> None:
     if re.fullmatch(r"[\w-]+", logging_dir):  # a folder of the output folder's own
         names.append(logging_dir)
     results = [folder / name for name in names if (folder / name).exists()] + list_checkpoints(folder)
+    evaluated = sorted({path for pattern in EVALUATED for path in folder.glob(pattern)})
     if anew and folder / "unet.pth" not in results:
         return
     number = next(number for number in itertools.count(1) if not (folder / f"earlier-{number}").exists())
     aside = folder / f"earlier-{number}"
-    for path in results:
+    for path in results + evaluated if results else ():
         aside.mkdir(exist_ok=True)
         os.replace(path, aside / path.name)
     if results:

@@ -39,18 +39,22 @@ def run_command(main: Callable[[], Any]) -> Any:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
-        path = error.filename2 or error.filename
-        if error.errno in NO_ROOM:
-            message = (
-                f"{path or 'a file'} cannot be written ({error.strerror}): make room and run the same command again"
-            )
-        elif path is not None:
-            message = f"{path} cannot be used ({error.strerror}): correct the path or its permissions"
-        else:
-            raise  # not about a file
-        message = str(InputError(message))
+        if not (message := explain(error)):
+            raise
     print(f"error: {message}", file=sys.stderr)  # on a line of its own: with the error, progress bars of main are gone
     sys.exit(2)  # as argparse does; in a multi-rank run every rank for itself
+
+
+def explain(error: OSError) -> str:
+    """What is wrong with a file, and what to do, in one sentence; empty for an error that is about none."""
+    path = error.filename2 or error.filename
+    if error.errno in NO_ROOM:
+        text = f"{path or 'a file'} cannot be written ({error.strerror}): make room and run the same command again"
+    elif path is not None:
+        text = f"{path} cannot be used ({error.strerror}): correct the path or its permissions"
+    else:
+        return ""
+    return str(InputError(text))
 
 
 def is_out_of_memory(error: Exception) -> bool:

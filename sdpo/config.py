@@ -388,6 +388,19 @@ class TrainConfig:
         """Defaults of the flags that have no effect; `optimizer` is the row of OPTIMIZERS."""
         return {name: getattr(TrainConfig, name) for name in self._idle(optimizer)}
 
+    def accumulation(self, processes: int) -> int:
+        """Micro-steps per update; raises InputError for a global batch that cannot be split over the processes."""
+        if self.global_batch_size is None:
+            return self.gradient_accumulation_steps
+        per_micro_step = self.train_batch_size * processes
+        accumulation, rest = divmod(self.global_batch_size, per_micro_step)
+        if rest or not accumulation:
+            raise InputError(
+                f"--global_batch_size {self.global_batch_size} is not a multiple of {self.train_batch_size} "
+                f"pairs x {processes} processes: use a multiple of {per_micro_step} or change --train_batch_size"
+            )
+        return accumulation
+
     def cautions(self, loss: str, steps: int) -> list[str]:
         """A sentence for every combination that is known to be inert or harmful in a run of so many updates.
 
@@ -469,16 +482,8 @@ class Plan:
 
         Raises InputError for a global batch that cannot be split over the devices, or an impossible schedule.
         """
-        per_micro_step = config.train_batch_size * processes
-        accumulation = config.gradient_accumulation_steps
-        if config.global_batch_size is not None:
-            accumulation, rest = divmod(config.global_batch_size, per_micro_step)
-            if rest or not accumulation:
-                raise InputError(
-                    f"--global_batch_size {config.global_batch_size} is not a multiple of {config.train_batch_size} "
-                    f"pairs x {processes} processes: use a multiple of {per_micro_step} or change --train_batch_size"
-                )
-        batch = per_micro_step * accumulation
+        accumulation = config.accumulation(processes)
+        batch = config.train_batch_size * processes * accumulation
         steps = config.max_train_steps or math.ceil(config.num_train_epochs * pairs / batch)
         rate = config.learning_rate * (batch if config.scale_lr else 1)
         left = steps - config.lr_warmup_steps

@@ -96,6 +96,10 @@ class StableDiffusion:
         defaults = self.scheduler.config.get("_use_default_values", ())
         if "beta_schedule" in defaults and not self.scheduler.config.trained_betas:
             raise InputError(f"the scheduler of {source} has no betas: it is of another kind of diffusion model")
+        if self.scheduler.betas.dim() != 1:
+            raise InputError(
+                f"the scheduler of {source} has no list of trained_betas: correct its scheduler_config.json"
+            )
         if not ((self.scheduler.betas > 0) & (self.scheduler.betas <= 1)).all():
             raise InputError(f"the scheduler of {source} has betas outside (0, 1]: correct its scheduler_config.json")
         if len(self.scheduler.alphas_cumprod) != self.scheduler.config.num_train_timesteps:

@@ -40,7 +40,7 @@ from sdpo.hub import DTYPES, WEIGHT_SUFFIXES, fetch
 from sdpo.images import open_image
 from sdpo.manifest import MADE_WITH, METRICS, OFFICIAL_METRICS, write_manifest
 from sdpo.prompts import GROUPS, OFFICIAL, Prompt, read_prompts
-from sdpo.ranks import on_main
+from sdpo.ranks import on_main, together
 from sdpo.sampling import draw_noise, sample
 
 CPU_PIXELS = 128 * 128  # batch on a CPU: larger ones only pay for tiny images
@@ -552,7 +552,6 @@ def generate(run: EvalRun) -> dict[str, Path]:
             f"{group}: {len(prompts)} prompts, {len(prompts) - count} images there, {count} to make "
             f"(processes: {accelerator.num_processes}, batch size: {run.batch_size}) in {run.folder(group)}"
         )
-        make_images(run, group)
-        accelerator.wait_for_everyone()  # the images of every rank are there
+        together(partial(make_images, run, group))
         on_main(accelerator, partial(write_results, run, group))
     return {group: run.beside(group, ".json") for group in run.prompts}

@@ -15,6 +15,7 @@ from sdpo.data import PairDataset
 from sdpo.families import StableDiffusion
 from sdpo.inputs import Inputs, make_inputs
 from sdpo.losses import sample_error
+from sdpo.ranks import together
 
 log = logging.getLogger(__name__)
 
@@ -41,16 +42,20 @@ class HeldOutPairs:
         # Every rank makes as many passes, because ranks that share out the weights gather them together
         ranks = accelerator.num_processes
         unreadable = torch.zeros(self.pairs, dtype=torch.long, device=accelerator.device)
-        for number in range(accelerator.process_index, math.ceil(len(starts) / ranks) * ranks, ranks):
-            start = starts[number % len(starts)]
-            places = slice(start, min(start + batch_size, self.pairs))
-            samples = [dataset[0, index] for index in range(self.pairs)[places]]
-            for index, sample in enumerate(samples, start):
-                if sample["unreadable"]:  # another pair stands in for it
-                    log.error(f"unreadable, not measured on: {sample['unreadable'][0]}")
-                    unreadable[index] = 1
-            inputs = make_inputs(family, collate(samples).to(accelerator.device))
-            self.shares.append((places, inputs.to("cpu"), self._errors(reference, inputs)))
+
+        def encode() -> None:
+            for number in range(accelerator.process_index, math.ceil(len(starts) / ranks) * ranks, ranks):
+                start = starts[number % len(starts)]
+                places = slice(start, min(start + batch_size, self.pairs))
+                samples = [dataset[0, index] for index in range(self.pairs)[places]]
+                for index, sample in enumerate(samples, start):
+                    if sample["unreadable"]:  # another pair stands in for it
+                        log.error(f"unreadable, not measured on: {sample['unreadable'][0]}")
+                        unreadable[index] = 1
+                inputs = make_inputs(family, collate(samples).to(accelerator.device))
+                self.shares.append((places, inputs.to("cpu"), self._errors(reference, inputs)))
+
+        together(encode)
         self.readable = accelerator.gather(unreadable[None]).sum(0).cpu() == 0  # (pairs,)
 
     @torch.no_grad()

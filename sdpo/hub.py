@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -120,6 +121,11 @@ def load_tensors(path: str | Path) -> Any:
     except InputError:
         raise
     except Exception as error:  # torch, zipfile, pickle and safetensors each have errors of their own
+        if isinstance(error, UnpicklingError) and zipfile.is_zipfile(path):  # whole, as check_archive saw
+            raise InputError(
+                f"{path} cannot be read as weights (it holds Python objects or code, which are not loaded): give a state "
+                "dict alone, by torch.save"
+            ) from error
         raise InputError(
             f"{path} cannot be read as weights ({recognise(path) or brief(error)}); download it again, or give a state "
             "dict by torch.save"

@@ -76,6 +76,8 @@ def read_manifest(path: str | Path) -> list[Entry]:
     Raises InputError for a file that is not a manifest, an entry without prompt or image, and a relative image path
     that leads out of both the working directory and the manifest's folder.
     """
+    if not str(path):
+        raise InputError("the name of a manifest is empty; give the .json file beside the folder of images")
     path = Path(path)
     rows = enumerate(_read_list(path))
     entries = [_parse_entry(row, path, f"{path}, entry {number} (counted from 0)") for number, row in rows]

@@ -107,14 +107,9 @@ class MetricsLog:
             write_text(self.path, "".join(keep))  # what was logged after the checkpoint will be logged again
 
     def _lines(self) -> Iterator[tuple[int, str]]:
-        """(step, line) of the lines that are whole; others, which a crash may leave, are named and left out."""
-        content = self.path.read_bytes() if self.path.exists() else b""
-        for number, line in enumerate(content.decode(errors="replace").split("\n"), 1):
-            try:
-                yield int(json.loads(line)["step"]), line + "\n"
-            except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError):
-                if line:
-                    log.warning(f"CAUTION: {self.path}, line {number} is damaged and left out")
+        """(step, line) of the lines that are whole."""
+        for line, row in read_rows(self.path) if self.path.exists() else ():
+            yield int(row["step"]), line + "\n"
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Log finished numbers under the number of updates made so far; nothing where there are none."""
@@ -126,7 +121,20 @@ class MetricsLog:
                 file.write(json.dumps({"step": step, **values}) + "\n")
 
 
+def read_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    """(line, its object) of the lines that are whole; others, which a crash may leave, are named and left out."""
+    for number, line in enumerate(path.read_bytes().decode(errors="replace").split("\n"), 1):
+        try:
+            row = json.loads(line)
+            int(row["step"])
+        except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError):
+            if line:
+                log.warning(f"CAUTION: {path}, line {number} is damaged and left out")
+        else:
+            yield line, row
+
+
 def read_metrics(folder: str | Path, name: str) -> list[tuple[int, float]]:
     """(step, value) of one metric from a run's metrics.jsonl."""
-    rows = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
-    return [(row["step"], row[name]) for row in rows if name in row]
+    rows = read_rows(Path(folder, "metrics.jsonl"))
+    return [(int(row["step"]), row[name]) for _, row in rows if name in row]

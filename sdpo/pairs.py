@@ -220,7 +220,7 @@ def read_labels(labels: list, source: str) -> np.ndarray:
     wrong = np.flatnonzero(~np.isin(values, (0, 0.5, 1)))
     if len(wrong):
         raise InputError(
-            f"{source} row {wrong[0]}: label_0 is {labels[wrong[0]]}, but must be 1 (jpg_0 won), 0 (jpg_1 won) "
+            f"{source} row {wrong[0]}: label_0 is {labels[wrong[0]]!s:.100}, but must be 1 (jpg_0 won), 0 (jpg_1 won) "
             f"or 0.5 (tie); {len(wrong)} such row(s) in all: correct or remove them"
         )
     return values
@@ -311,6 +311,7 @@ def prepare_pairs(config: TrainConfig, seed: int) -> tuple[Pairs, Pairs | None, 
     if config.choice_model:
         from sdpo.relabel import RelabelConfig, relabel  # the scorers need open_clip, which training does not
 
+        check_before_labelling(config)
         notes.append(relabel(RelabelConfig.of(config)))
     pairs, more = load_pairs(config, config.split)
     notes += more
@@ -331,6 +332,18 @@ def prepare_pairs(config: TrainConfig, seed: int) -> tuple[Pairs, Pairs | None, 
         if part is not None:
             check_rows_have_images(part, config.max_unreadable_images)
     return pairs, held_out, notes
+
+
+def check_before_labelling(config: TrainConfig) -> None:
+    """Raises InputError for data that could not be used once hours of scoring are spent."""
+    if config.dreamlike_pairs_only:
+        table, names = read_table(config, config.split), ("model_0", "model_1")
+        source = f"{config.dataset_name or config.train_data_dir} ({config.split})"
+        check_columns(table, [config.caption_column, *IMAGES, *names], config.caption_column, IMAGES, source)
+        for name in names:
+            name_dreamlike(table, name, source)
+    if config.validation_data_dir or config.validation_split not in (None, config.split):
+        load_pairs(config, config.validation_split or "train", config.validation_data_dir)
 
 
 def load_held_out(config: TrainConfig, pairs: Pairs, seed: int) -> tuple[Pairs, list[str]]:

@@ -8,9 +8,9 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from accelerate import Accelerator, PartialState
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 
-from sdpo.command import InputError
+from sdpo.command import InputError, explain
 from sdpo.files import brief
 
 T = TypeVar("T")
@@ -53,13 +53,40 @@ def check_ranks(accelerator: Accelerator) -> None:
 
 def on_main(accelerator: Accelerator | PartialState, function: Callable[[], T]) -> T:
     """What the function returns on the main process, on every rank; its InputError is raised on every rank, too."""
-    answer: list = [None, None]  # result, what is wrong
+    answer: list = [None, ""]  # result, what is wrong
     if accelerator.is_main_process:
-        try:
-            answer[0] = function()
-        except InputError as error:
-            answer[1] = str(error)
+        answer = _call(function)
     result, wrong = broadcast_object_list(answer)
     if wrong:
         raise InputError(wrong)
     return result
+
+
+def together(function: Callable[[], T]) -> T:
+    """What the function returns on this rank; the InputError of the first rank that has one is raised on every rank.
+
+    Ranks must not wait for each other within the function.
+    """
+    result, wrong = _call(function)
+    if first := next(filter(None, gather_object([wrong])), ""):
+        raise InputError(first)
+    return result
+
+
+def main_first(accelerator: Accelerator, function: Callable[[], T]) -> T:
+    """As `together`, but the main process goes first, so that the others find what it has fetched or prepared."""
+    main = accelerator.is_main_process
+    result = together(lambda: function() if main else None)
+    return together(lambda: result if main else function())
+
+
+def _call(function: Callable[[], T]) -> list:
+    """[what the function returns, what is wrong with what the user gave]."""
+    try:
+        return [function(), ""]
+    except InputError as error:
+        return [None, str(error)]
+    except OSError as error:
+        if not (wrong := explain(error)):
+            raise
+        return [None, wrong]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdpo.command import InputError, Parser, Size, check_limits, parse_assignments, run_command, show, within_memory
-from sdpo.files import locked, sha256
+from sdpo.files import brief, locked, sha256
 from sdpo.manifest import (
     METRICS,
     OFFICIAL_METRICS,
@@ -72,12 +72,7 @@ class ScoringOptions:
     def try_out(self) -> None:
         """Load the weights of each metric once; raises InputError where some are missing, damaged or out of reach."""
         for metric in self.metrics:
-            try:
-                self.load([metric])
-            except InputError as error:
-                raise InputError(
-                    f"{error}; or choose other --metrics (none: images alone); no image was made"
-                ) from error
+            self.load([metric])
 
     def model(self, metric: str) -> str:
         """What rows of scores say about the model of a metric: "official", or what differs from it."""
@@ -130,15 +125,34 @@ def plan_scores(manifest: str | Path, options: ScoringOptions) -> Pending:
     """
     take_in_shares(_beside(manifest))
     pending = _plan(manifest, options)
+    for missing in pending.todo.values():
+        check_images(missing)
     expected = pending.expected(options)
     for metric in options.metrics:
         find_model(*expected, metric, str(pending.path))
     return pending
 
 
+def check_images(entries: Iterable[Entry]) -> None:
+    """Raises InputError for the first image whose file shows damage without being decoded, as checksums of PNGs do."""
+    from sdpo.images import open_image
+
+    for entry in entries:
+        try:
+            with open_image(entry.path) as image:
+                image.verify()
+        except Exception as error:  # every image format has errors of its own
+            raise InputError(
+                f"{entry.where}: image {entry.path} cannot be scored: {brief(error)}; make it again or drop it"
+            ) from error
+
+
 def complete_scores(pending: Mapping[str, Pending], options: ScoringOptions) -> dict[str, Scored]:
     """The second half of score_manifests."""
-    for lacking, missing in _collect(pending.values()).items():
+    collected = _collect(pending.values())
+    if len(collected) > 1:  # weights of later ones are tried out before hours of scoring
+        options.try_out()
+    for lacking, missing in collected.items():
         _compute(missing, lacking, options)
     for path in {plan.path for plan in pending.values() if plan.todo}:
         compact_scores(path)
@@ -274,7 +288,7 @@ def score_groups(manifests: Mapping[str, Path], options: ScoringOptions, acceler
 
     Raises InputError, before any is computed, where scores of a metric would come from different models.
     """
-    from sdpo.ranks import on_main
+    from sdpo.ranks import on_main, together
 
     pending: dict[str, Pending] = {}  # on the main process
 
@@ -284,8 +298,8 @@ def score_groups(manifests: Mapping[str, Path], options: ScoringOptions, acceler
 
     on_main(accelerator, plan)
     if accelerator.num_processes > 1:
-        score_share(manifests.values(), options, accelerator.process_index, accelerator.num_processes)
-        accelerator.wait_for_everyone()
+        rank, ranks = accelerator.process_index, accelerator.num_processes
+        together(lambda: score_share(manifests.values(), options, rank, ranks))
         on_main(accelerator, plan)  # with the shares of all ranks
     return complete_scores(pending, options)
 

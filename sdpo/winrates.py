@@ -128,8 +128,8 @@ def pair_runs(a: ScoredRun, b: ScoredRun, pair_by: str = "prompt") -> list[tuple
     pairs = PAIRINGS[pair_by](*([entry.prompt for entry in run.entries] for run in (a, b)))
     if not pairs:
         raise InputError(
-            f"{a.label} and {b.label} have no prompt in common ({a.entries[0].where}: {a.entries[0].prompt!r}; "
-            f"{b.entries[0].where}: {b.entries[0].prompt!r}); generate both from the same prompts, "
+            f"{a.label} and {b.label} have no prompt in common ({a.entries[0].where}: {a.entries[0].prompt!r:.200}; "
+            f"{b.entries[0].where}: {b.entries[0].prompt!r:.200}); generate both from the same prompts, "
             "or give --pair_by index to pair them in file order"
         )
     return pairs
@@ -386,7 +386,7 @@ def format_comparison(comparison: Comparison) -> str:
     for label, dropped in ((pair["model_a"], pairing["dropped_a"]), (pair["model_b"], pairing["dropped_b"])):
         if dropped:
             lines.append(f"{label}: {len(dropped)} without a partner dropped (all listed in summary.json):")
-            lines += [f"  {prompt!r}" for prompt in dropped[:SHOWN]]
+            lines += [f"  {prompt!r:.200}" for prompt in dropped[:SHOWN]]
     return "\n".join(lines)
 
 

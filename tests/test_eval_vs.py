@@ -341,6 +341,27 @@ def test_weights_are_loaded_once_for_all_manifests_and_an_image_named_twice_is_s
     assert all(len(read_scores(tmp_path / name / "scores.jsonl")) == 8 for name in "ab")
 
 
+def test_a_damaged_image_is_named_before_any_is_scored(tmp_path, monkeypatch):
+    manifest = picture_run(tmp_path / "run", 0)
+    monkeypatch.setattr(scoring, "_compute", None)
+    last = read_manifest(manifest)[-1].path
+    last.write_bytes(last.read_bytes()[:-30])
+    with pytest.raises(InputError, match=rf"entry 7 .*image {last} cannot be scored: .*; make it again or drop it"):
+        scoring.main([str(manifest), "--metrics=Pixels"])
+
+
+def test_weights_of_all_metrics_are_tried_before_the_first_are_computed(tmp_path, monkeypatch):
+    a, b = (str(picture_run(tmp_path / name, seed)) for seed, name in enumerate("ab"))
+    scoring.main([a, "--metrics=Pixels"])
+    before = (tmp_path / "a" / "scores.jsonl").read_text()
+    monkeypatch.setattr(scoring, "_compute", None)
+    monkeypatch.setattr(ScoringOptions, "load", lambda self, metrics: tried.append(metrics))
+    tried = []
+    with pytest.raises(TypeError):  # of what would compute
+        scoring.main([a, b, "--metrics", "Pixels", "CLIP"])
+    assert tried == [["Pixels"], ["CLIP"]] and (tmp_path / "a" / "scores.jsonl").read_text() == before
+
+
 def test_exhausted_memory_while_scoring_is_one_sentence(tmp_path, monkeypatch):
     def score_rows(*_, **__):
         yield from ()

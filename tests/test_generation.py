@@ -654,6 +654,20 @@ def test_generated_images_are_scored_and_summed_up(tmp_path, capsys):
     assert not list(tmp_path.glob("scores.rank*"))
 
 
+def test_an_error_of_one_rank_is_one_sentence_on_every_rank(tmp_path):
+    prompts = [pictures.HELD_OUT[0].caption, "no caption of a tiny picture"]
+    (tmp_path / "bad.json").write_text(json.dumps(prompts))
+    flags = [
+        "--unet_path=base",
+        f"--pretrain_path={compare.BASE}",
+        f"--test_json={tmp_path / 'bad.json'}",
+        "--metrics=Pixels",
+    ]
+    flags += ["--steps=1", "--dtype=fp32", f"--output_path={tmp_path / 'out'}"]
+    said = run_on_ranks(2, ROOT / "eval_generate.py", flags, succeeds=False)
+    assert said.count("error: pixel checks: ") == 2 and "Connection closed" not in said
+
+
 def test_lists_are_put_together_where_a_flag_is_given_twice():
     flags = ["--unet_path=base", "--pretrain_path=base", "--weights", "clip.checkpoint=a", "hpsv2.checkpoint=b"]
     flags += ["--weights=pickscore.model=c", "--test_json=a.json", "--test_json=b.json"]

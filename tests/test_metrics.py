@@ -7,7 +7,15 @@ import torch
 from accelerate import Accelerator
 
 from sdpo.losses import pair_terms
-from sdpo.metrics import Meter, pair_metrics
+from sdpo.metrics import Meter, pair_metrics, read_metrics
+
+
+def test_damaged_lines_of_a_run_are_named_and_left_out(tmp_path, caplog):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "x": 0.5}\n{"x": 3}\n[]\n{"step": 2, "x": 0.25}\n{"step": 3, "x"'
+    )
+    assert read_metrics(tmp_path, "x") == [(1, 0.5), (2, 0.25)]
+    assert [f"line {number} is damaged" in caplog.text for number in range(1, 6)] == [False, True, True, False, True]
 
 
 def test_metrics_are_what_they_are_called():

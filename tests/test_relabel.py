@@ -16,9 +16,9 @@ from PIL import Image
 
 import train
 from sdpo import relabel as module
-from sdpo.command import InputError
+from sdpo.command import InputError, parse_flags
 from sdpo.config import TrainConfig
-from sdpo.pairs import load_pairs, read_label_file
+from sdpo.pairs import load_pairs, prepare_pairs, read_label_file
 from sdpo.relabel import RelabelConfig, describe_scores, iterate_images, main, make_labels, read_kept, relabel
 from sdpo.tables import read_table
 from sdpo.tiny import pictures
@@ -319,6 +319,23 @@ def test_what_scores_are_made_from_tells_weights_apart(tmp_path):
     for other in made_from[1:]:
         with pytest.raises(InputError, match=r"kept.jsonl holds scores made from something else: name another --out"):
             read_kept(kept, other)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--dreamlike_pairs_only", "column model_0 missing: drop --dreamlike_pairs_only"),
+        ("--validation_data_dir=/nowhere", "/nowhere"),
+    ],
+)
+def test_data_that_will_be_refused_are_refused_before_hours_of_scoring(
+    pairs_folder, tmp_path, monkeypatch, flags, message
+):
+    monkeypatch.setattr(module, "score_rows", None)  # cannot be called
+    command = ["--pretrained_model_name_or_path=base", f"--train_data_dir={pairs_folder}", "--choice_model=pixels"]
+    config = parse_flags(TrainConfig, "", "", [*command, f"--output_dir={tmp_path}", flags])
+    with pytest.raises(InputError, match=message):
+        prepare_pairs(config, 0)
 
 
 def test_images_are_scored_for_the_first_of_several_captions(tmp_path):

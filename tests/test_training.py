@@ -191,7 +191,19 @@ def test_a_trained_model_is_neither_overwritten_nor_mixed_with_another(arguments
     run, flags = tmp_path / "run", arguments("--checkpointing_steps=0", "--max_train_steps=2")
     train.main([*flags, "--use_ema"])
     first, ema = (run / "unet.pth").read_bytes(), (run / "unet_ema.pth").read_bytes()
+    evaluation = [
+        "papv2_seed0_32x32_20s_7.5cfg.json",
+        "scores.jsonl",
+        "summary.json",
+        "joint_test_32.log",
+        "report.html",
+    ]
+    for name in evaluation:
+        (run / name).touch()
+    (run / "papv2_seed0_32x32_20s_7.5cfg").mkdir()
     train.main([*flags, "--seed=8"])
+    assert all((run / "earlier-1" / name).exists() for name in evaluation)
+    assert not list(run.glob("papv2*")) + [name for name in evaluation if (run / name).exists()]
     said = capsys.readouterr().err
     assert f"{run} held the results of another run, which are now in {run / 'earlier-1'}" in said
     assert (run / "earlier-1" / "unet.pth").read_bytes() == first
@@ -200,6 +212,30 @@ def test_a_trained_model_is_neither_overwritten_nor_mixed_with_another(arguments
     train.main(flags)
     assert (run / "unet.pth").read_bytes() == first  # the same run is the same file
     assert (run / "earlier-2" / "metrics.jsonl").exists()
+
+
+def test_bad_data_are_one_sentence_on_every_rank(arguments, pairs_folder, tmp_path):
+    rows = pq.read_table(pairs_folder / "train.parquet").to_pylist()
+    (tmp_path / "data").mkdir()
+    pq.write_table(
+        pa.Table.from_pylist([*rows[:20], rows[20] | {"label_0": None}]), tmp_path / "data" / "train.parquet"
+    )
+    flags = [f"--train_data_dir={tmp_path / 'data'}"]
+    said = run_on_ranks(2, ROOT / "train.py", arguments(*flags), succeeds=False)
+    assert said.count("row 20: label_0 is None") == 2 and "Connection closed" not in said
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--global_batch_size=5", "--global_batch_size 5 is not a multiple of 2"),
+        ("--unet_init=/nowhere/unet.pth", "/nowhere/unet.pth cannot be read as weights"),
+    ],
+)
+def test_flags_are_tried_before_a_cache_is_made(arguments, tmp_path, flags, message):
+    with pytest.raises(InputError, match=message):
+        train.main(arguments(f"--latent_cache={tmp_path / 'cache'}", flags))
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_run_resumed_from_elsewhere_leaves_what_is_in_its_folder(arguments, tmp_path):

@@ -51,7 +51,7 @@ def parse(caption: str) -> Spec:
     for spec in SPECS:
         if spec.caption == caption:
             return spec
-    raise ValueError(f"{caption!r} is not a caption of the tiny pictures; one is {SPECS[0].caption!r}")
+    raise ValueError(f"{caption!r:.200} is not a caption of the tiny pictures; one is {SPECS[0].caption!r}")
 
 
 def draw_centre(spec: Spec, rng: np.random.Generator) -> tuple[float, float]:
