@@ -123,8 +123,8 @@ def load_tensors(path: str | Path) -> Any:
     except Exception as error:  # torch, zipfile, pickle and safetensors each have errors of their own
         if isinstance(error, UnpicklingError) and zipfile.is_zipfile(path):  # whole, as check_archive saw
             raise InputError(
-                f"{path} cannot be read as weights (it holds Python objects or code, which are not loaded): give a state "
-                "dict alone, by torch.save"
+                f"{path} cannot be read as weights (it holds Python objects or code, which are not loaded): give a "
+                "state dict alone, by torch.save"
             ) from error
         raise InputError(
             f"{path} cannot be read as weights ({recognise(path) or brief(error)}); download it again, or give a state "
