@@ -394,7 +394,7 @@ class TrainConfig:
             return self.gradient_accumulation_steps
         per_micro_step = self.train_batch_size * processes
         accumulation, rest = divmod(self.global_batch_size, per_micro_step)
-        if rest or not accumulation:
+        if rest:  # so is a global batch below one micro-step
             raise InputError(
                 f"--global_batch_size {self.global_batch_size} is not a multiple of {self.train_batch_size} "
                 f"pairs x {processes} processes: use a multiple of {per_micro_step} or change --train_batch_size"
