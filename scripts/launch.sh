@@ -32,7 +32,7 @@ tiny_pairs() {
 on_gpus() { # SCRIPT FLAGS...: on every GPU of this machine, or on the CPU where there is none
   local gpus
   gpus=${GPUS:-$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null)} || {
-    echo "error: $PYTHON cannot import torch: run bash $ROOT/scripts/setup.sh, or name another interpreter with PYTHON=..." >&2
+    echo "error: $PYTHON cannot import torch: run bash $ROOT/scripts/setup.sh, or name another with PYTHON=..." >&2
     exit 2
   }
   if [ "$gpus" -gt 1 ]; then

@@ -18,13 +18,8 @@ OFFICIAL_CHOICES = {"aesthetics": "aes", "hpsv2": "hps"}  # names of scorers in 
 CHOICE_MODELS = {OFFICIAL_CHOICES.get(row, row): row for row in METRICS.values()}  # row of sdpo.scorers.SCORERS
 POLYNOMIAL_END = 1e-7  # learning rate that diffusers' polynomial schedule ends with, whatever it began with
 DATA_FOLDERS = ("dataset_name", "train_data_dir", "validation_data_dir")  # where they are local
-PLACES = (
-    "labels_file",
-    "latent_cache",
-    "reference_cache",
-    "validation_data_dir",
-    "validation_split",
-)  # not empty, if given
+# Flags that must not be empty where they are given
+PLACES = ("labels_file", "latent_cache", "reference_cache", "validation_data_dir", "validation_split")
 
 
 def check_data_source(dataset_name: str | None, train_data_dir: str | None) -> None:
