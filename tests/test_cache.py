@@ -529,6 +529,18 @@ def test_rows_and_notes_of_all_files_are_found_again(tmp_path):
     assert {name: found.read(place)["x"].item() for name, place in found.places.items()} == {3: 3.0, 4: 4.0, 5: 5.0}
 
 
+def test_whoever_may_read_the_index_may_read_the_rows(tmp_path):
+    """safetensors writes files for their owner alone, and a cache is made once for a whole group."""
+    before = os.umask(0o027)
+    try:
+        store = Shards(tmp_path / "cache", {"seed": 1})
+        store.create()
+        store.write([0], {"moments": torch.zeros(1, 2)}, {})
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in store.folder.iterdir()} == {0o640}
+
+
 def test_files_of_other_keys_rows_or_notes_are_refused(tmp_path):
     PartialState(cpu=True)
     shards = Shards(tmp_path, {"VAE": "a", "crop": "centre"})

@@ -1,14 +1,17 @@
 """Files of ours: whole or absent, also where several processes write the same one or a write fails."""
 
 import hashlib
+import json
 import os
 import resource
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from sdpo.checkpoint import damage, put_in_place, remove, seal
 from sdpo.command import NO_ROOM
 from sdpo.files import remove_abandoned, sha256, write_file, write_json, write_text
 
@@ -87,6 +90,51 @@ def test_what_safetensors_says_of_a_folder_is_an_error_of_the_system(tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         write_file(tmp_path / "gone" / "weights", lambda partial: save_file({"a": torch.zeros(1)}, partial))
     assert caught.value.filename == str(tmp_path / "gone" / "weights")
+
+
+def test_contents_are_on_the_disk_before_their_names(tmp_path, monkeypatch):
+    """Else a power cut leaves whole names of empty files, or two checkpoints gone for one that was written."""
+    done, fsync, replace = [], os.fsync, os.replace
+
+    def note_sync(descriptor):
+        done.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def note_name(source, target):
+        done.append(f"{Path(source).name} -> {Path(target).name}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "replace", note_name)
+    write_text(tmp_path / "a.txt", "text")
+    partial = done[0]
+    assert done == [partial, f"{partial} -> a.txt", tmp_path.name]
+    done.clear()
+    folder = tmp_path / "checkpoint-1"
+    whole = folder.with_name("checkpoint-1.partial")
+    (whole / "states").mkdir(parents=True)
+    for name in ("unet.pth", "states/optimizer.bin"):
+        (whole / name).write_bytes(b"weights")
+    seal(whole)
+    put_in_place(whole, folder)
+    *before, name, after = done
+    assert {"unet.pth", "optimizer.bin", "states", "checkpoint-1.partial"} <= set(before)
+    assert (name, after) == ("checkpoint-1.partial -> checkpoint-1", tmp_path.name)
+    done.clear()
+    remove(folder)
+    assert done == ["checkpoint-1 -> checkpoint-1.removed", tmp_path.name] and not any(tmp_path.glob("checkpoint*"))
+
+
+@pytest.mark.parametrize("name", ["state.json", "unet.pth"])
+def test_a_checkpoint_whose_list_lacks_weights_or_state_is_not_whole(tmp_path, name):
+    for file in ("state.json", "unet.pth", "optimizer.bin"):
+        (tmp_path / file).write_text(file)
+    seal(tmp_path)
+    assert damage(tmp_path) is None
+    listed = json.loads((tmp_path / "files.json").read_text())
+    del listed[name]
+    (tmp_path / "files.json").write_text(json.dumps(listed))
+    assert damage(tmp_path) == f"files.json does not list {name}"
 
 
 def test_a_file_is_hashed_anew_when_it_changes(tmp_path):

@@ -392,6 +392,19 @@ def test_gradient_hook_is_identity_forward():
     assert torch.equal(x.grad, torch.full((5,), 0.25))
 
 
+def test_nothing_flows_into_reference_targets_or_scale():
+    prediction, reference, target = (x.requires_grad_() for x in pairs(5))
+    for method in METHODS:
+        loss_of(method, pair_terms(prediction, reference, target, 20.0, mu=0.5)).sum().backward()
+    sft(prediction, target).sum().backward()
+    assert prediction.grad is not None and reference.grad is None and target.grad is None
+    scale = winner_preserving_scale(*(prediction - target).chunk(2), 0.5)
+    assert not scale.requires_grad
+    learnt = torch.tensor(0.5, requires_grad=True)
+    scale_gradient(prediction, learnt).sum().backward()
+    assert learnt.grad is None
+
+
 def test_losses_import_without_diffusers():
     code = (
         "import sys, sdpo.losses; print([m for m in ('diffusers', 'transformers', 'accelerate') if m in sys.modules])"

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from sdpo.losses import pair_terms
-from sdpo.metrics import Meter, pair_metrics, read_metrics
+from sdpo.metrics import Meter, MetricsLog, pair_metrics, read_metrics
 
 
 def test_damaged_lines_of_a_run_are_named_and_left_out(tmp_path, caplog):
@@ -53,6 +53,13 @@ def test_a_margin_of_zero_is_not_accurate():
     assert pair_metrics(pair_terms(target, target, target, 1.0))["rewards/accuracies"] == 0
 
 
+def test_metrics_keep_no_graph():
+    """An update's activations would stay in memory until its figures are logged."""
+    prediction, reference, target = torch.randn(3, 4, 2, 3, 3)
+    values = pair_metrics(pair_terms(prediction.requires_grad_(), reference, target, 1.0, mu=0.5))
+    assert not any(value.requires_grad for value in values.values())
+
+
 # Averages
 
 
@@ -63,7 +70,7 @@ def scalars(loss, least):
 
 def test_the_meter_averages_over_micro_steps_and_updates_and_keeps_minima():
     meter = Meter(Accelerator(cpu=True))
-    meter.add([scalars(1.0, 0.9), scalars(3.0, 0.4)])
+    meter.add([scalars(1.0, 0.9), scalars(2.0, 0.4), scalars(3.0, 0.8)])
     meter.add([scalars(4.0, 0.8), scalars(8.0, 0.7)])
     meter.skipped = 2
     assert meter.reduce() == pytest.approx({"loss": (2 + 6) / 2, "lambda/min": 0.4, "skipped_updates": 2})
@@ -90,3 +97,25 @@ def test_a_meters_state_goes_on_with_any_number_of_ranks():
     meter = Meter(Accelerator(cpu=True))
     meter.load({"sums": {"loss": [2.0, 4.0], "lambda/min": [0.3, 0.2]}, "made": 2, "skipped": 1})  # of two ranks
     assert meter.reduce() == pytest.approx({"loss": 1.5, "lambda/min": 0.2, "skipped_updates": 1})
+
+
+# The file
+
+
+def test_only_the_main_process_writes_lines(tmp_path):
+    for main in (True, False):
+        rank = SimpleNamespace(is_main_process=main, log=lambda values, step: None)
+        log = MetricsLog(rank, tmp_path, first_step=0)
+        log.write(1, {"train_loss": 0.5})
+        log.write(2, {})
+    assert read_metrics(tmp_path, "train_loss") == [(1, 0.5)]
+
+
+@pytest.mark.parametrize("first_step, kept", [(0, []), (1, [0, 1]), (2, [0, 1, 2])])
+def test_figures_that_will_be_measured_again_are_dropped(tmp_path, first_step, kept):
+    rank = SimpleNamespace(is_main_process=True, log=lambda values, step: None)
+    log = MetricsLog(rank, tmp_path, first_step=0)
+    for step in range(3):
+        log.write(step, {"loss": 0.5})
+    MetricsLog(rank, tmp_path, first_step)
+    assert [step for step, _ in read_metrics(tmp_path, "loss")] == kept

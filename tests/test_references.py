@@ -70,7 +70,11 @@ def load_header(path):
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("latents", ["encoded", "cached"])
 def test_a_run_that_reads_the_errors_is_the_run_that_computes_them(flags, tmp_path, family, precision, latents):
-    common = [f"--mixed_precision={precision}", "--noise_offset=0.1"]
+    common = [
+        f"--mixed_precision={precision}",
+        "--noise_offset=0.1",
+        f"--official_reference_errors={precision == 'bf16'}",
+    ]
     common += [f"--latent_cache={tmp_path / 'latents'}"] if latents == "cached" else []
     train.main(flags(*common, DPO, "--beta_dpo=50", family=family, out="first"))
     train.main(flags(*common, DMPO, family=family, out="computed", cached=False))
@@ -282,3 +286,17 @@ def test_errors_are_complete_where_every_update_has_them():
 
     assert complete(3, 0, 1, 2) and complete(3, 0, 1, 2, 3)
     assert not complete(3, 0, 1) and not complete(3, 1, 2) and not complete(3, 0, 2)
+
+
+def test_errors_of_an_update_that_was_taken_back_are_not_kept(tmp_path):
+    """Where the data of a rank end, its noise is not a number, and the update is no longer counted."""
+    store = Shards(tmp_path, {"seed": 7})
+    store.create()
+    rank = SimpleNamespace(gather=lambda own: own, is_main_process=True)
+    kept = ReferenceErrors(store, rank, SimpleNamespace(steps=3, global_batch=2))
+    kept.add(0, torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    kept.add(1, torch.full((4,), torch.nan))
+    kept.write(made=1)
+    kept.write(made=2)  # which is nothing new
+    found = errors(tmp_path)
+    assert found.keys() == {0} and found[0].tolist() == [[1.0, 3.0], [2.0, 4.0]]  # winner, loser of each pair

@@ -45,6 +45,7 @@ from sdpo.scorers import (
     load_scorers,
     prepare,
     score_rows,
+    torchvision_preprocess,
 )
 from sdpo.tiny import pictures
 
@@ -401,6 +402,7 @@ def test_images_are_prepared_once_per_distinct_preprocessing(scorers, rows, monk
         monkeypatch.setattr(scorer, "preprocess", counted)
     list(score_rows(rows, scorers, batch_size=3))
     assert sorted(calls) == sorted(len(rows) * [scorers["aesthetics"].preprocess.key, scorers["clip"].preprocess.key])
+    assert torchvision_preprocess(32) == torchvision_preprocess(32) != torchvision_preprocess(64)
 
 
 # The pass
@@ -445,6 +447,7 @@ def test_bfloat16_halves_the_weights_and_stays_close(weights, scorers, rows):
     for metric, scores in columns(score_rows(rows, low)).items():
         assert 0 < (scores - exact[metric]).abs().max() < 0.05, metric
         assert scores.dtype == torch.float32
+        assert not torch.equal(scores, scores.bfloat16().float()), metric  # rounded, close scores would tie
     sizes = [sum(p.nbytes for p in group["clip"].parameters()) for group in (low, scorers)]
     assert sizes[0] * 2 == sizes[1]
     for head in (low["aesthetics"].head, low["imagereward"].parts["mlp"]):

@@ -18,10 +18,11 @@ import torch
 from recording import metrics, optimizer_state, run_on_ranks, same, weights
 
 import train
-from sdpo import ranks
+from sdpo import data, ranks
+from sdpo.batch import collate
 from sdpo.command import InputError
 from sdpo.console import start_console
-from sdpo.data import SHARED_MEMORY, PairDataset, explain_failures
+from sdpo.data import PREFETCHED, SHARED_MEMORY, PairDataset, explain_failures
 from sdpo.metrics import read_metrics
 from sdpo.pairs import Pairs
 from sdpo.step import Skipped, compute_loss
@@ -280,6 +281,25 @@ def test_too_little_shared_memory_is_said_before_training(arguments, tmp_path, m
     for flags in ([], [f"--latent_cache={tmp_path / 'cache'}"]):
         with pytest.raises(InputError, match=r"/dev/shm has 0 MiB, of which 2 loader workers need .* --shm-size"):
             train.main(arguments("--dataloader_num_workers=2", *flags))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_shared_memory_must_hold_what_the_workers_of_all_ranks_prepare(arguments, monkeypatch, processes):
+    config = train.parse_flags(train.TrainConfig, "", "", arguments("--dataloader_num_workers=2"))
+    run, dataset, _ = train.set_up(config)
+    batch = collate([dataset[0, position] for position in range(config.train_batch_size)])
+    needed = processes * 2 * PREFETCHED * batch.nbytes
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setattr(data, "start_loading", lambda loader: loader)  # no workers
+
+    def load(total):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=total))
+        data.train_batches(config, dataset, run.plan, 0, 0)
+
+    load(needed)
+    load(0)  # is without a limit
+    with pytest.raises(InputError, match=f"of which {2 * processes} loader workers need"):
+        load(needed - 1)
 
 
 TWO_SIGNALS = """

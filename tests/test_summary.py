@@ -42,6 +42,9 @@ def test_official_lines():
     assert "FinalResults CLIPScore for hpsv2 : 0.1500" in lines
     assert "| Prompt | Predictor | Score |" in lines
     assert "| papv2 | CLIPScore | 0.3000 |" in lines
+    named = [line.split()[1:4:2] for line in lines if line.startswith("FinalResults")]
+    metrics = ["PickScore", "AesScore", "CLIPScore"]
+    assert named == [[metric, group] for group in ("papv2", "hpsv2") for metric in metrics]
 
 
 def test_files(tmp_path):
@@ -50,4 +53,5 @@ def test_files(tmp_path):
     assert json.loads((tmp_path / "summary.json").read_text()) == rows
     table = list(csv.DictReader((tmp_path / "summary.csv").open()))
     assert [float(row["mean"]) for row in table] == [row["mean"] for row in rows]
+    assert b"\r" not in (tmp_path / "summary.csv").read_bytes()
     assert (tmp_path / "joint_test_512.log").read_text() == text + "\n"

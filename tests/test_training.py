@@ -109,6 +109,24 @@ def test_max_grad_norm_clips_and_0_does_not(arguments, tmp_path):
     assert not same(weights(tmp_path / "0"), weights(tmp_path / "1e-3"))
 
 
+@pytest.mark.parametrize("mu", [0.0, 0.5])
+def test_the_safeguard_is_on_at_every_share(arguments, mu):
+    """At 0, the default, it is not the plain method."""
+    flags = arguments("--use_winner_preserving", "--winner_preserving_per=pair", f"--winner_preserving_mu={mu}")
+    run, dataset, _ = set_up(flags)
+    batch = collate([dataset[0, position] for position in range(8)])
+    inputs = make_inputs(run.family, batch)
+    with torch.no_grad():
+        prediction = run.family.predict(run.policy, inputs.noisy, inputs.timesteps, inputs.conditioning)
+    w, x = (prediction - inputs.target).double().flatten(1).chunk(2)
+    ww, wl = (w * w).sum(1), (w * x).sum(1)
+    expected = torch.where(wl > 0, ((1 - mu) * ww / wl).clamp(max=1), 1.0)
+    figures = compute_loss(run, batch)[1]
+    assert expected.min() < 1
+    assert figures["lambda/min"].item() == pytest.approx(expected.min().item(), rel=1e-4)
+    assert figures["avg_lose_l_scale"].item() == pytest.approx(expected.mean().item(), rel=1e-4)
+
+
 SCHEDULES = {"linear": lambda done: 1 - done, "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2}
 
 
@@ -401,9 +419,27 @@ def test_a_held_out_error_that_is_not_finite_is_no_wrong_margin(arguments, tmp_p
     assert math.isnan(held_out.measure(run.policy, 100.0, "heldout")["heldout/margin_accuracy"])
 
 
-def test_equal_models_have_a_held_out_accuracy_of_one_half(arguments, tmp_path):
-    train.main(arguments("--validation_pairs=6", "--max_train_steps=1"))
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_equal_models_have_a_held_out_accuracy_of_one_half(arguments, tmp_path, precision):
+    train.main(arguments("--validation_pairs=6", "--max_train_steps=1", f"--mixed_precision={precision}"))
     assert dict(read_metrics(tmp_path / "run", "heldout/margin_accuracy"))[0] == 0.5
+
+
+def test_held_out_standard_errors_go_by_the_captions_of_readable_pairs(arguments):
+    """Of captions with as many pairs each, it is that of their means; nor is a graph kept while they are measured."""
+    run, _, held_out = train.set_up(configure(arguments("--validation_split=validation", "--validation_pairs=10")))
+    with torch.no_grad():
+        for parameter in run.policy.parameters():
+            parameter.mul_(1.1)
+    held_out.caption = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 3, 3])
+    number, means = torch.arange(10), []
+    for caption in (1, 2, 3):
+        held_out.readable = held_out.caption == caption
+        means.append(held_out.measure(run.policy, 100.0, "heldout")["heldout/winner_error_change"])
+    held_out.readable = number >= 4
+    figures = held_out.measure(run.policy, 100.0, "heldout")
+    assert figures["heldout/winner_error_change_se"] == pytest.approx(np.std(means, ddof=1) / 3**0.5, rel=1e-5)
+    assert not held_out._errors(run.policy, held_out.shares[0][1]).requires_grad
 
 
 class FivePairs:
@@ -411,7 +447,7 @@ class FivePairs:
 
     class Pairs(list):
         def captions(self):
-            return [["a"], ["b"], ["b"], ["c"], ["a"]]
+            return [["a", "b"], ["b"], ["b", "a"], ["c", "a"], ["a"]]
 
     pairs = Pairs(range(5))
 
@@ -433,6 +469,7 @@ def test_held_out_pairs_are_dealt_out_and_what_any_rank_cannot_read_is_left_out(
     pairs = HeldOutPairs(rank, family, FivePairs(), 2, None)
     assert [(places.start, places.stop) for places, _, _ in pairs.shares] == [(2, 4), (0, 2)]  # as many as rank 0 has
     assert pairs.readable.tolist() == [True, True, True, False, True]
+    assert pairs.caption.tolist() == [0, 1, 1, 2, 0]  # the first one is what they are measured with
 
 
 def test_validation_prompts_are_sampled(arguments, tmp_path):

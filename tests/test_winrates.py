@@ -345,12 +345,17 @@ def test_console_table_shows_percent():
 def test_the_console_table_has_each_figure_in_its_column():
     prompts = [f"p{i}" for i in range(12)]
     comparison = compare(
-        make_run("a", prompts, [1.0] * 10 + [0.5, 0.0]), make_run("b", prompts, [0.0] * 10 + [0.5, 1.0])
+        make_run("a", prompts, [1.0] * 9 + [0.5, 0.5, 0.0]), make_run("b", prompts, [0.0] * 9 + [0.5, 0.5, 1.0])
     )
     low, high = comparison.summary["metrics"][0]["win_rate_ci95"]
     cells = format_comparison(comparison).splitlines()[2].split()
-    assert cells[:6] == ["CLIP", "87.5%", f"{low:.1%}", "to", f"{high:.1%}", "10/1/1"]
-    assert cells[6:11] == ["0.012", "0.012", f"{10.5 / 12:.4f}", f"{1.5 / 12:.4f}", "+0.7500"]
+    assert cells[:6] == ["CLIP", "83.3%", f"{low:.1%}", "to", f"{high:.1%}", "9/2/1"]
+    assert cells[6:11] == ["0.021", "0.021", f"{10 / 12:.4f}", f"{2 / 12:.4f}", "+0.6667"]
+
+
+def test_a_single_pair_has_no_interval_of_its_difference():
+    text = format_comparison(compare(make_run("a", "x", [1.0]), make_run("b", "x", [0.0])))
+    assert text.splitlines()[2].split()[-2:] == ["+1.0000", "-"]
 
 
 @pytest.mark.parametrize(
@@ -470,6 +475,7 @@ def test_missing_images_are_named_and_counted(tmp_path):
         (["", "c"], "cannot name an output folder"),
         (["a", "c\n"], "cannot name an output folder"),
         (["a" * 61, "c"], "cannot name an output folder"),
+        (["é" * 31, "c"], "cannot name an output folder"),  # 62 bytes
         (["a", "tie"], "'tie' is what a draw is called"),
         (["a", "c", "a"], "labels must differ, got a, c, a"),
         (["x", "y_vs_z", "x_vs_y", "z"], "results of two pairs of x, y_vs_z, x_vs_y, z would have the same folder"),
@@ -632,6 +638,46 @@ def test_images_that_were_made_otherwise_are_pointed_out():
     comparison = compare(*runs)
     assert comparison.summary["pairing"]["differing"] == {"seed": 2}
     assert "CAUTION: the images of 2 pairs were made with another seed" in format_comparison(comparison)
+
+
+@pytest.mark.parametrize("name", ["seed", "guidance", "cfg", "steps", "noise", "dtype", "latents_dtype"])
+def test_every_setting_by_which_images_differ_is_counted_where_both_have_it(name):
+    a, b, silent = (make_run(label, "xy", [1.0, 2.0]) for label in "abc")
+    for value, run in enumerate((a, b)):
+        run.entries[1].made_with[name] = value
+    assert compare(a, b).summary["pairing"]["differing"] == {name: 1}
+    assert compare(a, silent).summary["pairing"]["differing"] == {}  # official manifests do not say
+
+
+def test_images_that_were_never_scored_have_not_changed(tmp_path, caplog):
+    entries = read_manifest(image_manifest(tmp_path, ["0.png", "1.png"]))
+    for entry in entries:
+        entry.path.write_bytes(entry.image.encode())
+    row = {"image": "0.png", "prompt": entries[0].prompt, "CLIP": 0.1, "sha256": sha256(entries[0].path)}
+    assert match_scores(entries, {entries[0].key: row}) == {entries[0].key: row}
+    assert "CAUTION" not in caplog.text
+
+
+@pytest.mark.parametrize("last", [b"no row", b'"image"', b"[1, 2"])
+def test_a_last_line_that_no_crash_has_left_is_refused(tmp_path, last):
+    (tmp_path / "s.jsonl").write_bytes(b'{"image": "0.png", "prompt": "p", "CLIP": 0.1}\n' + last)
+    with pytest.raises(InputError, match=r"s\.jsonl, line 2: not"):
+        read_scores(tmp_path / "s.jsonl")
+
+
+@pytest.mark.parametrize(
+    "entry, words",
+    [
+        ({"prompt": " \n", "gen_image_path": "0.png"}, 'has no text under "prompt"'),
+        ({"prompt": "\ud83d", "gen_image_path": "0.png"}, 'has no text under "prompt"'),
+        ({"prompt": "p", "gen_image_path": "\ud83d.png"}, 'has no path under "gen_image_path"'),
+        ({"prompt": "p", "gen_image_path": []}, 'has no path under "gen_image_path"'),
+    ],
+)
+def test_entries_without_prompt_or_image_are_named(tmp_path, entry, words):
+    (tmp_path / "m.json").write_text(json.dumps([entry]))
+    with pytest.raises(InputError, match=words):
+        read_manifest(tmp_path / "m.json")
 
 
 def test_no_score_file_is_no_scores(tmp_path):
