@@ -37,7 +37,7 @@ from sdpo.command import InputError, Natural, Size, check_limits, flag, parse_as
 from sdpo.families import MENDED, RELEASED, StableDiffusion, load_family
 from sdpo.files import brief, is_text, write_file, write_json
 from sdpo.hub import DTYPES, WEIGHT_SUFFIXES, fetch
-from sdpo.images import open_image
+from sdpo.images import verify
 from sdpo.manifest import MADE_WITH, METRICS, OFFICIAL_METRICS, write_manifest
 from sdpo.prompts import GROUPS, OFFICIAL, Prompt, read_prompts
 from sdpo.ranks import on_main, together
@@ -385,14 +385,11 @@ def save_image(path: Path, image: np.ndarray, prompt: str) -> None:
 def find_damage(path: Path, height: int, width: int) -> str:
     """What is wrong with an existing PNG, checked by its size and checksums; empty if nothing is."""
     try:
-        with open_image(path) as image:
-            size = image.size
-            kind = (image.format, image.mode)
-            image.verify()
+        kind, mode, size = verify(path)
     except Exception as error:  # a broken file may raise anything
         return brief(error)
-    if kind != ("PNG", "RGB"):
-        return f"{kind[0]} of mode {kind[1]}"
+    if (kind, mode) != ("PNG", "RGB"):
+        return f"{kind} of mode {mode}"
     return "" if size == (width, height) else f"{size[0]} x {size[1]} pixels"
 
 

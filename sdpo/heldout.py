@@ -37,26 +37,27 @@ class HeldOutPairs:
         self.accelerator, self.family, self.pairs = accelerator, family, len(dataset.pairs)
         captions = [options[0] for options in dataset.pairs.captions()]
         self.caption = torch.from_numpy(np.unique(captions, return_inverse=True)[1])  # (pairs,) its number
-        starts = range(0, self.pairs, batch_size)
         self.shares: list[tuple[slice, Inputs, Tensor]] = []  # places, their inputs, errors (2B,) of the reference
-        # Every rank makes as many passes, because ranks that share out the weights gather them together
-        ranks = accelerator.num_processes
-        unreadable = torch.zeros(self.pairs, dtype=torch.long, device=accelerator.device)
-
-        def encode() -> None:
-            for number in range(accelerator.process_index, math.ceil(len(starts) / ranks) * ranks, ranks):
-                start = starts[number % len(starts)]
-                places = slice(start, min(start + batch_size, self.pairs))
-                samples = [dataset[0, index] for index in range(self.pairs)[places]]
-                for index, sample in enumerate(samples, start):
-                    if sample["unreadable"]:  # another pair stands in for it
-                        log.error(f"unreadable, not measured on: {sample['unreadable'][0]}")
-                        unreadable[index] = 1
-                inputs = make_inputs(family, collate(samples).to(accelerator.device))
-                self.shares.append((places, inputs.to("cpu"), self._errors(reference, inputs)))
-
-        together(encode)
+        unreadable = together(lambda: self._encode(dataset, batch_size, reference))
         self.readable = accelerator.gather(unreadable[None]).sum(0).cpu() == 0  # (pairs,)
+
+    def _encode(self, dataset: PairDataset, batch_size: int, reference: nn.Module) -> Tensor:
+        """Fill this rank's shares; 1 where one of its pairs is unreadable, else 0, (pairs,)."""
+        device, ranks = self.accelerator.device, self.accelerator.num_processes
+        starts = range(0, self.pairs, batch_size)
+        unreadable = torch.zeros(self.pairs, dtype=torch.long, device=device)
+        # Every rank makes as many passes, because ranks that share out the weights gather them together
+        for number in range(self.accelerator.process_index, math.ceil(len(starts) / ranks) * ranks, ranks):
+            start = starts[number % len(starts)]
+            places = slice(start, min(start + batch_size, self.pairs))
+            samples = [dataset[0, index] for index in range(self.pairs)[places]]
+            for index, sample in enumerate(samples, start):
+                if sample["unreadable"]:  # another pair stands in for it
+                    log.error(f"unreadable, not measured on: {sample['unreadable'][0]}")
+                    unreadable[index] = 1
+            inputs = make_inputs(self.family, collate(samples).to(device))
+            self.shares.append((places, inputs.to("cpu"), self._errors(reference, inputs)))
+        return unreadable
 
     @torch.no_grad()
     @torch.compiler.set_stance("force_eager")  # for a last batch of another shape, and alike for averaged weights

@@ -57,6 +57,17 @@ def open_image(file: BinaryIO | str | Path) -> Image.Image:
     return Image.open(file, formats=[name for name in Image.OPEN if name != "EPS"])
 
 
+def verify(file: BinaryIO | str | Path) -> tuple[str | None, str, tuple[int, int]]:
+    """(format, mode, (width, height)) of an image, by its header; raises where its checksums, as PNGs have, do not fit.
+
+    The pixels are not decoded. Errors are those of Pillow, of any kind.
+    """
+    with open_image(file) as image:
+        about = image.format, image.mode, image.size
+        image.verify()
+    return about
+
+
 def decode_column(row: dict[str, Any], name: str, min_side: int = 0) -> Image.Image:
     """The image in a column of a row, as decode; ValueError says which column and file cannot be read, and why.
 

@@ -135,12 +135,11 @@ def plan_scores(manifest: str | Path, options: ScoringOptions) -> Pending:
 
 def check_images(entries: Iterable[Entry]) -> None:
     """Raises InputError for the first image whose file shows damage without being decoded, as checksums of PNGs do."""
-    from sdpo.images import open_image
+    from sdpo.images import verify
 
     for entry in entries:
         try:
-            with open_image(entry.path) as image:
-                image.verify()
+            verify(entry.path)
         except Exception as error:  # every image format has errors of its own
             raise InputError(
                 f"{entry.where}: image {entry.path} cannot be scored: {brief(error)}; make it again or drop it"

@@ -67,14 +67,10 @@ def load_header(path):
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("precision", ["no", "bf16", "bf16 --official_reference_errors"])
 @pytest.mark.parametrize("latents", ["encoded", "cached"])
 def test_a_run_that_reads_the_errors_is_the_run_that_computes_them(flags, tmp_path, family, precision, latents):
-    common = [
-        f"--mixed_precision={precision}",
-        "--noise_offset=0.1",
-        f"--official_reference_errors={precision == 'bf16'}",
-    ]
+    common = ["--noise_offset=0.1", "--mixed_precision", *precision.split()]
     common += [f"--latent_cache={tmp_path / 'latents'}"] if latents == "cached" else []
     train.main(flags(*common, DPO, "--beta_dpo=50", family=family, out="first"))
     train.main(flags(*common, DMPO, family=family, out="computed", cached=False))

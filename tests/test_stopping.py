@@ -79,6 +79,12 @@ def test_the_second_signal_of_a_terminal_that_closes_does_not_matter(arguments, 
     assert stopped.value.code == 129 and (tmp_path / "run" / "checkpoint-2").is_dir()
 
 
+def fail_with(error):
+    """Batches of a loader that end in an error."""
+    yield 1
+    raise error
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -89,33 +95,22 @@ def test_the_second_signal_of_a_terminal_that_closes_does_not_matter(arguments, 
     ],
 )
 def test_a_loader_worker_may_end_in_several_ways(error):
-    def fail():
-        yield 1
-        raise error
-
     with pytest.raises(InputError, match="a loader worker was killed"):
-        list(explain_failures(fail()))
+        list(explain_failures(fail_with(error)))
 
 
 @pytest.mark.parametrize(
     "error", [RuntimeError("received 0 items of ancdata"), OSError(errno.EMFILE, "Too many open files")], ids=str
 )
 def test_too_few_open_files_for_loader_workers_are_named(error):
-    def fail():
-        yield 1
-        raise error
-
     with pytest.raises(InputError, match="more open files than allowed: raise the limit with `ulimit -n 65536`"):
-        list(explain_failures(fail()))
+        list(explain_failures(fail_with(error)))
 
 
 def test_errors_of_a_loader_worker_are_not_taken_for_its_end():
-    def fail():
-        yield 1
-        raise RuntimeError("Caught RuntimeError in DataLoader worker process 0.\\nunforeseen")
-
+    error = RuntimeError("Caught RuntimeError in DataLoader worker process 0.\\nunforeseen")
     with pytest.raises(RuntimeError, match="unforeseen"):
-        list(explain_failures(fail()))
+        list(explain_failures(fail_with(error)))
 
 
 def test_a_terminal_that_closes_is_nothing_to_a_run_that_ignores_it(arguments, tmp_path, monkeypatch):
