@@ -91,6 +91,8 @@ def settle_engine(config: TrainConfig, accelerator: Accelerator) -> None:
         if config.channels_last:
             raise InputError("--channels_last does not go with FSDP2, which takes no weights of that format: drop it")
         accelerator.state.fsdp_plugin.mixed_precision_policy = None  # autocast casts, as it does for the reference
+        # else every rank would hold whole gradients between the micro-steps of an update
+        accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         if config.mixed_precision != "no":
             raise InputError(
@@ -144,7 +146,7 @@ def announce(run: Run, notes: list[str], memory: dict[str, int]) -> None:
         log.info(f"loser scale    {config.describe_loser_scale()}")
     log.info(f"parameters     {parameters:,}, {optimizer_name(config, run.family)}")
     parts = ", ".join(f"{name} {size / 2**30:.3g}" for name, size in memory.items())
-    shared = ", to be shared out" if run.sharded else ""
+    shared = ", before the engine shares its part out" if run.sharded else ""
     log.info(f"memory         {sum(memory.values()) / 2**30:.3g} GiB per device before activations{shared}: {parts}")
 
 

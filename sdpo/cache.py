@@ -176,7 +176,10 @@ def cut(items: list, size: int) -> list[list]:
 
 
 def encode_images(family: StableDiffusion, work: Work, batches: list[list[int]], workers: int) -> Iterator:
-    """({"moments": (n, columns, orientations, 2, C, h, w)}, what is unreadable) for each batch of rows."""
+    """({"moments": (n, columns, orientations, 2, C, h, w)}, what is unreadable) for each batch of rows.
+
+    Raises InputError for too little shared memory and for killed workers.
+    """
     side = work.shards.key["resolution"]
     images = ImageRows(work.pairs, side)
     check_shared_memory(workers, max(map(len, batches), default=0) * len(work.pairs.columns) * 3 * side**2)
@@ -194,7 +197,10 @@ def encode_pixels(family: StableDiffusion, pixels: Tensor, flips: bool) -> Tenso
 
 
 def make(config: TrainConfig, accelerator: Accelerator, family: StableDiffusion, work: Work) -> None:
-    """Encode and write what is missing; ranks wait for each other after each round of files."""
+    """Encode and write what is missing; ranks wait for each other after each round of files.
+
+    Raises InputError on every rank where one has more unreadable images than --max_unreadable_images.
+    """
     if accelerator.is_main_process:
         work.shards.create()
     accelerator.wait_for_everyone()

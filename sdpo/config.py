@@ -45,7 +45,7 @@ class TrainConfig:
         "", "start policy and reference from this UNet: diffusers folder, hub id, .pth or .safetensors"
     )
     cache_dir: str | None = flag(
-        None, "where downloaded data sets and copies of local parquet files are kept; models are where HF_HOME says"
+        None, "where data sets from the hub and copies of parquet files are kept; models are where HF_HOME says"
     )
 
     # Data
@@ -175,7 +175,7 @@ class TrainConfig:
     # Held-out pairs
     validation_pairs: Natural = flag(
         0,
-        "pairs set aside by prompt, or read from the validation split or folder, for held-out errors",
+        "pairs set aside by prompt for held-out errors, or read from the validation split or folder, of which 0 is all",
     )
     validation_split: str | None = flag(None, "read the held-out pairs from this split of the data set instead")
     validation_data_dir: str | None = flag(None, "read the held-out pairs from this local folder instead")
@@ -425,6 +425,11 @@ class TrainConfig:
             loss == "dspo-score" and self.beta_dpo <= 0.1,
             f"dspo by score matching at beta {self.beta_dpo:g}: the loser's gradient is of order beta^2, "
             "so training is close to sft and the safeguard close to inert",
+        )
+        yield (
+            loss == "dspo-switched",
+            "this form of dspo (--dspo_form switched) looks at a mean over the micro-batch, so training depends on how "
+            "the global batch is split, with --winner_preserving_per pair too",
         )
         yield (
             self.use_winner_preserving and self.method != "sft" and self.winner_preserving_mu == 0,

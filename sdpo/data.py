@@ -239,7 +239,10 @@ def explain_failures(batches: Iterator) -> Iterator:
 
 
 def train_batches(config: TrainConfig, dataset: PairDataset, plan: Plan, rank: int, first_step: int) -> Iterator[Batch]:
-    """Micro-batches of this rank from `first_step` to the end of the run."""
+    """Micro-batches of this rank from `first_step` to the end of the run.
+
+    Raises InputError for too little shared memory and, later, for unreadable pairs beyond the limit and killed workers.
+    """
     workers = config.dataloader_num_workers
     if workers:
         check_shared_memory(workers, config.train_batch_size * collate([dataset[first_step, 0]]).nbytes)

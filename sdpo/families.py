@@ -464,7 +464,8 @@ def load_family(name: str | None, source: str, **options: str | bool | None) -> 
     """The family with its frozen parts on the CPU in fp32; source is a hub id or a local diffusers folder.
 
     With encoders=False it has neither tokenizers nor text encoders, and of the VAE only the config. Raises InputError
-    unless the source holds a pipeline of the family `name`, a row of FAMILIES; None takes any of them.
+    unless the source holds a pipeline of the family `name`, a row of FAMILIES (None takes any of them), whose parts can
+    be read and go together.
     """
     found = find_family(source, **{key: options.get(key) for key in ("revision", "cache_dir")})
     if name not in (None, found):

@@ -39,6 +39,7 @@ def decode(value: bytes | str | dict | Image.Image, min_side: int = 0) -> Image.
     """An RGB image from encoded bytes, a path, a datasets image record or a PIL image.
 
     With `min_side`, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if both sides are then at least so many pixels.
+    Raises TypeError for anything else, ValueError as to_rgb, and what Pillow does for broken images.
     """
     value = image_source(value)
     if isinstance(value, Image.Image):

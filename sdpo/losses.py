@@ -161,7 +161,7 @@ def per_sample(values: Tensor, x: Tensor) -> Tensor:
 def dspo_score(terms: PairTerms) -> Tensor:
     """DSPO by score matching (Zhu et al., ICLR 2025), (B,): |e_w - beta (1 - sigmoid(u)) drift_w|^2.
 
-    Nothing is detached but the reference, as in the official code.
+    Nothing is detached but the reference, as in the official code. Raises ValueError for terms without drift_w.
     """
     drift = require_drift(terms)
     weight = terms.beta * (1 - torch.sigmoid(terms.margin))  # (B,)
@@ -169,7 +169,10 @@ def dspo_score(terms: PairTerms) -> Tensor:
 
 
 def dspo_switched(terms: PairTerms) -> Tensor:
-    """DSPO in its second official form, (B,): (1 - sigmoid(u))^2, times drift_w^2 where its micro-batch mean >= 0.1."""
+    """DSPO in its second official form, (B,): (1 - sigmoid(u))^2, times drift_w^2 where its micro-batch mean >= 0.1.
+
+    Raises ValueError for terms without drift_w.
+    """
     drift = require_drift(terms)
     doubt = 1 - torch.sigmoid(terms.margin)  # (B,)
     far = sample_mean(drift.square()).mean() >= 0.1

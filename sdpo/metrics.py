@@ -79,7 +79,7 @@ class Meter:
         return {"sums": sums, "made": self.made, "skipped": self.skipped}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from what state() gave; where the number of ranks has changed, every rank takes their mean."""
+        """Go on from what state() gave; where the number of ranks has changed, all take their mean or minimum."""
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         for name, values in state["sums"].items():
             values = torch.tensor(values, device=self.accelerator.device)

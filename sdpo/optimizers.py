@@ -54,7 +54,7 @@ def adafactor(parameters: Iterable[nn.Parameter], config: TrainConfig, learning_
 def adafactor_bytes(parameter: nn.Parameter) -> int:
     """Size of Adafactor's state of a parameter: second moments in fp32, by row and column of the last two dimensions.
 
-    Of convolutions these are the kernels' sides, so that their state is two thirds of their size.
+    Of convolutions these are the kernels' sides: their state has two thirds of their size if these are 3, twice if 1.
     """
     size, shape = parameter.numel(), parameter.shape
     return 4 * (size // shape[-1] + size // shape[-2] if len(shape) > 1 else size)

@@ -56,7 +56,7 @@ class RelabelConfig:
     train_data_dir: str | None = flag(None, "local pairs, in any form that train.py reads")
     split: str = flag("train", "split to label")
     caption_column: str = flag("caption", "column of the caption; of a list of captions the first is scored")
-    cache_dir: str | None = flag(None, "where downloaded data sets and copies of local parquet files are kept")
+    cache_dir: str | None = flag(None, "where data sets from the hub and copies of parquet files are kept")
     metric: str = flag("", f"scorer: {', '.join(CHOICE_MODELS)}")
     margin: NotNegative = flag(0.0, "pairs whose scores differ by this or less are ties")
     weights: list[str] = field(

@@ -6,6 +6,8 @@ untrusted: they reach the page as escaped JSON and are shown as text.
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import os
 import re
@@ -39,6 +41,8 @@ def write_report(
     path = Path(os.path.abspath(path))
     if not runs:
         raise InputError("a report needs at least one run; give a manifest with scores")
+    template = TEMPLATE.read_text(encoding="utf-8")
+    script = re.search(r"<script>(.*?)</script>", template, re.DOTALL)[1]
     labels = [run.label for run in runs]
     scored = any(run.scores for run in runs)
     if comparisons:
@@ -46,13 +50,15 @@ def write_report(
     else:
         views = [_run_view(run, number, path.parent) for number, run in enumerate(runs)]
     parts = {
+        # the only script that the page may run
+        "script": f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}",
         # the name of a file need not be text
         "title": escape((title or " against ".join(labels)).encode("utf-8", "replace").decode()),
         "summary": "\n".join([_summary(runs), *map(_win_rates, comparisons), _histograms(runs)] if scored else []),
         "data": json.dumps({"views": views}, separators=(",", ":")).replace("<", "\\u003c"),
     }
     # one pass, so that a marker inside a prompt is not filled in
-    page = re.sub(r"<!--slot:(\w+)-->", lambda slot: parts[slot[1]], TEMPLATE.read_text(encoding="utf-8"))
+    page = re.sub(r"<!--slot:(\w+)-->", lambda slot: parts[slot[1]], template)
     write_text(path, page)
     return path
 

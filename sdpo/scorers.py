@@ -134,7 +134,7 @@ class Scorer(nn.Module):
 
     @torch.no_grad()
     def score(self, pixels: Tensor, prompts: Iterable[str]) -> Tensor:
-        """Scores (N,) fp32 on the CPU of prepared images (N, 3, H, W) for their N prompts."""
+        """Scores (N,) fp32 on the CPU of prepared images (N, 3, H, W) for N prompts; ValueError for other numbers."""
         prompts = list(prompts)
         if len(pixels) != len(prompts):
             raise ValueError(f"{len(pixels)} images, {len(prompts)} prompts: give one prompt per image")

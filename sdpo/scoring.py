@@ -147,7 +147,7 @@ def check_images(entries: Iterable[Entry]) -> None:
 
 
 def complete_scores(pending: Mapping[str, Pending], options: ScoringOptions) -> dict[str, Scored]:
-    """The second half of score_manifests."""
+    """The second half of score_manifests; raises InputError for weights and images that cannot be used."""
     collected = _collect(pending.values())
     if len(collected) > 1:  # weights of later ones are tried out before hours of scoring
         options.try_out()

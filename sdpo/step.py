@@ -116,7 +116,7 @@ def build_run(
     seed: int,
     references: ReferenceErrors | None = None,
 ) -> Run:
-    """A run before its first update, not yet prepared."""
+    """A run before its first update, not yet prepared; InputError for a UNet or optimizer that cannot be used."""
     accelerator.gradient_accumulation_steps = plan.accumulation
     compares = config.method != "sft" and not (references and references.complete)
     policy, reference = build_models(config, family, accelerator, with_reference=compares or config.holds_out)

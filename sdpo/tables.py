@@ -168,7 +168,8 @@ def check_shards(folder: Path, files: list[str], in_splits: Iterable[str]) -> No
 def read_split(source: str, name: str | None, split: str, cache_dir: str | None) -> datasets.Dataset:
     """A split of a hub data set or of a folder of parquet, arrow or similar files; fetches only its own files.
 
-    Where the hub cannot be reached, the files that an earlier call fetched are read.
+    Where the hub cannot be reached, the files that an earlier call fetched are read. Raises InputError for a split that
+    is not there and for names that cannot be read; other errors are those of the libraries.
     """
     if Path(source).exists() and re.search(r"[*?\[\]\n]|::", os.path.realpath(source)):
         raise InputError(
@@ -189,7 +190,7 @@ def read_split(source: str, name: str | None, split: str, cache_dir: str | None)
         return datasets.load_dataset(source, name, split=split, cache_dir=cache_dir)
     if split not in splits:
         raise no_such_split(source, split, splits)
-    files = fetch_files(list(splits[split]))
+    files = fetch_files(list(splits[split]), cache_dir)
     copy = None  # the name that datasets gives it, by paths and times
     if files != list(splits[split]):
         write_json(fetched, [builder.name, files])
@@ -233,15 +234,16 @@ def showing_progress(files: list[str], cache_dir: str | None) -> Iterator[None]:
         datasets.utils.logging.disable_progress_bar()
 
 
-def fetch_files(files: list[str]) -> list[str]:
-    """Local paths of data files; those on the hub are downloaded, unless they are in its cache."""
+def fetch_files(files: list[str], cache_dir: str | None) -> list[str]:
+    """Local paths of data files; those on the hub are downloaded to `cache_dir` or HF_HOME, unless they are there."""
     if not all(file.startswith("hf://") for file in files):
         return files
     places = [HfFileSystem().resolve_path(file) for file in files]
     first = places[0]
     names = [place.path_in_repo for place in places]
     where = {"repo_type": first.repo_type, "revision": first.revision}
-    folder = snapshot_download(first.repo_id, allow_patterns=[glob.escape(name) for name in names], **where)
+    patterns = [glob.escape(name) for name in names]
+    folder = snapshot_download(first.repo_id, allow_patterns=patterns, cache_dir=cache_dir, **where)
     return [str(Path(folder, name)) for name in names]
 
 
@@ -330,7 +332,7 @@ def read_records(file: Path) -> list[tuple[int, dict]]:
 
 
 def read_saved(path: Path, split: str) -> datasets.Dataset:
-    """A folder written by save_to_disk; of a DatasetDict only the split's own folder is opened."""
+    """A folder written by save_to_disk, of a DatasetDict only the split's own; InputError for a split not there."""
     index = path / "dataset_dict.json"
     if not index.is_file():
         table = datasets.load_from_disk(str(path))

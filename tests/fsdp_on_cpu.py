@@ -31,4 +31,5 @@ def begin(self, *given, **options):
 
 
 Accelerator.__init__ = begin
-run_command(lambda: train.main(sys.argv[1:]))
+if __name__ == "__main__":
+    run_command(lambda: train.main(sys.argv[1:]))

@@ -448,6 +448,8 @@ def cautions(flags):
         ("--train_method=dmpo", "dmpo alpha 0 13.816"),  # 1 - alpha is kept off 1 by 1e-6
         ("--train_method=dmpo --dmpo_alpha=1", "dmpo alpha 1 -13.816"),
         ("--train_method=dspo --beta_dpo=0.001", "dspo 0.001 beta^2 inert"),
+        ("--train_method=dspo --beta_dpo=0.001 --sdxl", "dspo micro-batch split"),
+        ("--train_method=dspo --beta_dpo=0.001 --dspo_form=switched", "dspo micro-batch split"),
         ("--use_winner_preserving", "--winner_preserving_mu 0 inert"),
         (f"{GUARDED}1", "--winner_preserving_mu 1 scale 0 winners only"),
         ("--input_perturbation=0.1 --validation_pairs=8", "input perturbation held-out"),
@@ -472,9 +474,7 @@ def test_files_among_the_data_are_cautioned_about(tmp_path, flag):
     "flags",
     (
         f"{GUARDED}0.9",
-        "--train_method=dspo --beta_dpo=5000 --sdxl",
-        "--train_method=dspo --beta_dpo=0.001 --sdxl",
-        "--train_method=dspo --beta_dpo=0.001 --dspo_form=switched",
+        "--train_method=dspo --beta_dpo=5000",
         "--train_method=diffusion-dpo --dmpo_alpha=0.01",
         "--input_perturbation=0.1",
         "--use_ema",

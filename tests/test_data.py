@@ -1004,10 +1004,11 @@ def test_files_of_the_hub_are_fetched_by_name_and_at_the_revision_looked_up(monk
     monkeypatch.setattr(
         tables, "snapshot_download", lambda repo, **options: asked.update(options, repo=repo) or "/here"
     )
-    assert tables.fetch_files(["hf://datasets/me/pairs@c0ffee/data[1]/a.parquet"]) == ["/here/data[1]/a.parquet"]
+    files = tables.fetch_files(["hf://datasets/me/pairs@c0ffee/data[1]/a.parquet"], "cache")
+    assert files == ["/here/data[1]/a.parquet"]
     (pattern,) = asked.pop("allow_patterns")
     assert fnmatch.fnmatch(place.path_in_repo, pattern) and not fnmatch.fnmatch("data1/a.parquet", pattern)
-    assert asked == {"repo": "me/pairs", "repo_type": "dataset", "revision": "c0ffee"}
+    assert asked == {"repo": "me/pairs", "repo_type": "dataset", "revision": "c0ffee", "cache_dir": "cache"}
 
 
 def test_splits_and_configs_of_the_hub_are_remembered_apart(tmp_path, monkeypatch):
@@ -1031,7 +1032,7 @@ def test_splits_and_configs_of_the_hub_are_remembered_apart(tmp_path, monkeypatc
     def refuse(*given, **options):
         raise ConnectionError("out of reach")
 
-    monkeypatch.setattr(tables, "fetch_files", lambda files: [local[file] for file in files])
+    monkeypatch.setattr(tables, "fetch_files", lambda files, cache_dir: [local[file] for file in files])
     for builder in (look_up, refuse):
         monkeypatch.setattr(datasets, "load_dataset_builder", builder)
         found = [len(tables.read_split(*call, str(tmp_path / "cache"))) for call in calls]

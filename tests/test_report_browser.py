@@ -102,6 +102,18 @@ def test_prompts_are_text_and_images_load(page, pair):
     )
 
 
+def test_no_script_but_its_own_runs(page, folder, pair):
+    text = pair.read_text(encoding="utf-8")
+    hostile = "<script>window.broken = 1</script><img src='none.png' onerror='window.broken = 1'>"
+    changed = folder / "changed.html"
+    changed.write_text(text.replace("</body>", f"{hostile}</body>"), encoding="utf-8")
+    page.goto(changed.as_uri())
+    assert page.locator("#count").inner_text() == "60 of 60 pairs"
+    assert page.evaluate("window.broken") is None
+    assert any("Content Security Policy" in error for error in page.errors)
+    page.errors.clear()
+
+
 def test_order_by_difference(page, pair):
     page.goto(pair.as_uri())
     page.select_option("#order", "high")

@@ -95,3 +95,12 @@ def test_gradients_of_two_ranks_stay_in_the_buckets_that_are_sent(arguments, tmp
     for rank in range(2):
         parameters, storages = json.loads((tmp_path / f"rank-{rank}.json").read_text())
         assert parameters > 100 and storages < 10
+
+
+def test_between_micro_steps_sharded_gradients_are_held_once_by_all_ranks_together(arguments, tmp_path):
+    flags = [tmp_path, *arguments("--optimizer=adamw", "--global_batch_size=8")]
+    run_on_ranks(2, Path(__file__).with_name("sharded_gradients.py"), flags)
+    ranks = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    assert len(ranks[0]) > 100
+    for (whole, first), (_, second) in zip(*ranks, strict=True):
+        assert first + second == whole

@@ -1,0 +1,22 @@
+"""How many numbers the gradients of a rank have after the first of an update's micro-steps under FSDP2. As a script: on every rank."""
+
+import json
+import sys
+from pathlib import Path
+
+import fsdp_on_cpu  # noqa: F401, has accelerate take CPU ranks
+
+import train
+from sdpo.command import parse_flags
+from sdpo.config import TrainConfig
+from sdpo.step import micro_step
+
+if __name__ == "__main__":
+    folder, *flags = sys.argv[1:]
+    run, dataset, _ = train.set_up(parse_flags(TrainConfig, "", "", flags))
+    batches = train.train_batches(run.config, dataset, run.plan, run.accelerator.process_index, 0)
+    with run.accelerator.accumulate(run.policy):
+        micro_step(run, next(batches))
+    sizes = [[parameter.numel(), parameter.grad.to_local().numel()] for parameter in run.policy.parameters()]
+    Path(folder, f"rank-{run.accelerator.process_index}.json").write_text(json.dumps(sizes))
+    run.accelerator.end_training()
