@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from diffusers import UNet2DConditionModel
 from recording import same, weights
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -164,11 +165,16 @@ def test_norms_that_a_gpu_computes_in_fp32_are_counted_so():
     assert gpu > 1.2 * cpu
 
 
-def test_room_for_activations_is_what_gradients_and_new_optimizer_state_leave(arguments, tmp_path):
+def test_room_for_activations_is_what_gradients_and_new_optimizer_state_leave(arguments, monkeypatch):
     config = parse_flags(TrainConfig, "", "", arguments())
     run = train.set_up(config)[0]
     weights = sum(parameter.numel() for parameter in run.policy.parameters())
     assert room_for_activations(run, 20 * weights) == pytest.approx(0.85 * (20 - 4 - 8) * weights)
+    with monkeypatch.context() as patch:
+        patch.setattr(Accelerator, "num_processes", 4)
+        assert room_for_activations(run, 20 * weights) == pytest.approx(0.85 * (20 - 4 - 8) * weights)
+        patch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+        assert room_for_activations(run, 20 * weights) == pytest.approx(0.85 * (20 - (4 + 8) / 4) * weights)
     for parameter in run.policy.parameters():
         parameter.grad = torch.zeros_like(parameter)
     run.optimizer.step()  # from now on its state is in memory, as after a resume
