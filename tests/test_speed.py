@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from recording import same, weights
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -22,6 +23,7 @@ from benchmarks.architectures import BASES
 from benchmarks.contestants import OurLoop, Variant
 from benchmarks.counting import like_a_gpu
 from sdpo import step
+from sdpo.arithmetic import recompute
 from sdpo.batch import collate
 from sdpo.command import parse_flags
 from sdpo.config import TrainConfig
@@ -51,6 +53,13 @@ def kept_for_backward(family, unet, inputs):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
+    def checkpoint(function, *values):
+        for value in filter(torch.is_tensor, values):
+            pack(value)  # what recomputation begins with
+        return recompute(function, *values)
+
+    if unet.is_gradient_checkpointing:
+        unet.enable_gradient_checkpointing(checkpoint)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = family.predict(unet, inputs.noisy, inputs.timesteps, inputs.conditioning)
     assert output.requires_grad
@@ -66,6 +75,16 @@ def test_kept_activations_are_counted_as_they_are(case):
     with torch.autocast("cpu", torch.bfloat16):
         real = kept_for_backward(family, unet, inputs)
     assert kept == pytest.approx(real, rel=0.01) and kept < 0.9 * kept_for_backward(family, unet, inputs)
+
+
+def test_unfused_attention_and_checkpointing_are_counted_as_they_are(case):
+    family, unet, inputs = case
+    fused = choose_units(family, unet, inputs, torch.float32, float("inf"))[1]
+    unet.set_attn_processor(AttnProcessor())
+    unfused = choose_units(family, unet, inputs, torch.float32, float("inf"))[1]
+    assert unfused == kept_for_backward(family, unet, inputs) > fused
+    unet.enable_gradient_checkpointing()
+    assert choose_units(family, unet, inputs, torch.float32, 0)[1] == kept_for_backward(family, unet, inputs)
 
 
 class WeightCopies(TorchDispatchMode):
