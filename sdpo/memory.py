@@ -118,7 +118,7 @@ class ActivationCounter:
             self.inputs = torch.empty(inputs.noisy.shape), timesteps, conditioning
         if compiled:
             compile_blocks(self.model, backend="aot_eager_decomp_partition")
-        self.model.enable_gradient_checkpointing(self._checkpoint)
+        self.model.enable_gradient_checkpointing(recompute)  # which saves what it begins with
         self.units = checkpoint_units(self.model)
         self.weights = {weight.untyped_storage()._cdata for weight in self.model.parameters()}
         self.kept: dict[int, tuple[torch.UntypedStorage, str]] = {}  # by address; held, so that none is used again
@@ -155,9 +155,3 @@ class ActivationCounter:
         if storage._cdata not in self.weights:
             self.kept.setdefault(storage._cdata, (storage, self.within[-1]))
         return tensor
-
-    def _checkpoint(self, function, *inputs):
-        for value in inputs:
-            if isinstance(value, Tensor):
-                self._keep(value)
-        return recompute(function, *inputs)

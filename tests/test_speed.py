@@ -53,13 +53,6 @@ def kept_for_backward(family, unet, inputs):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    def checkpoint(function, *values):
-        for value in filter(torch.is_tensor, values):
-            pack(value)  # what recomputation begins with
-        return recompute(function, *values)
-
-    if unet.is_gradient_checkpointing:
-        unet.enable_gradient_checkpointing(checkpoint)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = family.predict(unet, inputs.noisy, inputs.timesteps, inputs.conditioning)
     assert output.requires_grad
@@ -83,7 +76,7 @@ def test_unfused_attention_and_checkpointing_are_counted_as_they_are(case):
     unet.set_attn_processor(AttnProcessor())
     unfused = choose_units(family, unet, inputs, torch.float32, float("inf"))[1]
     assert unfused == kept_for_backward(family, unet, inputs) > fused
-    unet.enable_gradient_checkpointing()
+    unet.enable_gradient_checkpointing(recompute)
     assert choose_units(family, unet, inputs, torch.float32, 0)[1] == kept_for_backward(family, unet, inputs)
 
 
