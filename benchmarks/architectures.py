@@ -8,7 +8,6 @@ left out.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +16,8 @@ from transformers import CLIPTextConfig, CLIPTokenizer, PreTrainedModel
 
 from sdpo.config import TrainConfig
 from sdpo.families import FAMILIES, StableDiffusion, load_family
+from sdpo.tiny import BASE
 
-TINY = Path(__file__).parents[1] / "sdpo" / "tiny" / "base"
 TOKENS = 77  # per caption, padded
 
 SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
@@ -108,7 +107,7 @@ class Base:
         """The family; random parts are made on `device`: "meta" gives shapes without memory."""
         name = self.config().base["name"]
         if self.parts is None:
-            family = load_family(name, str(TINY))
+            family = load_family(name, str(BASE))
         else:
             family = random_family(FAMILIES[name], self.parts, device)
         family.mend = list  # captions here are plain, and ftfy may not be there
@@ -121,7 +120,7 @@ def random_family(family: type[StableDiffusion], parts: dict[str, dict], device:
     class RandomFamily(family):
         def load(self, cls: type, name: str):
             if cls is CLIPTokenizer:  # the tiny base's vocabulary, at the official length
-                return CLIPTokenizer.from_pretrained(TINY / "tokenizer", model_max_length=TOKENS)
+                return CLIPTokenizer.from_pretrained(BASE / "tokenizer", model_max_length=TOKENS)
             if issubclass(cls, SchedulerMixin):  # whose numbers are looked at
                 return cls.from_config(parts[name])
             with torch.device(device):

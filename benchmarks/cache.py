@@ -26,14 +26,14 @@ from tqdm.auto import tqdm
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.environment import environment  # noqa: E402
-from sdpo.batch import collate  # noqa: E402
-from sdpo.cache import CachedPairs, cut  # noqa: E402
-from sdpo.data import PairDataset, Transform  # noqa: E402
-from sdpo.files import write_json  # noqa: E402
-from sdpo.pairs import IMAGES, Pairs  # noqa: E402
-from sdpo.rng import normal  # noqa: E402
-from sdpo.shards import SHARD_BYTES, Shards  # noqa: E402
+from benchmarks.environment import environment
+from sdpo.batch import collate
+from sdpo.cache import CachedPairs, cut
+from sdpo.data import PairDataset, Transform
+from sdpo.files import write_json
+from sdpo.pairs import IMAGES, Pairs
+from sdpo.rng import normal
+from sdpo.shards import SHARD_BYTES, Shards
 
 LATENT, TEXT = (4, 64, 64), (77, 768)
 PAIRS_PER_CAPTION = 14

@@ -23,15 +23,14 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.environment import environment  # noqa: E402
-from sdpo.families import StableDiffusion, load_family  # noqa: E402
-from sdpo.files import write_json  # noqa: E402
-from sdpo.sampling import draw_noise, sample  # noqa: E402
-from sdpo.scorers import Aesthetics, ClipScore, Head, HPSv2, HPSv21, PickScore, Scorer, score_rows  # noqa: E402
-from sdpo.tiny import pictures  # noqa: E402
-from sdpo.tiny.train_base import TOKENS, build_tokenizer  # noqa: E402
+from benchmarks.environment import environment
+from sdpo.families import StableDiffusion, load_family
+from sdpo.files import write_json
+from sdpo.sampling import draw_noise, sample
+from sdpo.scorers import Aesthetics, ClipScore, Head, HPSv2, HPSv21, PickScore, Scorer, score_rows
+from sdpo.tiny import BASE, pictures
+from sdpo.tiny.train_base import TOKENS, build_tokenizer
 
-TINY = ROOT / "sdpo" / "tiny" / "base"
 ARCHITECTURE = {  # of open_clip, with the official image size
     "embed_dim": 32,
     "vision_cfg": {"image_size": 224, "layers": 2, "width": 64, "head_width": 32, "patch_size": 32},
@@ -82,7 +81,7 @@ def generation_task(family: StableDiffusion, unet: UNet2DConditionModel, size: i
 
 def generation(device: str, batches: list[int], repeats: int) -> dict:
     """Speeds by pipeline and batch size, as ratios to batch 1."""
-    family = load_family(None, str(TINY)).to(torch.device(device), torch.float32)
+    family = load_family(None, str(BASE)).to(torch.device(device), torch.float32)
     unets = {"tiny": (family.load_unet(), 8, 20), "small": (small_unet(), 16, 2)}  # UNet, latent side, steps
     results = {}
     for name, (unet, size, steps) in unets.items():

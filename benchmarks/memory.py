@@ -17,10 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.architectures import BASES  # noqa: E402
-from benchmarks.counting import like_a_gpu  # noqa: E402
-from sdpo.inputs import Inputs  # noqa: E402
-from sdpo.memory import choose_units, planned_memory  # noqa: E402
+from benchmarks.architectures import BASES
+from benchmarks.counting import like_a_gpu
+from sdpo.inputs import Inputs
+from sdpo.memory import choose_units, planned_memory
 
 ROWS = (
     *(("sd15", "adamw", pairs) for pairs in (1, 4, 8)),

@@ -26,25 +26,25 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-import diffusers  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from PIL import Image  # noqa: E402
-from torch import Tensor  # noqa: E402
+import diffusers
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from torch import Tensor
 
-from benchmarks.architectures import BASES, Base  # noqa: E402
-from benchmarks.baseline import OfficialLoop  # noqa: E402
-from benchmarks.contestants import VARIANTS, OurLoop, build, cache_latents, know_reference  # noqa: E402
-from benchmarks.counting import count, counted  # noqa: E402
-from benchmarks.environment import environment  # noqa: E402
-from benchmarks.tables import PARTS, markdown, show_check, show_counts, show_safeguard  # noqa: E402
-from sdpo.arithmetic import fuses_attention  # noqa: E402
-from sdpo.files import write_json, write_text  # noqa: E402
-from sdpo.hub import DTYPES  # noqa: E402
-from sdpo.images import decode  # noqa: E402
-from sdpo.losses import pair_terms  # noqa: E402
-from sdpo.rng import draw, normal  # noqa: E402
+from benchmarks.architectures import BASES, Base
+from benchmarks.baseline import OfficialLoop
+from benchmarks.contestants import VARIANTS, OurLoop, build, cache_latents, know_reference
+from benchmarks.counting import count, counted
+from benchmarks.environment import environment
+from benchmarks.tables import PARTS, markdown, show_check, show_counts, show_safeguard
+from sdpo.arithmetic import fuses_attention
+from sdpo.files import write_json, write_text
+from sdpo.hub import DTYPES
+from sdpo.images import decode
+from sdpo.losses import pair_terms
+from sdpo.rng import draw, normal
 
 ONLY_ON_GPU = {
     "fast, compiled, lean",  # shows in peak memory

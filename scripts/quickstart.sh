@@ -46,6 +46,8 @@ for name in plain safeguard; do
     { echo "evaluating $name failed:"; tail -n 20 "$out/$name-eval.log"; exit 1; }
 done
 wait "$compare"
+echo "Compare the safeguard with the two controls before crediting its adaptive rule. The learning rate was chosen because it"
+echo "shows the pathology (docs/quickstart)."
 echo
 group=tiny_seed0_32x32_20s_1.0cfg.json
 bash scripts/eval/test_vs.sh --json_a "$out/safeguard/eval/$group" --json_b "$out/plain/eval/$group" \

@@ -3,41 +3,36 @@
 import hashlib
 import json
 import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, unquote, urlparse
+from urllib.parse import unquote, urlparse
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-def serve(folder: Path, repository: str) -> ThreadingHTTPServer:
-    """A server of one data set, to be started by the caller; `server.fetched` lists the files that were asked for."""
+@contextmanager
+def serving(folder: Path, repository: str) -> Iterator[ThreadingHTTPServer]:
+    """A server of one data set, until the block ends; `server.fetched` lists the files that were asked for."""
 
     class Hub(BaseHTTPRequestHandler):
         def do_GET(self):
             path = unquote(urlparse(self.path).path)
             if match := re.fullmatch(f"/datasets/{repository}/resolve/[^/]+/(.+)", path):
                 return self.send_file(folder / match[1])
-            if match := re.fullmatch(f"/api/datasets/{repository}(/(revision|tree|paths-info).*)?", path):
+            if match := re.fullmatch(f"/api/datasets/{repository}(/(revision|tree).*)?", path):
                 return self.send_listing(match[2])
             return self.send(404, b"{}")
 
         do_HEAD = do_GET  # noqa: N815
-
-        def do_POST(self):
-            self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            self.do_GET()
 
         def send_listing(self, kind):
             files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
             about = [
                 {"type": "file", "oid": digest(path), "size": path.stat().st_size, "path": name(path)} for path in files
             ]
-            if kind == "paths-info":
-                paths = (
-                    parse_qs(self.body.decode())["paths"] if self.body[:1] != b"{" else json.loads(self.body)["paths"]
-                )
-                about = [entry for entry in about if entry["path"] in paths]
             if kind in (None, "revision"):
                 about = {"id": repository, "sha": COMMIT, "siblings": [{"rfilename": name(path)} for path in files]}
             self.send(200, json.dumps(about).encode())
@@ -68,4 +63,9 @@ def serve(folder: Path, repository: str) -> ThreadingHTTPServer:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.fetched = []
-    return server
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()

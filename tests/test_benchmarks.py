@@ -17,9 +17,11 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from benchmarks.architectures import BASES, SDXL, Base, batch_of
 from benchmarks.baseline import OfficialLoop
 from benchmarks.contestants import VARIANTS, OurLoop, Variant, build, cache_latents, make_batch
-from benchmarks.counting import count, counted
+from benchmarks.counting import count, counted, like_a_gpu
+from benchmarks.eval import ratios
+from benchmarks.memory import gibibytes
 from benchmarks.tables import show_margins, show_race
-from benchmarks.train import BaseBenchmark, check_baseline, compare, safeguard_cost
+from benchmarks.train import BaseBenchmark, check_baseline, compare, expected_flops, measure_round, safeguard_cost
 from sdpo.inputs import make_inputs
 from sdpo.losses import diffusion_dpo, pair_terms
 
@@ -127,7 +129,32 @@ def test_every_contestant_makes_updates(name):
     clipped, clip = [], contestant.accelerator.clip_grad_norm_
     contestant.accelerator.clip_grad_norm_ = lambda *given: clipped.append(clip(*given)) or clipped[-1]
     contestant.update()
+    assert name == "baseline" or contestant.first_margin == 0
     assert len(clipped) == 1  # in the official loop too, where Adafactor is not asked for by a flag of its own
+
+
+def test_speed_counts_the_pairs_of_all_micro_steps(monkeypatch):
+    ticks, steps, update = itertools.count(), [], OurLoop.update
+    monkeypatch.setattr("benchmarks.train.clock", lambda device: float(next(ticks)))
+    monkeypatch.setattr(OurLoop, "update", lambda self: steps.append(self.run.plan.accumulation) or update(self))
+    figures = measure_round(build(MICRO_XL, "default", CPU), CPU, least=2.0)  # 2 pairs x 2 micro-steps
+    assert figures["pairs_per_second"] == 4 and steps == [1, 2, 2]
+
+
+def test_flops_of_what_a_contestant_leaves_out_are_not_expected():
+    parts = {name: {"flops": 10**n} for n, name in enumerate(("policy forward", "backward", "encode", "text"))}
+    assert [expected_flops(parts, **left) for left in ({}, {"cached": True}, {"known": True})] == [1112, 12, 1111]
+
+
+def test_ratios_are_of_the_speeds():
+    assert ratios({"a": 2.0, "b": 6.0})["b"] == {"images_per_second": 6.0, "ratio": 3.0}
+
+
+def test_adamw_takes_18_bytes_per_parameter_before_activations():
+    count = sum(p.numel() for p in BASES["small"].build("meta").load_unet().parameters())
+    with like_a_gpu():
+        before, least, most = gibibytes("small", "adamw", 1, compiled=False)
+    assert before == pytest.approx(18 * count / 2**30, rel=0.01) and 0 < least < most
 
 
 def test_changes_change_what_they_are_called():

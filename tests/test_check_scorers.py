@@ -2,12 +2,13 @@
 
 import json
 import math
+import sys
 
 import pytest
 from PIL import Image
 
 from scripts.eval import check_scorers
-from scripts.eval.check_scorers import SMALL, STORED, deviation, main
+from scripts.eval.check_scorers import SMALL, STORED, deviation, main, package_scores
 from sdpo.command import InputError
 
 KINDS = {"HPSv2": [SMALL, STORED], "ImageReward": [STORED]}
@@ -55,6 +56,24 @@ def test_verdict(metric, kind, error, agree, tmp_path, monkeypatch, capsys):
     assert main([str(tmp_path / "m.json"), "--images", "2", "--reference_python", "none"]) is agree
     assert ("DIFFER" in capsys.readouterr().out) is not agree
     assert seen == 2 * [[(224, 224)] * 2 + [(64, 40)] * 2] + 2 * [[(64, 40)] * 2]  # HPSv2 twice, then ImageReward
+
+
+STAND_IN = """#!{python} -S
+import json, sys
+key, source, target, part = sys.argv[-4:]
+assert (key, part) == ("hpsv2", "checkpoint={weights}")
+with open(source) as rows, open(target, "w") as scores:
+    json.dump([len(prompt) for _, prompt in json.load(rows)], scores)
+"""
+
+
+def test_the_package_is_asked_by_its_own_interpreter(tmp_path):
+    python, weights = tmp_path / "python", tmp_path / "hps.pt"
+    weights.touch()
+    python.write_text(STAND_IN.format(python=sys.executable, weights=weights))
+    python.chmod(0o755)
+    rows = [("a.png", "p"), ("b.png", "pq")]
+    assert package_scores("HPSv2", rows, {"hpsv2.checkpoint": str(weights)}, str(python)) == [1, 2]
 
 
 def test_a_damaged_image_is_one_sentence(tmp_path):

@@ -15,6 +15,7 @@ import pytest
 from sdpo.command import InputError, parse_flags, run_command, show
 from sdpo.config import Plan, TrainConfig
 from sdpo.families import FAMILIES
+from sdpo.generation import EvalConfig
 from sdpo.losses import PAIR_LOSSES
 from sdpo.optimizers import OPTIMIZERS, optimizer_name
 from sdpo.step import loss_name
@@ -32,6 +33,12 @@ RECIPES = {  # the paper's settings: (base, VAE, learning rate), method, beta, a
     "sdxl_diffusion_dpo": (SDXL, "diffusion-dpo", 5000, 0, 0.6),
     "sdxl_dspo": (SDXL, "dspo", 5000, 0, 0.6),
     "sdxl_dmpo": (SDXL, "dmpo", 6000, 0.01, 0.6),
+}
+
+TINY = {  # method, beta, alpha, mu
+    "tiny_diffusion_dpo": ("diffusion-dpo", 200, 0, 0.9),
+    "tiny_dspo": ("dspo", 0.001, 0, 0.2),
+    "tiny_dmpo": ("dmpo", 200, 0.01, 0.9),
 }
 
 OFFICIAL = {  # flags of the official train.py with their defaults
@@ -329,11 +336,20 @@ def test_launchers(launcher, tmp_path):
     if launcher.stem in RECIPES:
         assert_recipe(config, launcher.stem)
     else:
-        assert launcher.stem == f"tiny_{config.method.replace('-', '_')}"
+        assert TINY[launcher.stem] == (config.method, config.beta_dpo, config.dmpo_alpha, config.winner_preserving_mu)
+        assert config.use_winner_preserving and config.lr_scheduler == "cosine"
         assert (config.resolution, config.mixed_precision, config.report_to) == (32, "no", "tensorboard")
     _, *flags = launched(launcher, tmp_path, "--output_dir", "with a space", "--winner_preserving_mu=0.5")
     config = parse_config(flags)
     assert (config.output_dir, config.winner_preserving_mu) == ("with a space", 0.5)
+
+
+@pytest.mark.parametrize("name, base", [("sd15", SD15), ("sdxl", SDXL)])
+def test_launchers_of_the_evaluation_name_the_official_bases(tmp_path, name, base):
+    script, *flags = launched(LAUNCHERS.parent / "eval" / f"test_{name}.sh", tmp_path, "base", "--steps=7")
+    config = parse_flags(EvalConfig, "", "", flags)
+    assert script.endswith("eval_generate.py") and config.steps == 7
+    assert (config.unet_path, config.pretrain_path, config.vae_path) == ("base", *base[:2])
 
 
 def test_there_is_a_launcher_for_every_base_and_method():
@@ -344,8 +360,8 @@ def test_there_is_a_launcher_for_every_base_and_method():
 
 def test_launchers_use_every_gpu(tmp_path):
     words = launched(LAUNCHERS / "sd15_dmpo.sh", tmp_path, gpus="4")
-    assert words[:2] == ["-m", "accelerate.commands.launch"]
-    assert words[words.index("--num_processes") + 1] == "4"
+    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 4 --num_machines 1"
+    assert words[:11] == f"{launch} --mixed_precision no --dynamo_backend no".split()
     script = next(i for i, word in enumerate(words) if word.endswith("train.py"))
     assert Plan.of(parse_config(words[script + 1 :]), 4, PAIRS).accumulation == 64  # 8 pairs x 4 x 64 = 2048
 

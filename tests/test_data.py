@@ -9,7 +9,6 @@ import logging
 import os
 import subprocess
 import sys
-import threading
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from colours import as_parquet, loser, make_rows, solid, winner
-from hub import serve
+from hub import serving
 from PIL import Image, UnidentifiedImageError
 from torchvision import transforms
 
@@ -843,9 +842,11 @@ def test_much_data_is_copied_with_a_word(tmp_path, monkeypatch, caplog):
     load(as_parquet(tmp_path))
     assert "makes a copy" not in caplog.text
     monkeypatch.setattr(tables, "MUCH", 0)
+    bar, shown, read = datasets.utils.logging.is_progress_bar_enabled, [], datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda *given, **more: shown.append(bar()) or read(*given, **more))
     load(tmp_path)
     assert "of which datasets makes a copy in" in caplog.text
-    assert datasets.utils.logging.is_progress_bar_enabled() is False
+    assert shown == [True] and not bar()
 
 
 def test_images_of_which_only_the_path_is_given_must_exist(tmp_path):
@@ -953,21 +954,19 @@ print(len(prepare_pairs(config, 0)[0]), prepare_pairs(config, 0)[0].fingerprint(
 
 def test_a_data_set_of_the_hub_is_read_again_where_the_hub_is_out_of_reach(tmp_path, pairs_folder):
     """Of the hub, the split's own files are fetched alone."""
-    server = serve(pairs_folder, "me/pairs")
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    common = os.environ | {"HF_HOME": str(tmp_path), "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
-    read = []
-    for offline in ("0", "1"):
-        environment = common | {"HF_HUB_OFFLINE": offline}
+
+    def read(**changes):
         run = [sys.executable, "-c", READ_FROM_HUB]
+        environment = os.environ | {"HF_HOME": str(tmp_path)} | changes
         result = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
         assert result.returncode == 0, result.stderr[-2000:]
-        read.append(result.stdout)
-        server.shutdown()
-    server.server_close()
-    thread.join()
-    assert read[0] == read[1] and read[0].startswith("116 ")
+        return result.stdout
+
+    with serving(pairs_folder, "me/pairs") as server:
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        first = read(HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="0")
+    assert first.startswith("116 ")
+    assert read(HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="1") == first
     assert [file for file in server.fetched if file.endswith(".parquet")] == ["train.parquet"]
     assert len(list(tmp_path.rglob("*.arrow"))) == 1
 

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -108,7 +110,7 @@ def test_too_few_open_files_for_loader_workers_are_named(error):
 
 
 def test_errors_of_a_loader_worker_are_not_taken_for_its_end():
-    error = RuntimeError("Caught RuntimeError in DataLoader worker process 0.\\nunforeseen")
+    error = RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nunforeseen")
     with pytest.raises(RuntimeError, match="unforeseen"):
         list(explain_failures(fail_with(error)))
 
@@ -171,7 +173,7 @@ def test_pairs_that_were_replaced_are_summed_up(arguments, monkeypatch, capsys):
         return original(pairs, index, members)
 
     monkeypatch.setattr(Pairs, "load", load)
-    train.main(arguments("--max_train_steps=60"))  # two passes over the pairs
+    train.main(arguments("--max_train_samples=8", "--max_train_steps=4"))  # two passes over the pairs
     said = "CAUTION: 1 pairs that this process drew could not be read and were replaced by others"
     assert said in capsys.readouterr().err
 
@@ -222,24 +224,33 @@ train.run_command(train.main)
 """
 
 
+ON_RANKS = ["--train_batch_size=1", "--max_train_steps=4", "--use_ema", "--validation_pairs=2", "--validation_steps=9"]
+
+
+@pytest.fixture(scope="module")
+def whole(arguments_in, tmp_path_factory):
+    """The folder of a run on two ranks whose data do not end."""
+    folder = tmp_path_factory.mktemp("whole")
+    run_on_ranks(2, ROOT / "train.py", arguments_in(folder, *ON_RANKS))
+    return folder / "run"
+
+
 @pytest.mark.parametrize("place", [(0, 1), (2, 1), (2, 3)])  # of rank 1's first and second micro-step
-def test_where_the_data_of_one_rank_end_all_keep_what_was_trained(arguments, tmp_path, place):
-    flags = ["--train_batch_size=1", "--max_train_steps=4", "--use_ema", "--validation_pairs=2", "--validation_steps=9"]
-    run_on_ranks(2, ROOT / "train.py", arguments(*flags, out="whole"))
+def test_where_the_data_of_one_rank_end_all_keep_what_was_trained(arguments, whole, tmp_path, place):
     script = tmp_path / "lost.py"
     script.write_text(LOST_DATA.replace("LOST", repr(place)))
-    said = run_on_ranks(2, script, arguments(*flags), succeeds=False)
+    said = run_on_ranks(2, script, arguments(*ON_RANKS), succeeds=False)
     assert said.count("error: a disk is gone") == 2
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"] * (place[0] > 0)
     assert not (tmp_path / "run" / "unet.pth").exists()
-    run_on_ranks(2, ROOT / "train.py", arguments(*flags))
+    run_on_ranks(2, ROOT / "train.py", arguments(*ON_RANKS))
     for file in ("unet.pth", "unet_ema.pth"):
-        assert same(weights(tmp_path / "run", file), weights(tmp_path / "whole", file))
-    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+        assert same(weights(tmp_path / "run", file), weights(whole, file))
+    assert metrics(tmp_path / "run") == metrics(whole)
 
 
 KILLED_WORKER = """
-import multiprocessing, sys
+import multiprocessing
 import train
 
 def update(run, micro_batches, original=train.update):
@@ -249,18 +260,13 @@ def update(run, micro_batches, original=train.update):
     return result
 
 train.update = update
-train.main(sys.argv[1:])
+train.run_command(train.main)
 """
 
 
 def test_a_loader_worker_that_was_killed_is_one_sentence(arguments, tmp_path):
     flags = arguments("--dataloader_num_workers=2", "--max_train_steps=50")
-    command = [
-        sys.executable,
-        "-c",
-        KILLED_WORKER.replace("train.main(sys.argv[1:])", "train.run_command(train.main)"),
-        *flags,
-    ]
+    command = [sys.executable, "-c", KILLED_WORKER, *flags]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2, result.stderr
     assert "error: a loader worker was killed (" in result.stderr and "Traceback" not in result.stderr
@@ -340,6 +346,31 @@ def test_a_second_signal_ends_the_process_at_once(arguments, tmp_path):
     assert not list((tmp_path / "run").glob("checkpoint*"))
 
 
+@contextmanager
+def started(command, **options):
+    """A process in a session of its own, of which nothing is left after the block."""
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, **options)
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def is_training(folder):
+    """Whether the run in a folder has made an update."""
+    log = folder / "run" / "metrics.jsonl"
+    return log.exists() and log.read_text().count("\n") > 1
+
+
+def wait_for_training(folder, process):
+    """Until the process that runs there has made an update."""
+    while not is_training(folder):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+
+
 def signal_second_rank(command, ready):
     """(exit codes, errors) of two ranks, as a scheduler starts them itself; the second gets SIGTERM when `ready`."""
     with socket.socket() as free:
@@ -363,9 +394,8 @@ def signal_second_rank(command, ready):
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_update(arguments, tmp_path):
-    log = tmp_path / "run" / "metrics.jsonl"
     command = [sys.executable, "train.py", *arguments("--max_train_steps=100000", "--train_batch_size=1")]
-    codes, said = signal_second_rank(command, lambda: log.exists() and log.read_text().count("\n") > 1)
+    codes, said = signal_second_rank(command, partial(is_training, tmp_path))
     assert codes == [143, 143], said
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     assert f"stopped after {checkpoint.name.split('-')[1]} updates" in said[0]
@@ -397,21 +427,14 @@ def test_a_signal_to_the_whole_group_spares_loader_workers(arguments, tmp_path, 
     """As launchers and terminals send it; what is left of the workers would fail the run."""
     command = [sys.executable, ROOT / "train.py", *arguments("--max_train_steps=100000", "--dataloader_num_workers=2")]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    try:
-        log = tmp_path / "run" / "metrics.jsonl"
-        while not (log.exists() and log.read_text().count("\n") > 1):
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.1)
+    with started(command, env=environment) as process:
+        wait_for_training(tmp_path, process)
         os.killpg(process.pid, number)
         said = process.communicate(timeout=60)[1]
-        assert process.returncode == code, said
-        (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
-        assert f"stopped after {checkpoint.name.split('-')[1]} updates" in said
-        assert said.count("stopping once this update is made and saved") == 1
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == code, said
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    assert f"stopped after {checkpoint.name.split('-')[1]} updates" in said
+    assert said.count("stopping once this update is made and saved") == 1
 
 
 def poison(monkeypatch, bad):
@@ -720,17 +743,12 @@ def test_a_preempted_slurm_job_goes_back_into_the_queue(arguments, pairs_folder,
     command = ["bash", ROOT / "scripts/slurm/train.sbatch", ROOT / "scripts/train/sd15_diffusion_dpo.sh"]
     flags = arguments("--max_train_steps=100000", "--train_batch_size=1", "--dataloader_num_workers=0")
     command += [flag for flag in flags if not flag.startswith("--train_data_dir")]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, **job, "ACCELERATE_USE_CPU": "true", "PYTHON": sys.executable, "DATA": str(pairs_folder)},
-    )  # fmt: skip
-    log = tmp_path / "run" / "metrics.jsonl"
-    while not (log.exists() and log.read_text().count("\n") > 1):
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.1)
-    for task in (tmp_path / "tasks").read_text().split():
-        os.kill(int(task), signal.SIGTERM)
-    said = process.communicate(timeout=90)[1]
+    settings = {"ACCELERATE_USE_CPU": "true", "PYTHON": sys.executable, "DATA": str(pairs_folder)}
+    with started(command, cwd=tmp_path, env=os.environ | job | settings) as process:
+        wait_for_training(tmp_path, process)
+        for task in (tmp_path / "tasks").read_text().split():
+            os.kill(int(task), signal.SIGTERM)
+        said = process.communicate(timeout=90)[1]
     assert process.returncode == 143, said
     assert "1 pairs x 2 processes" in said
     assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 1

@@ -10,9 +10,12 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageFilter
+from recording import same
+from scipy import stats
 
 import train
 from sdpo.command import InputError
+from sdpo.families import load_family
 from sdpo.metrics import read_metrics
 from sdpo.tiny import compare, make_pairs, pictures
 from sdpo.tiny.train_base import build_tokenizer, measure
@@ -90,6 +93,52 @@ def test_committed_base_does_what_is_written_beside_it():
     assert figures["all"] == pytest.approx(written["all"], abs=5 * (written["all"] * (1 - written["all"]) / 60) ** 0.5)
     assert sum(file.stat().st_size for file in compare.BASE.rglob("*")) <= 4_000_000
     assert not [file for file in compare.BASE.rglob("*") if file.suffix in (".bin", ".pth", ".pkl")]
+
+
+def test_scores_are_those_of_the_weights_given(tmp_path, monkeypatch):
+    family = load_family(None, str(compare.BASE))
+    changed = {name: value + 1 for name, value in family.load_unet().state_dict().items()}
+    torch.save(changed, tmp_path / "unet.pth")
+
+    def sample(family, unet, captions, noise, *_):
+        """Pictures of the captions, every fourth in another colour."""
+        assert same(unet.state_dict(), changed)
+        assert len(noise.flatten(1).unique(dim=0)) == len(captions)
+        specs = [pictures.parse(caption) for caption in captions]
+        others = [next(c for c in pictures.COLOURS if c not in (spec.colour, spec.background)) for spec in specs]
+        shown = [replace(s, colour=c) if i % 4 == 0 else s for i, (s, c) in enumerate(zip(specs, others, strict=True))]
+        return np.stack([pictures.render(spec, (16.0, 16.0)) for spec in shown])
+
+    monkeypatch.setattr(compare, "sample", sample)
+    figures, _ = compare.evaluate(family, tmp_path / "unet.pth")
+    expected = np.where(np.arange(20 * compare.PER_CAPTION) % 4, 1.0, 0.8)  # four of five checks passed
+    assert figures == pytest.approx({"score": 0.95, "score_se": stats.sem(expected), "all_correct": 0.75})
+
+
+def test_the_reading_states_the_tables_own_figures(tmp_path):
+    def row(method, weights, score, winner=0.0):
+        errors = {"winner_error_change": winner, "loser_error_change": 0.003}
+        return {"method": method, "weights": weights, "score": score, "all_correct": 0.5, **errors}
+
+    rows = [row("base", "", 0.9), row("plain", "raw", 0.7, 0.002), row("plain", "averaged", 0.8, 0.001)]
+    text = " ".join(compare.reading(rows).split())
+    assert "plain: winner error +2.00e-3, loser error +3.00e-3, sample score changed by -0.200." in text
+    assert "lowered the winner's error in 1 of 1 runs" in text
+    table = compare.write_table(rows, tmp_path / "table.md").split("\n")
+    assert table[3] == "| plain | raw | +2.00 | +3.00 |  |  | 0.700 | 0.50 |"
+
+
+def test_runs_of_other_pairs_or_bases_are_not_compared(tmp_path):
+    settings = {"config": {"seed": 0, "unet_init": "", "beta_dpo": 200}, "plan": {"steps": 100}}
+    runs = {}
+    for name, changes in {"a": {}, "b": {"beta_dpo": 300}, "c": {"seed": 1, "unet_init": "x"}}.items():
+        runs[name] = tmp_path / name
+        runs[name].mkdir()
+        content = settings | {"config": settings["config"] | changes}
+        (runs[name] / "config.json").write_text(json.dumps(content))
+    compare.refuse_unlike({name: runs[name] for name in "ab"})
+    with pytest.raises(InputError, match="a and c differ in unet_init, seed: compare runs that are alike in that"):
+        compare.refuse_unlike(runs)
 
 
 def test_runs_are_compared(tmp_path, monkeypatch, capsys):

@@ -4,7 +4,7 @@
 # The packages need old versions of what they build on and get an environment of their own, .venv-reference (about 6 GB),
 # on the first run.
 source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
-if [[ -z "${1:-}" || ( "$1" != -* && ! -f "$1" ) ]]; then
+if [[ ! -f "${1:-}" ]]; then
   echo "error: name a manifest first, the .json file beside the folder of images: $0 MANIFEST.json [flags]" >&2
   exit 2
 fi

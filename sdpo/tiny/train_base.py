@@ -8,7 +8,6 @@ as real base models do.
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from pathlib import Path
@@ -27,7 +26,9 @@ from diffusers.training_utils import EMAModel
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from sdpo.tiny import pictures
+from sdpo.command import Parser, run_command, show
+from sdpo.files import write_json
+from sdpo.tiny import BASE, pictures
 
 TOKENS = 16  # length of a tokenised caption
 GUIDANCE = 3.0  # standard convention, used to measure the base
@@ -163,8 +164,8 @@ def measure(pipeline: StableDiffusionPipeline, pictures_per_caption: int = 16) -
 
 def main() -> None:
     """Train both stages from seed 0, save the pipeline in fp16 and its measured shares beside it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "base")
+    parser = Parser("python -m sdpo.tiny.train_base", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--out", type=Path, default=BASE)
     parser.add_argument("--vae_steps", type=int, default=3000)
     parser.add_argument("--unet_steps", type=int, default=11000)
     parser.add_argument("--batch", type=int, default=64)
@@ -173,6 +174,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     settings = {name: value for name, value in vars(args).items() if name != "out"}
+    args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     pipeline = build_pipeline()
@@ -182,9 +184,9 @@ def main() -> None:
     figures = measure(pipeline.to(torch.float16).to(torch.float32))  # what the stored weights can do
     pipeline.scheduler = scheduler
     pipeline.to(torch.float16).save_pretrained(args.out)
-    (args.out / "measured.json").write_text(json.dumps({**settings, **figures}, indent=2) + "\n")
-    print(json.dumps(figures, indent=2))
+    write_json(args.out / "measured.json", settings | figures)
+    show(json.dumps(figures, indent=2))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
