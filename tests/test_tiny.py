@@ -137,7 +137,7 @@ def test_runs_of_other_pairs_or_bases_are_not_compared(tmp_path):
         content = settings | {"config": settings["config"] | changes}
         (runs[name] / "config.json").write_text(json.dumps(content))
     compare.refuse_unlike({name: runs[name] for name in "ab"})
-    with pytest.raises(InputError, match="a and c differ in unet_init, seed: compare runs that are alike in that"):
+    with pytest.raises(InputError, match="a and c differ in unet_init, seed: compare runs that do not"):
         compare.refuse_unlike(runs)
 
 

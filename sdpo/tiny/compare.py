@@ -29,8 +29,8 @@ WEIGHTS = {  # file, prefix of its held-out metrics
     "averaged": ("unet_ema.pth", "heldout_ema"),
 }
 ALIKE = (  # settings that runs to be compared have in common
-    "pretrained_model_name_or_path", "unet_init", "dataset_name", "train_data_dir", "labels_file", "seed", "validation_pairs",
-    "global_batch", "steps",
+    "pretrained_model_name_or_path", "unet_init", "dataset_name", "train_data_dir", "labels_file", "seed",
+    "validation_pairs", "global_batch", "steps",
 )  # fmt: skip
 
 
@@ -62,9 +62,7 @@ def refuse_unlike(runs: dict[str, Path]) -> None:
     first, *others = said
     for name in others:
         if differing := [key for key in ALIKE if said[name].get(key) != said[first].get(key)]:
-            raise InputError(
-                f"{first} and {name} differ in {', '.join(differing)}: compare runs that are alike in that"
-            )
+            raise InputError(f"{first} and {name} differ in {', '.join(differing)}: compare runs that do not")
 
 
 def held_out_figures(run: Path, prefix: str) -> dict[str, float]:
