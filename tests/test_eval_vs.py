@@ -154,7 +154,7 @@ def test_a_changed_image_is_scored_again(tmp_path):
     assert rates == [0.5, (1 + 7 / 2) / 8]
 
 
-def test_scores_of_other_models_are_made_again_and_not_mixed(tmp_path, monkeypatch):
+def test_scores_of_other_models_are_made_again_and_not_mixed(tmp_path):
     manifests = {label: picture_run(tmp_path / label, 2) for label in "ab"}
     named = [text for label in "ab" for text in (f"--label_{label}", label, f"--json_{label}", str(manifests[label]))]
     command = [*named, "--metrics", "Pixels", "--outdir", str(tmp_path / "out")]

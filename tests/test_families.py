@@ -112,8 +112,6 @@ def test_unet_init_replaces_the_weights(bases, tmp_path, suffix):
     if suffix == "pth":
         torch.save(changed, tmp_path / "unet.pth")
     elif suffix == "safetensors":
-        from safetensors.torch import save_file
-
         save_file(changed, tmp_path / "unet.safetensors")
     else:
         unet.load_state_dict(changed)

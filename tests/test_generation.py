@@ -154,7 +154,7 @@ def test_euler_follows_the_base_models_own_scheduler(bases, tmp_path, name):
     assert ours.timesteps[0] == {"pndm": 999, "euler": 981}[name]
 
 
-def test_precision_is_as_asked(arguments, bases, tmp_path, monkeypatch):
+def test_precision_is_as_asked(arguments, bases, monkeypatch):
     seen = {}
 
     def record(family, unet, captions, noise, *_):
@@ -360,7 +360,7 @@ def test_images_made_anew_have_no_manifest_of_earlier_ones(arguments, tmp_path, 
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [NAME, "report.html"]
 
 
-def test_of_two_commands_the_first_claims_the_folder(arguments, tmp_path, monkeypatch):
+def test_of_two_commands_the_first_claims_the_folder(arguments, monkeypatch):
     """Also where the other one saw no fingerprint."""
     eval_generate.main(arguments())
     exists, asked = Path.exists, []

@@ -180,14 +180,14 @@ def test_a_run_goes_on_where_its_errors_find_no_room(flags, tmp_path, monkeypatc
     assert f"errors of 3 updates are not kept, for {tmp_path / 'references'} takes no more" in capsys.readouterr().err
 
 
-def test_a_complete_cache_may_be_one_that_can_only_be_read(flags, tmp_path, monkeypatch):
+def test_a_complete_cache_may_be_one_that_can_only_be_read(flags, monkeypatch):
     train.main(flags())
     monkeypatch.setattr(shards, "write_json", lambda *_, **__: pytest.fail("written to"))
     monkeypatch.setattr(shards, "write_file", lambda *_, **__: pytest.fail("written to"))
     train.main(flags(DMPO, out="other"))
 
 
-def test_two_runs_that_begin_together_do_not_mix(flags, tmp_path):
+def test_two_runs_that_begin_together_do_not_mix(tmp_path):
     """The first one claims the folder, whichever writes first; a file of another would be refused."""
     key, other = {"seed": 1}, {"seed": 2}
     one, two = Shards(tmp_path / "together", key), Shards(tmp_path / "together", other)

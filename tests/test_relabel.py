@@ -98,7 +98,7 @@ def test_the_margin_reaches_the_file(pairs_folder, tmp_path):
     assert (gaps[ties] > 0).any() and not ties.all()
 
 
-def test_labels_are_made_once_and_those_of_something_else_stay(pairs_folder, tmp_path, monkeypatch):
+def test_labels_are_made_once_and_those_of_something_else_stay(pairs_folder, tmp_path):
     out = tmp_path / "labels.parquet"
     made(pairs_folder, out)
     before = out.read_bytes()
@@ -275,7 +275,7 @@ def test_single_images_need_no_labels(pairs_folder, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["diffusion-dpo", "sft"])
-def test_train_labels_at_the_start_and_once(bases, pairs_folder, tmp_path, monkeypatch, caplog, method):
+def test_train_labels_at_the_start_and_once(bases, pairs_folder, tmp_path, monkeypatch, method):
     flags = [
         f"--pretrained_model_name_or_path={bases['sd15', 'epsilon']}", f"--train_data_dir={pairs_folder}",
         "--resolution=32", "--train_batch_size=2", "--lr_warmup_steps=1", "--mixed_precision=no", "--seed=7",

@@ -507,7 +507,7 @@ def test_missing_official_weights_name_the_file_and_the_fix(metric, tmp_path, mo
     refused([repository, name, "where the hub can be reached"], cls)
 
 
-def test_missing_local_weights_are_named(weights, tmp_path):
+def test_missing_local_weights_are_named(tmp_path):
     missing = str(tmp_path / "none.pt")
     refused(["there is no weights file", missing], HPSv2, {"checkpoint": missing})
     refused(["there is no weights file", str(tmp_path)], HPSv2, {"checkpoint": str(tmp_path)})  # a folder
@@ -638,7 +638,7 @@ def test_images_that_cannot_be_read_are_named_and_earlier_rows_kept(fault, score
     assert len(done) == 4  # the two batches before the one with the bad image
 
 
-def test_pixel_checks_refuse_other_pictures_and_captions(rows, tmp_path):
+def test_pixel_checks_refuse_other_pictures_and_captions(rows):
     caption = pictures.SPECS[0].caption
     pixel_checks = load_scorers(["pixels"])
     refused([rows[0][0], "32 x 32"], list, score_rows([(rows[0][0], caption)], pixel_checks))

@@ -412,7 +412,7 @@ def test_pairs_of_one_caption_are_not_independent():
     assert clustered_error(values, torch.zeros(12, dtype=torch.long)) is None
 
 
-def test_a_held_out_error_that_is_not_finite_is_no_wrong_margin(arguments, tmp_path):
+def test_a_held_out_error_that_is_not_finite_is_no_wrong_margin(arguments):
     config = configure(arguments("--validation_pairs=6"))
     run, _, held_out = train.set_up(config)
     held_out.shares[0][2][0] = torch.nan  # the reference's error of a winner
