@@ -6,6 +6,7 @@ import os
 import resource
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
 def test_the_first_one_stays_where_it_is_not_to_be_replaced(tmp_path, monkeypatch, links):
     path = tmp_path / "claim.json"
     if not links:
-        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(PermissionError("no links here")))
+        monkeypatch.setattr(os, "link", Mock(side_effect=PermissionError("no links here")))
     for value in (1, 2):
         write_json(path, value, replace=False)
     assert path.read_text() == "1" and list(tmp_path.iterdir()) == [path]

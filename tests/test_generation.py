@@ -11,6 +11,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -355,7 +356,7 @@ def test_images_made_anew_have_no_manifest_of_earlier_ones(arguments, tmp_path, 
     eval_generate.main(arguments())
     shutil.rmtree(tmp_path / "run" / NAME)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(generation, "make_images", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(generation, "make_images", Mock(side_effect=KeyboardInterrupt))
         eval_generate.main(arguments("--seed=0"))
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [NAME, "report.html"]
 
@@ -433,7 +434,7 @@ def test_other_settings_or_weights_are_refused(arguments, bases, tmp_path):
 def test_a_folder_that_was_claimed_for_nothing_may_be_removed(arguments, tmp_path, monkeypatch):
     """As where the first images overflow in fp16, and the fix is another precision."""
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(generation, "make_images", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(generation, "make_images", Mock(side_effect=KeyboardInterrupt))
         eval_generate.main(arguments())
     message = rf"{NAME} is kept for images of other settings \(noise was shared.*\), but has none: remove it, unless"
     with pytest.raises(InputError, match=message):
