@@ -40,15 +40,16 @@ def official(tmp_path):
     return tmp_path
 
 
-def flags(folder, *more):
-    summary = json.loads((OFFICIAL / "summary.json").read_text())["pair"]
-    named = {"json_a": folder / "A" / "A.json", "json_b": folder / "B" / "B.json", "outdir": folder / "out"}
-    named |= {"label_a": summary["model_a"], "label_b": summary["model_b"]}
-    return [*(text for name, value in named.items() for text in (f"--{name}", str(value))), *more]
+def versus(json_a, json_b, *more, labels="ab"):
+    """Flags of two runs."""
+    return [f"--json_a={json_a}", f"--json_b={json_b}", f"--label_a={labels[0]}", f"--label_b={labels[1]}", *more]
 
 
 def test_official_results_from_existing_scores_without_torch(official):
-    code = f"import sys, eval_vs; eval_vs.main({flags(official)!r}); print('torch' in sys.modules)"
+    pair = json.loads((OFFICIAL / "summary.json").read_text())["pair"]
+    files = [official / label / f"{label}.json" for label in "AB"]
+    flags = versus(*files, f"--outdir={official / 'out'}", labels=(pair["model_a"], pair["model_b"]))
+    code = f"import sys, eval_vs; eval_vs.main({flags!r}); print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip().splitlines()[-1] == "False"
@@ -90,28 +91,15 @@ def test_nothing_is_scored_before_all_runs_are_known_to_be_comparable(tmp_path, 
         "image": "image 3.png is neither .* lacks its Pixels; generate it again",
         "prompts": "no prompt in common",
     }
-    named = [f"--json_a={a}", f"--json_b={b}", "--label_a=a", "--label_b=b"]
     with pytest.raises(InputError, match=message[fault]):
-        eval_vs.main([*named, "--metrics", "Pixels", f"--outdir={tmp_path / 'out'}"])
+        eval_vs.main(versus(a, b, "--metrics=Pixels", f"--outdir={tmp_path / 'out'}"))
     assert not list(tmp_path.rglob("scores.jsonl"))
 
 
 def test_missing_scores_are_computed_once_and_several_runs_give_a_matrix(tmp_path, capsys):
-    manifests = {
-        label: picture_run(tmp_path / label, faulty) for label, faulty in (("good", 0), ("fair", 3), ("bad", 6))
-    }
-    named = [
-        "--label_a",
-        "good",
-        "--json_a",
-        str(manifests["good"]),
-        "--label_b",
-        "fair",
-        "--json_b",
-        str(manifests["fair"]),
-    ]
-    command = [*named, "--more", f"bad={manifests['bad']}", "--metrics", "Pixels", "--outdir", str(tmp_path / "out")]
-    eval_vs.main(command)
+    good, fair, bad = (picture_run(tmp_path / label, n) for label, n in (("good", 0), ("fair", 3), ("bad", 6)))
+    command = versus(good, fair, f"--more=bad={bad}", "--metrics=Pixels", labels=("good", "fair"))
+    eval_vs.main([*command, f"--outdir={tmp_path / 'out'}"])
     scores = [json.loads(line) for line in (tmp_path / "fair" / "scores.jsonl").read_text().splitlines()]
     assert [row["Pixels"] for row in scores] == pytest.approx([0.8] * 3 + [1.0] * 5)
     (summary,) = (json.loads(path.read_text()) for path in (tmp_path / "out").glob("good_vs_bad_*/summary.json"))
@@ -121,8 +109,7 @@ def test_missing_scores_are_computed_once_and_several_runs_give_a_matrix(tmp_pat
     assert all(f"Win rates of {a} over {b}" in report for a, b in (("good", "fair"), ("good", "bad"), ("fair", "bad")))
     (tmp_path / "fair" / "0.png").unlink()  # its score is kept, so the image is not needed again
     before = (tmp_path / "fair" / "scores.jsonl").read_bytes()
-    again = [*command[:-1], str(tmp_path / "again")]
-    eval_vs.main([*again, "--more", f"good again={manifests['good']}"])  # one more, by another flag
+    eval_vs.main([*command, f"--outdir={tmp_path / 'again'}", f"--more=good again={good}"])  # one more, by another flag
     assert (tmp_path / "fair" / "scores.jsonl").read_bytes() == before
     (matrix,) = (json.loads(path.read_text()) for path in (tmp_path / "again").glob("matrix_*.json"))
     assert matrix["labels"] == ["good", "fair", "bad", "good again"]
@@ -130,22 +117,10 @@ def test_missing_scores_are_computed_once_and_several_runs_give_a_matrix(tmp_pat
 
 
 def test_a_changed_image_is_scored_again(tmp_path):
-    manifests = [picture_run(tmp_path / label, 0) for label in "ab"]
-    named = [
-        "--label_a",
-        "a",
-        "--json_a",
-        str(manifests[0]),
-        "--label_b",
-        "b",
-        "--json_b",
-        str(manifests[1]),
-        "--metrics",
-        "Pixels",
-    ]
-    eval_vs.main([*named, "--outdir", str(tmp_path / "one")])
+    command = versus(*(picture_run(tmp_path / label, 0) for label in "ab"), "--metrics=Pixels")
+    eval_vs.main([*command, f"--outdir={tmp_path / 'one'}"])
     Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "b" / "0.png")
-    eval_vs.main([*named, "--outdir", str(tmp_path / "two")])
+    eval_vs.main([*command, f"--outdir={tmp_path / 'two'}"])
     rates = [
         json.loads(path.read_text())["metrics"][0]["win_rate_a_over_b"]
         for out in ("one", "two")
@@ -155,9 +130,8 @@ def test_a_changed_image_is_scored_again(tmp_path):
 
 
 def test_scores_of_other_models_are_made_again_and_not_mixed(tmp_path):
-    manifests = {label: picture_run(tmp_path / label, 2) for label in "ab"}
-    named = [text for label in "ab" for text in (f"--label_{label}", label, f"--json_{label}", str(manifests[label]))]
-    command = [*named, "--metrics", "Pixels", "--outdir", str(tmp_path / "out")]
+    a, b = (picture_run(tmp_path / label, 2) for label in "ab")
+    command = versus(a, b, "--metrics=Pixels", f"--outdir={tmp_path / 'out'}")
     path = tmp_path / "a" / "scores.jsonl"
 
     def models():
@@ -180,40 +154,39 @@ def test_scores_of_other_models_are_made_again_and_not_mixed(tmp_path):
 
 
 def test_scores_made_by_hand_are_kept_when_others_are_computed(tmp_path):
-    manifests = {label: picture_run(tmp_path / label, 2) for label in "ab"}
-    for label, manifest in manifests.items():
+    manifests = [picture_run(tmp_path / label, 2) for label in "ab"]
+    for label, manifest in zip("ab", manifests, strict=True):
         rows = [{"image": row["gen_image_path"], "prompt": row["prompt"]} for row in json.loads(manifest.read_text())]
         lines = [json.dumps(row | {"PickScore": 0.1 * (label == "a") + i}) + "\n" for i, row in enumerate(rows)]
         manifest.with_name("scores.jsonl").write_text("".join(lines))
-    named = [text for label in "ab" for text in (f"--label_{label}", label, f"--json_{label}", str(manifests[label]))]
-    eval_vs.main([*named, "--metrics", "PickScore", "Pixels", "--outdir", str(tmp_path / "out")])
+    eval_vs.main(versus(*manifests, "--metrics", "PickScore", "Pixels", f"--outdir={tmp_path / 'out'}"))
     (summary,) = (tmp_path / "out").glob("*/summary.json")
     pick, _ = json.loads(summary.read_text())["metrics"]
     assert (pick["metric"], pick["wins_a"], pick["total_pairs"]) == ("PickScore", 8, 8)
-    rows = [json.loads(line) for line in manifests["a"].with_name("scores.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in manifests[0].with_name("scores.jsonl").read_text().splitlines()]
     assert len(rows) == 8 and all({"PickScore", "Pixels", "sha256"} <= row.keys() for row in rows)
 
 
 def test_weights_of_no_metric_are_refused_where_all_scores_exist(tmp_path):
     manifest = picture_run(tmp_path / "run", 0)
-    named = [f"--json_a={manifest}", f"--json_b={manifest}", "--label_a=a", "--label_b=b", "--metrics", "Pixels"]
-    eval_vs.main([*named, f"--outdir={tmp_path / 'out'}"])
+    command = versus(manifest, manifest, "--metrics=Pixels")
+    eval_vs.main([*command, f"--outdir={tmp_path / 'out'}"])
     for flag, message in {
         "hpsv2.weights=x": r"there is no 'hpsv2\.weights'; choose from",
         "hpsv2.checkpoint=x": r"hpsv2\.checkpoint belongs to a metric that is not scored: add that",
     }.items():
         with pytest.raises(InputError, match=message):
-            eval_vs.main([*named, f"--outdir={tmp_path / 'again'}", "--weights", flag])
+            eval_vs.main([*command, f"--outdir={tmp_path / 'again'}", "--weights", flag])
 
 
 def test_scores_of_another_model_are_not_passed_off_as_official(tmp_path, caplog):
     manifest = picture_run(tmp_path / "run", 0)
-    named = [f"--json_a={manifest}", f"--json_b={manifest}", "--label_a=a", "--label_b=b", "--metrics", "Pixels"]
-    eval_vs.main([*named, f"--outdir={tmp_path / 'out'}"])
+    command = versus(manifest, manifest, "--metrics=Pixels")
+    eval_vs.main([*command, f"--outdir={tmp_path / 'out'}"])
     assert caplog.text == ""
     path = manifest.parent / "scores.jsonl"
     path.write_text(path.read_text().replace('"models": {"Pixels": "official"}', '"models": {"Pixels": "bf16"}'))
-    eval_vs.main([*named, f"--outdir={tmp_path / 'again'}"])
+    eval_vs.main([*command, f"--outdir={tmp_path / 'again'}"])
     assert f"CAUTION: scores of Pixels in {path} are not of the official model in fp32, but of bf16" in caplog.text
 
 
@@ -227,8 +200,8 @@ def test_results_are_on_file_whatever_becomes_of_the_console(tmp_path, reader):
         (tmp_path / run).mkdir()
         (tmp_path / run / "m.json").write_text(json.dumps(kept))
         (tmp_path / run / "scores.jsonl").write_text(scores)
-    command = [sys.executable, ROOT / "eval_vs.py", "--metrics", "CLIP", f"--outdir={tmp_path / 'out'}"]
-    command += [f"--json_{run}={tmp_path / run / 'm.json'}" for run in "ab"] + ["--label_a=a", "--label_b=b"]
+    flags = versus(*(tmp_path / run / "m.json" for run in "ab"), "--metrics=CLIP", f"--outdir={tmp_path / 'out'}")
+    command = [sys.executable, ROOT / "eval_vs.py", *flags]
     environment = os.environ | {"PYTHONIOENCODING": "ascii"} if reader == "ascii" else dict(os.environ)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True)
     if reader == "gone":
@@ -305,9 +278,8 @@ def test_models_that_will_differ_are_refused_before_anything_is_scored(tmp_path,
     row = {"Pixels": 0.5, "models": {"Pixels": "weights=/mine"}}
     entries = read_manifest(a)
     append_scores(tmp_path / "a" / "scores.jsonl", [{"image": e.image, "prompt": e.prompt, **row} for e in entries])
-    given = [f"--json_a={a}", f"--json_b={b}", "--label_a=A", "--label_b=B", "--metrics=Pixels"]
-    with pytest.raises(InputError, match=r"Pixels come from different models \(A: weights=/mine, B: official\)"):
-        eval_vs.main([*given, f"--outdir={tmp_path / 'out'}"])
+    with pytest.raises(InputError, match=r"Pixels come from different models \(a: weights=/mine, b: official\)"):
+        eval_vs.main(versus(a, b, "--metrics=Pixels", f"--outdir={tmp_path / 'out'}"))
     first = entries[0]
     append_scores(tmp_path / "b" / "scores.jsonl", [{"image": first.image, "prompt": first.prompt, **row}])
     with pytest.raises(InputError, match=r"scores.jsonl: scores of Pixels come from different models \(official; w"):
