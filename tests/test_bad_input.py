@@ -103,6 +103,7 @@ LABELS = "--labels_file={f}/data/train.parquet"
 VALIDATION = "--validation_prompts={f}/data/p.txt --train_data_dir={pairs}"
 UNREADABLE = r"/u[a-z]*\.[a-z]+ cannot be read as weights \(.*\); download it again"
 UNSCORED = "--metrics Pixels --json_a={pictures} --json_b={pictures}"
+UNFETCHED = UNSCORED.replace("Pixels", "HPSv2")  # its weights are not on the disk
 
 
 # Models
@@ -403,6 +404,7 @@ VERSUS_FLAGS = {
     "--pair_by=luck": r"--pair_by.*: invalid choice: 'luck' \(choose from",
     "--batch_size=0": r"--batch_size must be at least 1 and below 2.31, got 0",
     "--batch_size=many": r"--batch_size.*: invalid int value: 'many'",
+    f"--device=meta {UNFETCHED}": r"--device meta cannot be used \(.*\); give cpu",
     f"--device=hpu {UNSCORED}": r"--device hpu cannot be used \(.*\); give cpu",
     f"--device=tpu9 {UNSCORED}": r"--device tpu9 cannot be used \(.*\); give cpu",
     "--outdir={f}/few.json": r"few.json cannot be used \(File exists\): correct the path",
@@ -700,10 +702,12 @@ MANIFESTS = {  # manifest of run B, which has no scores: (its content, message)
     "empty": ([], r"B.json is an empty list; generate its images first"),
     "a text": ([GOOD, "p"], r"B.json, entry 1 \(counted from 0\): not an object; write"),
     "no prompt": ([GOOD, {"gen_image_path": "0.png"}], r'B.json, entry 1 .*: has no text under "prompt"; add'),
+    "blank prompt": ([GOOD | {"prompt": " \n"}], r'B.json, entry 0 .*: has no text under "prompt"'),
     "prompt a list": ([GOOD | {"prompt": ["p"]}], r'B.json, entry 0 .*: has no text under "prompt"'),
     "half a surrogate": ([GOOD | {"prompt": "\ud83c"}], r'B.json, entry 0 .*: has no text under "prompt"'),
     "half a surrogate in a path": ([GOOD | {"gen_image_path": "\ud800.png"}], r'entry 0 .*: has no path under "gen_'),
     "no image": ([GOOD, {"prompt": "p"}], r'B.json, entry 1 .*: has no path under "gen_image_path"; add'),
+    "no images": ([GOOD | {"gen_image_path": []}], r'B.json, entry 0 .*: has no path under "gen_image_path"'),
     "images empty": ([GOOD | {"gen_image_path": ["", None]}], r'entry 0 .*: has no path under "gen_image_path"'),
     "image a number": ([GOOD | {"gen_image_path": 3}], r'B.json, entry 0 .*: has no path under "gen_image_path"'),
     "image outside": ([GOOD | {"gen_image_path": OUT}], r"B.json, entry 0 .*: image .*passwd leads out of .* absolute"),

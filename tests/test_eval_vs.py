@@ -216,14 +216,6 @@ def test_results_are_on_file_whatever_becomes_of_the_console(tmp_path, reader):
     assert {path.name for path in folder.iterdir()} == {"pair_clip.json", "summary.json", "report.html"}
 
 
-def test_a_device_that_cannot_be_used_is_said_before_weights_are_fetched(tmp_path):
-    manifest = picture_run(tmp_path / "run", 0)
-    named = [f"--json_a={manifest}", f"--json_b={manifest}", "--label_a=a", "--label_b=b"]
-    for device in ("meta", "cuda:77", "toaster"):
-        with pytest.raises(InputError, match=f"--device {device} cannot be used"):
-            eval_vs.main([*named, f"--device={device}"])
-
-
 def test_model_names_the_weights_of_a_metric(tmp_path, monkeypatch):
     (tmp_path / "x.pt").touch()
     monkeypatch.chdir(tmp_path)

@@ -168,10 +168,6 @@ def test_weights_as_wrappers_name_them_are_read(tmp_path, prefix, nested):
 
 
 def test_unusable_models_are_refused(bases, tmp_path):
-    with pytest.raises(InputError, match="need --sdxl"):
-        load_family("sd15", str(bases["sdxl", "epsilon"]))
-    with pytest.raises(InputError, match=r"cannot fetch model_index.json of .*nowhere"):
-        load_family("sd15", str(tmp_path / "nowhere"))
     family = load_family("sd15", str(bases["sd15", "epsilon"]))
     with pytest.raises(InputError, match="multiple of 4"):
         family.latent_shape(30)
@@ -187,13 +183,6 @@ def test_unusable_models_are_refused(bases, tmp_path):
         load_family("sd15", str(broader)).load_unet()
     with pytest.raises(InputError, match="belongs to another architecture: cross_attention_dim is 32, 16 in"):
         family.load_unet(str(bases["sdxl", "epsilon"]))
-    for name, content in {"list": [1, 2], "empty": {}, "nested": {"unet": {"a": torch.ones(1)}}}.items():
-        torch.save(content, tmp_path / f"{name}.pth")
-        with pytest.raises(InputError, match=rf"{name}\.pth is not a state dict"):
-            load_state(tmp_path / f"{name}.pth")
-    (tmp_path / "broken.pth").write_bytes(b"not a checkpoint")
-    with pytest.raises(InputError, match=r"broken\.pth cannot be read"):
-        load_state(tmp_path / "broken.pth")
 
 
 def test_families_have_the_official_settings():

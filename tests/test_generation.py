@@ -539,24 +539,10 @@ def shifted_vae(bases, tmp_path):
 
 
 def test_unusable_input_is_named(arguments, bases, tmp_path):
-    other = change_weights(bases, "sdxl")
-    torch.save(other.state_dict(), tmp_path / "other.pth")
-    other.save_pretrained(tmp_path / "other")
-    torch.save(change_weights(bases, by=float("nan")).state_dict(), tmp_path / "nan.pth")
-    (tmp_path / "words.pth").write_text("no weights")
-    (tmp_path / "empty").mkdir()
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "metrics.jsonl").touch()
     for flags, message in {
-        ("--unet_path=runs/unet.pth",): "runs/unet.pth is neither a file nor a folder",
-        (f"--unet_path={tmp_path / 'other.pth'}",): r"other\.pth belongs to another architecture",
-        (f"--unet_path={tmp_path / 'other'}",): "other belongs to another architecture: cross_attention_dim is 32, 16 in",
-        (f"--unet_path={tmp_path / 'words.pth'}",): r"words\.pth cannot be read as weights",
-        (f"--unet_path={tmp_path / 'nan.pth'}",): r"nan\.pth holds numbers that are not finite \(in ",
-        (f"--unet_path={tmp_path / 'empty'}",): "cannot load unet of .*empty",
         (f"--unet_path={tmp_path / 'begun'}",): "training in .*begun has not ended: name one of its checkpoint-N",
-        (f"--pretrain_path={tmp_path / 'empty'}",): "empty has no model_index.json, which says what kind of model it is",
-        ("--resolution=36",): "--resolution, --height and --width must be multiples of 8, got 36",
         ("--width=36",): "--resolution, --height and --width must be multiples of 8, got 36",
         ("--metrics", "none", "Pixels"): "--metrics none goes with no other",
         ("--metrics", "Pixels", "--weights", "hpsv2.checkpoint=x.pt"): "hpsv2.checkpoint belongs to a metric that is not scored",
