@@ -13,6 +13,8 @@ from accelerate.state import AcceleratorState
 
 import train
 from sdpo import step
+from sdpo.command import parse_flags
+from sdpo.config import TrainConfig
 from sdpo.hub import load_weights
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +28,11 @@ def arguments(base, data, output, **settings):
     """Command line of a run on a tiny pipeline."""
     places = {"pretrained_model_name_or_path": base, "train_data_dir": data, "output_dir": output}
     return [f"--{name}={value}" for name, value in (DEFAULTS | places | settings).items()]
+
+
+def set_up(flags):
+    """The run that a command line describes, its training samples and its held-out pairs."""
+    return train.set_up(parse_flags(TrainConfig, "", "", flags))
 
 
 # What runs leave

@@ -19,7 +19,7 @@ import pytest
 import torch
 from accelerate import Accelerator, PartialState
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from recording import run_on_ranks
+from recording import run_on_ranks, set_up
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
@@ -30,7 +30,6 @@ from sdpo import cache
 from sdpo.batch import collate
 from sdpo.cache import refuse_unreadable
 from sdpo.command import InputError
-from sdpo.config import TrainConfig
 from sdpo.data import PairDataset, Transform
 from sdpo.families import load_family
 from sdpo.hub import hash_part
@@ -189,7 +188,7 @@ def test_encoders_are_not_loaded(flags, monkeypatch):
 
     for cls in (AutoencoderKL, CLIPTextModel, CLIPTextModelWithProjection):
         monkeypatch.setattr(cls, "from_pretrained", refuse)
-    run, dataset, held_out = train.set_up(train.parse_flags(TrainConfig, "", "", flags()))
+    run, dataset, held_out = set_up(flags())
     with StopRequest(run.accelerator) as request:
         train.train(run, dataset, held_out, request)
     assert run.step == 3 and run.family.text_encoders == []

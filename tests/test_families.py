@@ -12,17 +12,15 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from recording import same
+from recording import same, set_up
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
-import train
 from sdpo import families
 from sdpo.arithmetic import compile_blocks, to_channels_last
 from sdpo.batch import collate
-from sdpo.command import InputError, parse_flags
-from sdpo.config import TrainConfig
+from sdpo.command import InputError
 from sdpo.families import FAMILIES, hold_matmul_weights, load_family
 from sdpo.hub import load_state
 from sdpo.inputs import make_inputs
@@ -123,7 +121,7 @@ def test_unet_init_replaces_the_weights(bases, tmp_path, suffix):
 
 @pytest.mark.parametrize("precision, processor", [("no", AttnProcessor2_0), ("bf16", AttnProcessor)])
 def test_attention_is_fused_where_that_pays(arguments, precision, processor):
-    run = train.set_up(parse_flags(TrainConfig, "", "", arguments(f"--mixed_precision={precision}")))[0]
+    run = set_up(arguments(f"--mixed_precision={precision}"))[0]
     for unet in (run.policy, run.reference):
         assert {type(used) for used in unet.attn_processors.values()} == {processor}
 
@@ -131,7 +129,7 @@ def test_attention_is_fused_where_that_pays(arguments, precision, processor):
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_policy_and_reference_ask_for_the_same_attention(arguments, monkeypatch, family):
     """Kernels are chosen by whether gradients are wanted; the reference wants none, and keeps nothing for them."""
-    run, dataset, _ = train.set_up(parse_flags(TrainConfig, "", "", arguments(family=family)))
+    run, dataset, _ = set_up(arguments(family=family))
     inputs = make_inputs(run.family, collate([dataset[0, 0]]))
     given = (inputs.noisy, inputs.timesteps, inputs.conditioning)
     asked, attend = [], F.scaled_dot_product_attention

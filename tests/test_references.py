@@ -12,13 +12,13 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from recording import arguments as command
-from recording import metrics, record_on_ranks, same, weights
+from recording import metrics, record_on_ranks, same, set_up, weights
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import train
 from sdpo import files, references, shards
-from sdpo.command import InputError, parse_flags
+from sdpo.command import InputError
 from sdpo.config import TrainConfig
 from sdpo.references import ReferenceErrors, make_key
 from sdpo.shards import Shards
@@ -46,10 +46,6 @@ def test_loader_workers_need_not_be_forked(flags, tmp_path, cached):
     copied = pickle.loads(pickle.dumps(samples))
     assert samples[0, 1].keys() == copied[0, 1].keys() >= {"reference_error"}
     assert torch.equal(samples[0, 1]["reference_error"], copied[0, 1]["reference_error"])
-
-
-def set_up(given):
-    return train.set_up(parse_flags(TrainConfig, "", "", given))
 
 
 def errors(folder):

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
+from recording import set_up
 from safetensors.torch import load_file
 
 import eval_generate
@@ -16,7 +17,6 @@ import train
 from sdpo import cache
 from sdpo.batch import collate
 from sdpo.command import parse_flags
-from sdpo.config import TrainConfig
 from sdpo.generation import GPU_SHARE, EvalConfig, prepare
 from sdpo.step import compute_loss
 
@@ -86,8 +86,7 @@ def test_losses_and_held_out_errors(arguments, capsys, family, precision):
 
     def figures(place):
         more = ["--gradient_checkpointing=auto"] if place == "gpu" else []
-        config = parse_flags(TrainConfig, "", "", arguments(*flags, *more, family=family, out=place))
-        run, dataset, held_out = train.set_up(config)
+        run, dataset, held_out = set_up(arguments(*flags, *more, family=family, out=place))
         assert run.accelerator.device.type == ("cuda" if place == "gpu" else "cpu")
         batch = collate([dataset[0, i] for i in range(2)]).to(run.accelerator.device)
         assert compute_loss(run, batch)[1]["rewards/margins"].item() == 0

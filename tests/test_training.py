@@ -18,7 +18,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 from PIL import Image
-from recording import metrics, run_on_ranks, same, weights
+from recording import metrics, run_on_ranks, same, set_up, weights
 from transformers import Adafactor
 
 import train
@@ -45,10 +45,6 @@ SAFEGUARDS = {"plain": [], "safeguard": ["--use_winner_preserving", "--winner_pr
 
 def configure(flags):
     return parse_flags(TrainConfig, "", "", flags)
-
-
-def set_up(flags):
-    return train.set_up(configure(flags))
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
@@ -373,8 +369,7 @@ def test_held_out_figures_are_those_of_the_saved_weights(arguments, tmp_path):
     train.main([*arguments(*flags), "--train_batch_size=4"])
     first = read_metrics(tmp_path / "run", "heldout/winner_error_change")
     assert [step for step, _ in first] == [0, 2, 3] and first[0][1] == 0
-    config = configure([*arguments(*flags, out="again"), "--train_batch_size=1"])
-    run, _, held_out = train.set_up(config)
+    run, _, held_out = set_up([*arguments(*flags, out="again"), "--train_batch_size=1"])
     models = run.family.load_unet(str(tmp_path / "run" / "unet.pth")), run.family.load_unet()
     changes = []
     for _, x, _ in held_out.shares:  # winner, loser of one pair
@@ -384,11 +379,11 @@ def test_held_out_figures_are_those_of_the_saved_weights(arguments, tmp_path):
         changes.append(trained - base)
     winner, loser = torch.stack(changes).double().unbind(1)
     sums = Counter()  # of deviations, by caption: pairs of one are not independent
-    for (caption,), change in zip(prepare_pairs(config, config.seed)[1].captions(), winner, strict=True):
+    for (caption,), change in zip(prepare_pairs(run.config, run.seed)[1].captions(), winner, strict=True):
         sums[caption] += (change - winner.mean()).item()
     assert 1 < len(sums) < 10
     squares = sum(value**2 for value in sums.values())
-    margin = -config.beta_dpo / 2 * (winner - loser)
+    margin = -run.config.beta_dpo / 2 * (winner - loser)
     expected = {
         "winner_error_change": winner.mean(),
         "winner_error_change_se": (len(sums) / (len(sums) - 1) * squares) ** 0.5 / 10,
@@ -413,8 +408,7 @@ def test_pairs_of_one_caption_are_not_independent():
 
 
 def test_a_held_out_error_that_is_not_finite_is_no_wrong_margin(arguments):
-    config = configure(arguments("--validation_pairs=6"))
-    run, _, held_out = train.set_up(config)
+    run, _, held_out = set_up(arguments("--validation_pairs=6"))
     held_out.shares[0][2][0] = torch.nan  # the reference's error of a winner
     assert math.isnan(held_out.measure(run.policy, 100.0, "heldout")["heldout/margin_accuracy"])
 
@@ -427,7 +421,7 @@ def test_equal_models_have_a_held_out_accuracy_of_one_half(arguments, tmp_path, 
 
 def test_held_out_standard_errors_go_by_the_captions_of_readable_pairs(arguments):
     """Of captions with as many pairs each, it is that of their means; nor is a graph kept while they are measured."""
-    run, _, held_out = train.set_up(configure(arguments("--validation_split=validation", "--validation_pairs=10")))
+    run, _, held_out = set_up(arguments("--validation_split=validation", "--validation_pairs=10"))
     with torch.no_grad():
         for parameter in run.policy.parameters():
             parameter.mul_(1.1)
@@ -536,8 +530,8 @@ def test_held_out_pairs_that_cannot_be_read_are_left_out(arguments, pairs_folder
         folder = tmp_path / f"{out}-pairs"
         folder.mkdir()
         pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
-        config = configure(arguments(f"--validation_data_dir={folder}", out=out))
-        run, _, held_out = train.set_up(config)
+        flags = arguments(f"--validation_data_dir={folder}", out=out)
+        run, _, held_out = set_up(flags)
         with torch.no_grad():
             for parameter in run.policy.parameters():
                 parameter.mul_(1.1)
@@ -553,7 +547,7 @@ def test_held_out_pairs_that_cannot_be_read_are_left_out(arguments, pairs_folder
         row["jpg_1"] = b"no image"
     pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
     with pytest.raises(InputError, match="no readable pair in 101 draw"):
-        train.set_up(config)
+        set_up(flags)
 
 
 def test_validation_images_are_those_of_the_stock_pipeline(arguments, bases, tmp_path):
@@ -594,7 +588,7 @@ def test_averaged_weights_are_in_place_for_a_while():
 def test_averaged_weights_have_held_out_figures_of_their_own(arguments, tmp_path):
     flags = ["--validation_pairs=6", "--use_ema", "--ema_decay=0.9"]
     train.main(arguments(*flags))
-    run, _, held_out = train.set_up(parse_flags(TrainConfig, "", "", arguments(*flags, out="again")))
+    run, _, held_out = set_up(arguments(*flags, out="again"))
     for file, prefix in (("unet.pth", "heldout"), ("unet_ema.pth", "heldout_ema")):
         unet = run.family.load_unet(str(tmp_path / "run" / file))
         for name, value in held_out.measure(unet, run.config.beta_dpo, prefix).items():
