@@ -24,7 +24,7 @@ DEFAULTS = {
 }  # fmt: skip
 
 
-def arguments(base, data, output, **settings):
+def train_flags(base, data, output, **settings):
     """Command line of a run on a tiny pipeline."""
     places = {"pretrained_model_name_or_path": base, "train_data_dir": data, "output_dir": output}
     return [f"--{name}={value}" for name, value in (DEFAULTS | places | settings).items()]

@@ -62,19 +62,13 @@ def data(pairs_folder, tmp_path):
 
 
 @pytest.fixture
-def flags(bases, data, tmp_path):
+def flags(arguments, data, tmp_path):
     """Flags of a short run on a cache that does not exist yet."""
 
     def build(*more, family="sd15", cached=True):
-        common = {
-            "pretrained_model_name_or_path": bases[family, "epsilon"], "train_data_dir": data, "resolution": 32,
-            "validation_split": "validation", "train_batch_size": 2, "global_batch_size": 4, "max_train_steps": 3,
-            "lr_warmup_steps": 0, "learning_rate": 1e-3, "beta_dpo": 100, "mixed_precision": "no", "seed": 7,
-            "report_to": "none", "output_dir": tmp_path / "run", "cache_dir": tmp_path / "hub",
-        }  # fmt: skip
-        if cached:
-            common["latent_cache"] = tmp_path / "cache"
-        return [f"--{name}={value}" for name, value in common.items()] + ["--sdxl"] * (family == "sdxl") + [*more]
+        places = [f"--train_data_dir={data}", "--validation_split=validation", f"--cache_dir={tmp_path / 'hub'}"]
+        places += [f"--latent_cache={tmp_path / 'cache'}"] * cached
+        return arguments(*places, "--lr_warmup_steps=0", *more, family=family)
 
     return build
 

@@ -11,8 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from recording import arguments as command
-from recording import metrics, record_on_ranks, same, set_up, weights
+from recording import metrics, record_on_ranks, same, set_up, train_flags, weights
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -116,8 +115,9 @@ def test_a_run_that_is_stopped_leaves_the_errors_of_its_updates(flags, tmp_path,
 def test_ranks_write_the_errors_of_one_rank(bases, wide_pairs, tmp_path):
     """The same micro-batches on one rank and on two: the same numbers at the same positions."""
     settings = {"train_batch_size": 2, "global_batch_size": 8, "max_train_steps": 3, "random_crop": True}
+    base = bases["sd15", "epsilon"]
     jobs = [
-        (command(bases["sd15", "epsilon"], wide_pairs, tmp_path / out, reference_cache=tmp_path / out, **settings), "")
+        (train_flags(base, wide_pairs, tmp_path / out, reference_cache=tmp_path / out, **settings), "")
         for out in ("two", "one")
     ]
     record_on_ranks(2, jobs[:1], tmp_path)

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from recording import arguments, metrics, optimizer_state, record_on_ranks, same, weights
+from recording import metrics, optimizer_state, record_on_ranks, same, train_flags, weights
 
 import train
 from sdpo.data import epoch_order
@@ -55,7 +55,7 @@ def test_stopping_after_any_update_changes_nothing(bases, wide_pairs, tmp_path, 
     monkeypatch.setattr(
         Pairs, "load", lambda pairs, index, members: loaded.append(index) or original(pairs, index, members)
     )
-    train.main(arguments(base, wide_pairs, tmp_path / "whole", **RUN | settings))
+    train.main(train_flags(base, wide_pairs, tmp_path / "whole", **RUN | settings))
     whole, held_out = list(loaded), RUN["validation_pairs"]
     pairs = json.loads((tmp_path / "whole" / "config.json").read_text())["plan"]["pairs"]
     trained = [index_of(place, pairs) for place in range(16 * STEPS)]  # in their order
@@ -65,7 +65,7 @@ def test_stopping_after_any_update_changes_nothing(bases, wide_pairs, tmp_path, 
     for step in range(1, STEPS):
         loaded.clear()
         leave(tmp_path / "whole", tmp_path / f"cut-{step}", step)
-        train.main(arguments(base, wide_pairs, tmp_path / f"cut-{step}", **RUN | settings))
+        train.main(train_flags(base, wide_pairs, tmp_path / f"cut-{step}", **RUN | settings))
         assert_same_run(tmp_path / f"cut-{step}", tmp_path / "whole")
         assert loaded == whole[:held_out] + trained[16 * step :][here]  # no data but what is trained on
 
@@ -79,7 +79,7 @@ def test_on_two_ranks_too_and_with_another_number_of_ranks(bases, wide_pairs, tm
         "learning_rate": 1e-2,
     }  # Adam otherwise turns the rounding of small gradients into steps
     settings = RUN | {"use_ema": False, "logging_steps": 4} | smooth
-    command = {name: arguments(bases["sd15", "epsilon"], wide_pairs, tmp_path / name, **settings) for name in names}
+    command = {name: train_flags(bases["sd15", "epsilon"], wide_pairs, tmp_path / name, **settings) for name in names}
     train.main(command["one"])
     leave(tmp_path / "one", tmp_path / "more", 3)
     record_on_ranks(2, [(command["two"], None), (command["more"], None)], tmp_path)

@@ -6,7 +6,7 @@ and not what an optimizer makes of it later.
 
 import pytest
 import torch
-from recording import arguments, record, record_on_ranks
+from recording import record, record_on_ranks, train_flags
 
 STEPS, PAIRS = 3, 16  # 40 pairs: the second epoch begins within the third update
 PER_PAIR = {"use_winner_preserving": True, "winner_preserving_mu": 0.5, "winner_preserving_per": "pair"}
@@ -37,7 +37,7 @@ def command(case, batch, base, data, output, **changes):
     }
     split = {"train_batch_size": batch, "global_batch_size": PAIRS}
     settings = common | split | {"sdxl": case.startswith("sdxl")} | CASES[case] | changes
-    return arguments(base, data, output, **settings)
+    return train_flags(base, data, output, **settings)
 
 
 def joined(ranks):

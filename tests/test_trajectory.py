@@ -25,12 +25,12 @@ RTOL = 1e-4
 
 def follow(base, data, output, **settings):
     """{metric: its values after every update} of a run on a tiny random pipeline."""
-    from recording import arguments
+    from recording import train_flags
 
     import train  # after pytest has set the path, also where this file is run as a script
     from sdpo.metrics import read_metrics
 
-    train.main(arguments(base, data, output, **RUN | settings))
+    train.main(train_flags(base, data, output, **RUN | settings))
     return {name: [float(f"{value:.7g}") for _, value in read_metrics(output, name)] for name in METRICS}
 
 
