@@ -1,4 +1,4 @@
-"""Runs of train.py: what every update saw, what they leave behind, and several ranks. As a script: runs on every rank."""
+"""Runs of train.py: their flags and files, what every update saw, several ranks. As a script: runs on every rank."""
 
 import json
 import os
@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file, save_file
 
 import train
 from sdpo import step
@@ -33,6 +34,33 @@ def train_flags(base, data, output, **settings):
 def set_up(flags):
     """The run that a command line describes, its training samples and its held-out pairs."""
     return train.set_up(parse_flags(TrainConfig, "", "", flags))
+
+
+# Changing files
+
+
+class Payload:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def change_part(folder):
+    """Add one to a tensor of the weights in a folder."""
+    path = next(folder.glob("*.safetensors"))
+    state = load_file(path)
+    name = min(state)
+    save_file(state | {name: state[name] + 1}, path)
+
+
+def edit_json(path, **changes):
+    """Change keys of a JSON file, or drop them where they are None."""
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
 
 # What runs leave

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from recording import Payload, edit_json
 from safetensors.torch import load_file, save_file
 
 import eval_generate
@@ -157,12 +158,7 @@ def drop(name):
 
 def edit(name, **changes):
     """A function that changes keys of a JSON file, or drops them where they are None."""
-
-    def write(folder):
-        content = json.loads((folder / name).read_text()) | changes
-        (folder / name).write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
-
-    return write
+    return lambda folder: edit_json(folder / name, **changes)
 
 
 def tensors(name, change):
@@ -174,19 +170,9 @@ def tensors(name, change):
     return write
 
 
-class Malicious:
-    """Unpickled carelessly, it makes a file."""
-
-    def __init__(self, mark):
-        self.mark = str(mark)
-
-    def __reduce__(self):
-        return exec, (f"open({self.mark!r}, 'w')",)
-
-
 def malicious(name):
-    """A function that writes a pickle of code, which would leave a file named `ran`."""
-    return lambda folder: torch.save({"weights": Malicious(folder / "ran")}, folder / name)
+    """A function that writes a pickle of code, which would make a folder named `ran`."""
+    return lambda folder: torch.save({"weights": Payload(folder / "ran")}, folder / name)
 
 
 def nan(tensors):

@@ -19,7 +19,7 @@ import pytest
 import torch
 from accelerate import Accelerator, PartialState
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from recording import run_on_ranks, set_up
+from recording import change_part, run_on_ranks, set_up
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
@@ -347,14 +347,6 @@ def test_damage_is_found(flags, tmp_path):
 # What fits
 
 
-def change_weights(folder):
-    path = folder / "model.safetensors"
-    path = path if path.is_file() else folder / "diffusion_pytorch_model.safetensors"
-    state = load_file(path)
-    name = min(state)
-    save_file(state | {name: state[name] + 1}, path)
-
-
 def change_rows(data, change):
     rows = pq.read_table(data / "train.parquet").to_pylist()
     change(rows)
@@ -370,8 +362,8 @@ def edit_image(rows):
 
 
 STALE = {
-    "VAE": (lambda base, data: change_weights(base / "vae"), [], "images: VAE was"),
-    "text encoder": (lambda base, data: change_weights(base / "text_encoder"), [], "captions: text encoders was"),
+    "VAE": (lambda base, data: change_part(base / "vae"), [], "images: VAE was"),
+    "text encoder": (lambda base, data: change_part(base / "text_encoder"), [], "captions: text encoders was"),
     "tokenizer": (
         lambda base, data: (base / "tokenizer" / "special_tokens_map.json").write_text("{}"),
         [],

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from recording import metrics, run_on_ranks, weights
+from recording import Payload, metrics, run_on_ranks, weights
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -476,16 +476,6 @@ def test_read_only_folder_is_one_sentence(arguments, request, tmp_path, capsys, 
 
 
 # Pickled code
-
-
-class Payload:
-    """Unpickling it makes a folder."""
-
-    def __init__(self, folder):
-        self.folder = str(folder)
-
-    def __reduce__(self):
-        return os.mkdir, (self.folder,)
 
 
 @pytest.mark.parametrize("name", [*FILES[:5], "custom_checkpoint_0.pkl"])

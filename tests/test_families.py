@@ -1,7 +1,6 @@
 """Base models: encoding, parametrisation, saving, and equal arithmetic of policy and reference."""
 
 import copy
-import json
 import shutil
 
 import numpy as np
@@ -12,8 +11,8 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from recording import same, set_up
-from safetensors.torch import load_file, save_file
+from recording import change_part, edit_json, same, set_up
+from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -246,14 +245,6 @@ def test_captions_are_mended_before_they_become_tokens(bases, name):
         assert not torch.equal(ids, raw)
 
 
-def change_part(folder):
-    """Add one to a tensor of the weights in a folder."""
-    path = next(folder.glob("*.safetensors"))
-    state = load_file(path)
-    name = min(state)
-    save_file(state | {name: state[name] + 1}, path)
-
-
 def test_what_a_run_begins_with_is_described_part_by_part(bases, tmp_path):
     def describe():
         return load_family("sdxl", str(tmp_path / "base"), encoders=False).describe()
@@ -265,8 +256,7 @@ def test_what_a_run_begins_with_is_described_part_by_part(bases, tmp_path):
         change_part(tmp_path / "base" / folder)
         after = describe()
         assert [key for key in after if after[key] != before.get(key)] == [name]
-    path = tmp_path / "base" / "scheduler" / "scheduler_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"beta_end": 0.013}))
+    edit_json(tmp_path / "base" / "scheduler" / "scheduler_config.json", beta_end=0.013)
     assert [key for key, value in describe().items() if value != after.get(key)] == ["noise schedule"]
 
 

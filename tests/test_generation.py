@@ -18,7 +18,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, EulerDiscreteScheduler
 from PIL import Image
-from recording import run_on_ranks
+from recording import edit_json, run_on_ranks
 from safetensors.torch import save_file
 
 import eval_generate
@@ -69,11 +69,12 @@ def pixels(folder, count=5):
     return np.stack([np.asarray(Image.open(folder / f"{i}_32x32.png")) for i in range(count)]).astype(int)
 
 
-def change_weights(bases, family="sd15", by=0.01):
-    unet = load_family(family, str(bases[family, "epsilon"])).load_unet()
+def other_unet(bases):
+    """The UNet of a base with other weights."""
+    unet = load_family("sd15", str(bases["sd15", "epsilon"])).load_unet()
     with torch.no_grad():
         for parameter in unet.parameters():
-            parameter += by
+            parameter += 0.01
     return unet
 
 
@@ -248,10 +249,6 @@ def test_files_of_another_kind_are_not_images_of_a_run(tmp_path, mode, kind):
     assert find_damage(path, 32, 32) == f"{kind} of mode {mode}"
 
 
-def edit_json(path, **values):
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
 @pytest.mark.parametrize(
     "part, values",
     {
@@ -271,20 +268,16 @@ def test_other_settings_of_the_base_are_refused(arguments, bases, tmp_path, part
         eval_generate.main(arguments(f"--pretrain_path={copy}"))
 
 
-def leave_out(path, *names):
-    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k not in names}))
-
-
 def test_a_base_whose_files_leave_out_defaults_is_the_same(arguments, bases, tmp_path):
     """Files on the hub do, those that a library saves again do not."""
     eval_generate.main(arguments())
     copy = shutil.copytree(bases["sd15", "epsilon"], tmp_path / "base")
-    leave_out(copy / "vae/config.json", "act_fn", "latent_channels", "layers_per_block", "force_upcast")
-    leave_out(copy / "unet/config.json", "act_fn", "flip_sin_to_cos", "dropout", "time_embedding_type")
-    leave_out(copy / "text_encoder/config.json", "hidden_act", "layer_norm_eps", "dtype")
-    leave_out(copy / "scheduler/scheduler_config.json", "num_train_timesteps")
+    edit_json(copy / "vae/config.json", act_fn=None, latent_channels=None, layers_per_block=None, force_upcast=None)
+    edit_json(copy / "unet/config.json", act_fn=None, flip_sin_to_cos=None, dropout=None, time_embedding_type=None)
+    edit_json(copy / "text_encoder/config.json", hidden_act=None, layer_norm_eps=None, dtype=None)
+    edit_json(copy / "scheduler/scheduler_config.json", num_train_timesteps=None)
     eval_generate.main(arguments(f"--pretrain_path={copy}"))
-    leave_out(copy / "scheduler/scheduler_config.json", "timestep_spacing")  # whose default is Euler's own
+    edit_json(copy / "scheduler/scheduler_config.json", timestep_spacing=None)  # whose default is Euler's own
     with pytest.raises(InputError, match=r"holds images made with other settings .*base was"):
         eval_generate.main(arguments(f"--pretrain_path={copy}"))
 
@@ -312,7 +305,7 @@ def test_a_base_that_does_not_say_its_size_needs_a_resolution(arguments, bases, 
 def test_images_of_a_checkpoint_are_kept_outside_of_it(arguments, bases, tmp_path):
     checkpoint = tmp_path / "run" / "checkpoint-2"
     checkpoint.mkdir(parents=True)
-    torch.save(change_weights(bases).state_dict(), checkpoint / "unet.pth")
+    torch.save(other_unet(bases).state_dict(), checkpoint / "unet.pth")
     (checkpoint / "files.json").touch()
     for path in (checkpoint, checkpoint / "unet.pth"):
         flags = [flag for flag in arguments() if not flag.startswith("--output_path")]
@@ -336,7 +329,7 @@ def test_the_folder_of_a_checkpoint_is_known_from_within_it(tmp_path, monkeypatc
 
 
 def test_images_that_overflow_are_not_kept(arguments, bases, tmp_path):
-    unet = change_weights(bases)
+    unet = other_unet(bases)
     unet.conv_out.weight.data *= 1e38
     torch.save(unet.state_dict(), tmp_path / "unet.pth")
     with pytest.raises(InputError, match="an image has pixels that are not finite: use --dtype bf16 or fp32"):
@@ -400,7 +393,7 @@ def test_other_settings_or_weights_are_refused(arguments, bases, tmp_path):
     eval_generate.main(arguments())
     folder = tmp_path / "run" / NAME
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.*") if path.is_file()}
-    torch.save(change_weights(bases).state_dict(), tmp_path / "unet.pth")
+    torch.save(other_unet(bases).state_dict(), tmp_path / "unet.pth")
     for flags, message in {
         ("--guidance=standard",): "guidance was official, is standard",
         ("--noise=per-prompt",): "noise was shared, is per-prompt",
@@ -484,7 +477,7 @@ def test_a_killed_run_leaves_whole_images_and_is_resumed(tmp_path):
 
 
 def test_a_unet_is_found_in_every_form(arguments, bases, tmp_path):
-    unet = change_weights(bases)
+    unet = other_unet(bases)
     state, forms = unet.state_dict(), tmp_path / "forms"
     for name in ("file", "tensors", "trained"):
         (forms / name).mkdir(parents=True)

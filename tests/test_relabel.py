@@ -222,18 +222,13 @@ def test_training_reads_the_file_in_place_of_the_datas_labels(pairs_folder, tmp_
     assert pairs.rows.tolist() == decided.tolist()
     assert pairs.first_won.tolist() == (scores[decided, 0] > scores[decided, 1]).tolist()
     assert any(str(out) in note for note in notes)
-    winners = [score(_png(pairs.load(i, 2)[0][0]), caption) for i, (caption,) in enumerate(pairs.captions())]
+    images = (np.asarray(pairs.load(i, 2)[0][0]) for i in range(len(pairs)))
+    winners = [pictures.score(image, caption) for image, (caption,) in zip(images, pairs.captions(), strict=True)]
     assert winners == scores[decided].max(1).tolist()
     own, _ = load_pairs(config(pairs_folder), "train")
     assert own.rows.tolist() != pairs.rows.tolist()
     held_out, _ = load_pairs(config(pairs_folder, labels_file=str(out)), "validation")  # its own labels
     assert held_out.first_won.tolist() == load_pairs(config(pairs_folder), "validation")[0].first_won.tolist()
-
-
-def _png(image):
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def test_data_without_labels_can_be_labelled(pairs_folder, tmp_path):

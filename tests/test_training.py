@@ -18,7 +18,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 from PIL import Image
-from recording import metrics, run_on_ranks, same, set_up, weights
+from recording import edit_json, metrics, run_on_ranks, same, set_up, weights
 from transformers import Adafactor
 
 import train
@@ -485,8 +485,7 @@ def test_a_launchers_compiler_is_not_used(arguments, tmp_path, monkeypatch):
 
 def test_dropout_is_refused(arguments, bases, tmp_path):
     base = shutil.copytree(bases["sd15", "epsilon"], tmp_path / "base")
-    path = base / "unet" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"dropout": 0.1}))
+    edit_json(base / "unet" / "config.json", dropout=0.1)
     with pytest.raises(InputError, match="the UNet has dropout, which tells policy and reference apart: set it to 0"):
         train.main([*arguments(), f"--pretrained_model_name_or_path={base}"])
 
