@@ -1,5 +1,6 @@
 """Images of prompt groups: equal to stock pipelines, independent of how they are split, resumed, never mixed."""
 
+import io
 import itertools
 import json
 import math
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from contextlib import redirect_stdout
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -48,6 +50,11 @@ PROMPTS = [
     "a y",
 ]
 NAME = "few_seed0_32x32_4s_7.5cfg"
+TINY = [
+    "--unet_path=base", f"--pretrain_path={compare.BASE}", "--steps=4", "--dtype=fp32", "--guidance=standard", "--cfg=1",
+    "--noise=per-prompt", "--metrics=Pixels", "--output_path=run",
+]  # fmt: skip
+TINY_NAME = "tiny_seed0_32x32_4s_1.0cfg"
 
 
 @pytest.fixture
@@ -455,7 +462,7 @@ def test_a_killed_run_leaves_whole_images_and_is_resumed(tmp_path):
     flags = ["--output_path", str(tmp_path / "out"), "--batch_size", "1", "--steps", "4"]
     environment = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
     command = ["bash", str(ROOT / "scripts" / "eval" / "test_tiny.sh"), "base", *flags]
-    folder = tmp_path / "out" / "tiny_seed0_32x32_4s_1.0cfg"
+    folder = tmp_path / "out" / TINY_NAME
     with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as run:
         while len(list(folder.glob("*.png"))) < 3:
             assert run.poll() is None
@@ -575,63 +582,72 @@ def test_a_damaged_score_file_is_named_before_images_are_made(arguments, tmp_pat
     assert not list(tmp_path.rglob("*.png"))
 
 
-def test_generated_images_are_scored_and_summed_up(tmp_path, capsys):
-    """The tiny base end to end: images, scores on file, summary; a second run computes nothing anew."""
-    flags = ["--unet_path=base", f"--pretrain_path={compare.BASE}", "--groups", "tiny", "--steps=4", "--dtype=fp32"]
-    flags += [
-        "--guidance=standard",
-        "--cfg=1",
-        "--metrics",
-        "Pixels",
-        f"--output_path={tmp_path}",
-        "--noise=per-prompt",
-    ]
-    manifest = eval_generate.main(flags)["tiny"]
-    entries = json.loads(manifest.read_text())
-    scores = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    """The output folder of a run over the group `tiny`, its scores included, and what it printed."""
+    folder = tmp_path_factory.mktemp("tiny")
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
+        patch.chdir(folder)
+        eval_generate.main([*TINY, "--groups=tiny"])
+    return folder / "run", printed.getvalue()
+
+
+@pytest.fixture
+def tiny(tiny_run, tmp_path, monkeypatch):
+    """A copy of that folder, in a working directory of its own."""
+    shutil.copytree(tiny_run[0], tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "run"
+
+
+def test_generated_images_are_scored_and_summed_up(tiny, tiny_run):
+    """A second run computes nothing anew."""
+    entries = json.loads((tiny / f"{TINY_NAME}.json").read_text())
+    scores = [json.loads(line) for line in (tiny / "scores.jsonl").read_text().splitlines()]
     expected = [pictures.score(np.asarray(Image.open(row["gen_image_path"])), row["prompt"]) for row in entries]
     assert [row["Pixels"] for row in scores] == pytest.approx(expected)
-    (row,) = json.loads((tmp_path / "summary.json").read_text())
+    (row,) = json.loads((tiny / "summary.json").read_text())
     assert (row["group"], row["metric"], row["n"]) == ("tiny", "Pixels", 4 * len(pictures.HELD_OUT))
     assert row["mean"] == pytest.approx(np.mean(expected))
     line = f"FinalResults Pixels for tiny : {np.mean(expected):.4f}"
-    assert line in capsys.readouterr().out.splitlines()  # alone there, for scripts that read it
-    assert line in (tmp_path / "joint_test_32.log").read_text().splitlines()
-    assert (tmp_path / "report.html").read_text().count('.png"') == len(entries)
-    before = (tmp_path / "scores.jsonl").stat().st_mtime_ns
-    eval_generate.main(flags)
-    assert (tmp_path / "scores.jsonl").stat().st_mtime_ns == before
+    assert line in tiny_run[1].splitlines()  # alone there, for scripts that read it
+    assert line in (tiny / "joint_test_32.log").read_text().splitlines()
+    assert (tiny / "report.html").read_text().count('.png"') == len(entries)
+    before = (tiny / "scores.jsonl").stat().st_mtime_ns
+    eval_generate.main([*TINY, "--groups=tiny"])
+    assert (tiny / "scores.jsonl").stat().st_mtime_ns == before
 
-    (tmp_path / "one.json").write_text(json.dumps([pictures.HELD_OUT[0].caption]))
-    other = [flag for flag in flags if flag not in ("--groups", "tiny")] + [f"--test_json={tmp_path / 'one.json'}"]
-    eval_generate.main(other)  # a group more: the summary is of both
-    assert [row["group"] for row in json.loads((tmp_path / "summary.json").read_text())] == ["one", "tiny"]
-    kept = (tmp_path / "scores.jsonl").read_text()
-    (tmp_path / "scores.jsonl").write_text(kept.replace('"official"', '"bf16"', 3))
-    eval_generate.main(other)  # whose scores are not those of one model
-    assert [row["group"] for row in json.loads((tmp_path / "summary.json").read_text())] == ["one"]
+
+def test_the_summary_is_of_all_groups_whose_scores_go_together(tiny, capsys):
+    Path("one.json").write_text(json.dumps([pictures.HELD_OUT[0].caption]))
+
+    def summed_up(*more):
+        eval_generate.main([*TINY, "--test_json=one.json", *more])
+        return [row["group"] for row in json.loads((tiny / "summary.json").read_text())]
+
+    assert summed_up() == ["one", "tiny"]
+    kept = (tiny / "scores.jsonl").read_text()
+    (tiny / "scores.jsonl").write_text(kept.replace('"official"', '"bf16"', 3))
+    assert summed_up() == ["one"]  # scores of `tiny` are not those of one model
     assert "tiny is left out of the summary: " in capsys.readouterr().err
-    (tmp_path / "scores.jsonl").write_text(kept)
-    picture = tmp_path / "tiny_seed0_32x32_4s_1.0cfg" / "3_32x32.png"
-    pixels = picture.read_bytes()
+    (tiny / "scores.jsonl").write_text(kept)
+    picture = tiny / TINY_NAME / "3_32x32.png"
+    content = picture.read_bytes()
     Image.new("RGB", (32, 32)).save(picture)
-    eval_generate.main(other)  # with a picture that was not scored
-    assert [row["group"] for row in json.loads((tmp_path / "summary.json").read_text())] == ["one"]
+    assert summed_up() == ["one"]  # a picture of `tiny` was not scored
     assert "tiny is left out of the summary: " in capsys.readouterr().err
-    picture.write_bytes(pixels)
-    eval_generate.main([*other, "--seed=1"])  # made otherwise
-    assert [row["group"] for row in json.loads((tmp_path / "summary.json").read_text())] == ["one"]
-    for path in [*tmp_path.glob("one_*")]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    (tmp_path / "scores.jsonl").write_text("".join(map(lambda row: json.dumps(row) + "\n", scores)))
+    picture.write_bytes(content)
+    assert summed_up("--seed=1") == ["one"]  # made otherwise
 
-    rows = (tmp_path / "scores.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "scores.jsonl").write_text("".join(rows[:10]))
-    (tmp_path / "scores.rank1.jsonl").write_text("".join(rows[10:15]) + rows[15][:9])  # left by a run that was cut off
-    said = run_on_ranks(2, ROOT / "eval_generate.py", flags)
+
+def test_ranks_compute_the_scores_that_are_missing(tiny):
+    rows = (tiny / "scores.jsonl").read_text().splitlines(keepends=True)
+    (tiny / "scores.jsonl").write_text("".join(rows[:10]))
+    (tiny / "scores.rank1.jsonl").write_text("".join(rows[10:15]) + rows[15][:9])  # left by a run that was cut off
+    said = run_on_ranks(2, ROOT / "eval_generate.py", [*TINY, "--groups=tiny"])
     assert "scoring on cpu: 100%" in said and f"/{math.ceil((len(rows) - 15) / 2)} " in said
-    assert sorted((tmp_path / "scores.jsonl").read_text().splitlines(keepends=True)) == sorted(rows)
-    assert not list(tmp_path.glob("scores.rank*"))
+    assert sorted((tiny / "scores.jsonl").read_text().splitlines(keepends=True)) == sorted(rows)
+    assert not list(tiny.glob("scores.rank*"))
 
 
 def test_an_error_of_one_rank_is_one_sentence_on_every_rank(tmp_path):
