@@ -4,14 +4,14 @@ import json
 import sys
 from pathlib import Path
 
+from recording import set_up
+
 import train
-from sdpo.command import parse_flags
-from sdpo.config import TrainConfig
 from sdpo.step import update
 
 if __name__ == "__main__":
     folder, *flags = sys.argv[1:]
-    run, dataset, _ = train.set_up(parse_flags(TrainConfig, "", "", flags))
+    run, dataset, _ = set_up(flags)
     batches = train.train_batches(run.config, dataset, run.plan, run.accelerator.process_index, 0)
     for _ in range(run.plan.steps):
         update(run, batches)

@@ -5,15 +5,14 @@ import sys
 from pathlib import Path
 
 import fsdp_on_cpu  # noqa: F401, has accelerate take CPU ranks
+from recording import set_up
 
 import train
-from sdpo.command import parse_flags
-from sdpo.config import TrainConfig
 from sdpo.step import micro_step
 
 if __name__ == "__main__":
     folder, *flags = sys.argv[1:]
-    run, dataset, _ = train.set_up(parse_flags(TrainConfig, "", "", flags))
+    run, dataset, _ = set_up(flags)
     batches = train.train_batches(run.config, dataset, run.plan, run.accelerator.process_index, 0)
     with run.accelerator.accumulate(run.policy):
         micro_step(run, next(batches))

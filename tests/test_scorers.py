@@ -203,6 +203,13 @@ def test_imagereward_depends_on_what_it_should(change, weights):
     assert (scorer.reward(given["io.pixels"], given["io.ids"], mask) - given["io.score"]).abs().max() > 5e-5
 
 
+def test_an_image_that_needs_no_resizing_is_prepared_as_the_package_does():
+    given = fixture_file("hps_tiny")[1]
+    image = Image.fromarray(given["pre.image0"].numpy())
+    assert image.size == (32, 32)
+    torch.testing.assert_close(torchvision_preprocess(32).prepare(image), given["io.pixels_noaa"][0])
+
+
 def test_hpsv2_equals_the_package(weights):
     _, given, sizes = fixture_file("hps_tiny")
     scorer = HPSv2({"checkpoint": str(weights / "hps.pt")}, architecture=sizes)

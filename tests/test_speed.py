@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from recording import same, weights
+from recording import same, set_up, weights
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,8 +25,6 @@ from benchmarks.counting import like_a_gpu
 from sdpo import step
 from sdpo.arithmetic import recompute
 from sdpo.batch import collate
-from sdpo.command import parse_flags
-from sdpo.config import TrainConfig
 from sdpo.families import load_family
 from sdpo.inputs import Inputs, make_inputs
 from sdpo.memory import ActivationCounter, checkpoint_units, choose_units, planned_memory, room_for_activations
@@ -100,7 +98,7 @@ class WeightCopies(TorchDispatchMode):
 def test_checkpointed_units_leave_no_copies_of_their_weights(arguments):
     """Which autocast would otherwise hold until the end of the pass."""
     flags = arguments("--mixed_precision=bf16", "--gradient_checkpointing")
-    run, dataset, _ = train.set_up(parse_flags(TrainConfig, "", "", flags))
+    run, dataset, _ = set_up(flags)
     inputs = make_inputs(run.family, collate([dataset[0, 0]]))
     unet, alive, results = run.accelerator.unwrap_model(run.policy, keep_fp32_wrapper=False), {}, []
     for name, autocast in {"ours": run.accelerator.autocast(), "plain": torch.autocast("cpu", torch.bfloat16)}.items():
@@ -178,8 +176,7 @@ def test_norms_that_a_gpu_computes_in_fp32_are_counted_so():
 
 
 def test_room_for_activations_is_what_gradients_and_new_optimizer_state_leave(arguments, monkeypatch):
-    config = parse_flags(TrainConfig, "", "", arguments())
-    run = train.set_up(config)[0]
+    run = set_up(arguments())[0]
     weights = sum(parameter.numel() for parameter in run.policy.parameters())
     assert room_for_activations(run, 20 * weights) == pytest.approx(0.85 * (20 - 4 - 8) * weights)
     with monkeypatch.context() as patch:
@@ -316,8 +313,8 @@ def test_compiled_blocks_keep_the_margin_exact_and_are_compiled_once(arguments, 
     """bf16, where the compiler rounds a training graph and an inference graph differently."""
     flags = ["--mixed_precision=bf16", "--compile", "--validation_pairs=5", "--use_ema", "--max_train_steps=4"]
     flags += ["--channels_last", "--gradient_checkpointing=full"]
-    config = parse_flags(TrainConfig, "", "", arguments(*flags))
-    run, dataset, held_out = train.set_up(config)
+    run, dataset, held_out = set_up(arguments(*flags))
+    config = run.config
     assert all(value == 0 for name, value in train.validate(run, held_out).items() if "change" in name)
     batches = train.train_batches(config, dataset, run.plan, 0, 0)
     step.update(run, batches)
@@ -340,7 +337,7 @@ def test_compiled_the_reference_runs_the_policys_graphs(arguments):
     dtypes = []
     for flags in (["--compile"], []):
         AcceleratorState._reset_state(reset_partial_state=True)
-        run = train.set_up(parse_flags(TrainConfig, "", "", arguments("--mixed_precision=bf16", *flags)))[0]
+        run = set_up(arguments("--mixed_precision=bf16", *flags))[0]
         dtypes += [{name: p.dtype for name, p in unet.named_parameters()} for unet in (run.policy, run.reference)]
     assert dtypes[0] == dtypes[1] == dtypes[2] != dtypes[3]
 
@@ -354,7 +351,7 @@ def test_compiled_the_reference_runs_the_policys_graphs(arguments):
     ],
 )
 def test_planned_memory_is_that_of_the_tensors(arguments, flags):
-    run = train.set_up(parse_flags(TrainConfig, "", "", arguments(*flags)))[0]
+    run = set_up(arguments(*flags))[0]
     planned, weights = planned_memory(run), list(run.policy.parameters())
     count = sum(p.numel() for p in weights)
     assert planned["policy"] == planned["gradients"] == sum(p.nbytes for p in weights) == 4 * count
@@ -378,5 +375,5 @@ def test_planned_memory_is_that_of_the_tensors(arguments, flags):
 @pytest.mark.parametrize("budget, again", [(100, False), (1e-9, True)])
 def test_the_units_that_were_chosen_are_those_computed_again(arguments, budget, again):
     flags = arguments("--gradient_checkpointing=auto", f"--activation_memory={budget}")
-    unet = train.set_up(parse_flags(TrainConfig, "", "", flags))[0].policy
+    unet = set_up(flags)[0].policy
     assert {unit.gradient_checkpointing for unit in checkpoint_units(unet).values()} == {again}
