@@ -35,7 +35,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Path]:
 
     def try_scoring() -> None:
         try:
-            options.try_out()
+            prompts = [prompt.text for group in run.prompts.values() for prompt in group]
+            options.try_out(prompts, (run.height, run.width))
         except InputError as error:
             raise InputError(f"{error}; or choose other --metrics (none: images alone); no image was made") from error
         read_scores(run.output / "scores.jsonl")  # raises for a damaged file

@@ -144,6 +144,7 @@ def announce(run: Run, notes: list[str], memory: dict[str, int]) -> None:
     log.info(f"method         {config.method}{beta}, {precision}, seed {run.seed}")
     if config.method != "sft":
         log.info(f"loser scale    {config.describe_loser_scale()}")
+    log.info(f"images         {run.resolution} x {run.resolution} pixels")
     log.info(f"parameters     {parameters:,}, {optimizer_name(config, run.family)}")
     parts = ", ".join(f"{name} {size / 2**30:.3g}" for name, size in memory.items())
     shared = ", before the engine shares its part out" if run.sharded else ""
@@ -261,12 +262,13 @@ def hold_out(run: Run, pairs: Pairs | CachedPairs | None) -> HeldOutPairs | None
 
 def start_logs(run: Run) -> MetricsLog:
     """Trackers, config.json with settings and derived numbers, metrics.jsonl up to the step the run starts from."""
-    settings = {**dataclasses.asdict(run.config), "seed": run.seed}
+    settings = {**dataclasses.asdict(run.config), "seed": run.seed, "resolution": run.resolution}
     if run.accelerator.is_main_process:
         derived = dataclasses.asdict(run.plan)
         write_json(Path(run.config.output_dir, "config.json"), {"config": settings, "plan": derived})
     shown = {name: value for name, value in settings.items() if value is not None}
-    run.accelerator.init_trackers(run.config.tracker_project_name, shown)
+    resumed = {"tensorboard": {"purge_step": run.step + 1}} if run.step else {}  # hide updates that are made again
+    run.accelerator.init_trackers(run.config.tracker_project_name, shown, resumed)
     return MetricsLog(run.accelerator, run.config.output_dir, run.step)
 
 

@@ -196,6 +196,7 @@ class StableDiffusion:
             unet = self.load(UNet2DConditionModel, "unet")
             if init:
                 load_weights(unet, init)  # compares names and shapes
+                self._check_prediction(Path(init).parent)
         else:
             source, subfolder, options = self._unet_place(init)
             unet = load_part(UNet2DConditionModel, source, subfolder, **options)
@@ -213,12 +214,19 @@ class StableDiffusion:
             )
         return unet.float()
 
-    def _check_kind(self, unet: UNet2DConditionModel, init: str) -> None:
+    def _check_prediction(self, pipeline: Path) -> None:
+        """Raises InputError where a folder is that of a pipeline whose UNet predicts something else than the base's."""
         kind = self.scheduler.config.prediction_type
-        path = Path(init, "scheduler", "scheduler_config.json")
+        path = pipeline / "scheduler" / "scheduler_config.json"
         scheduler = parse_json(read_text(path), path, "download it again") if path.is_file() else {}
-        if scheduler.get("prediction_type", kind) != kind:
-            raise InputError(f"{init} makes {scheduler['prediction_type']} predictions, {self.source} {kind} ones")
+        if isinstance(scheduler, dict) and (other := scheduler.get("prediction_type", kind)) != kind:
+            raise InputError(
+                f"{pipeline} makes {other} predictions, {self.source} {kind} ones: give the base model it was trained "
+                "from"
+            )
+
+    def _check_kind(self, unet: UNet2DConditionModel, init: str) -> None:
+        self._check_prediction(Path(init))
         base = UNet2DConditionModel.load_config(self.source, subfolder="unet", **self.options)
         for name in ("in_channels", "block_out_channels", "cross_attention_dim", "addition_embed_type"):
             found, wanted = unet.config.get(name), base.get(name, unet.config.get(name))

@@ -17,6 +17,7 @@ import os
 import zipfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -187,6 +188,16 @@ def locate_unet(config: EvalConfig) -> tuple[str, Path]:
     return str(fetch(repository, name, cache_dir=config.cache_dir)) if name else reference, folder
 
 
+def caution_other_vae(unet: str, vae: str | None) -> None:
+    """Warn where the run of train.py that left a UNet's file was trained with another VAE than images are made with."""
+    path = Path(unet).parent / "config.json"
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):  # of another program, or none
+        trained = json.loads(path.read_text(encoding="utf-8"))["config"]["pretrained_vae_model_name_or_path"] or None
+        if trained != vae:
+            own, other = (place or "the base's own" for place in (vae, trained))
+            log.warning(f"CAUTION: {unet} was trained with VAE {other}, images are made with {own}: see --vae_path")
+
+
 def results_folder(weights: Path, name: str = "unet.pth") -> Path:
     """Where images go whose UNet is this file in the folder `weights`: there, but for averaged weights into eval-ema.
 
@@ -317,6 +328,8 @@ def load_run(config: EvalConfig, accelerator: Accelerator) -> EvalRun:
     options = {"vae": config.vae_path or None, "revision": config.revision, "cache_dir": config.cache_dir}
     family = load_family(None, config.pretrain_path, **options)
     unet = family.load_unet(source).requires_grad_(False).eval()
+    if source:
+        caution_other_vae(source, options["vae"])
     if config.steps > (most := family.scheduler.config.num_train_timesteps):
         raise InputError(f"--steps must be at most {most} for {config.pretrain_path}, got {config.steps}")
     try:

@@ -113,6 +113,8 @@ def check_fit(state: Mapping[str, Tensor], own: Mapping[str, Tensor], source: st
 
 def load_tensors(path: str | Path) -> Any:
     """What a .safetensors or torch file holds, on the CPU; raises InputError where it is damaged or holds code."""
+    if not Path(path).exists():
+        raise InputError(f"there is no file {path}: correct the path")
     try:
         if str(path).endswith(".safetensors"):
             return load_file(path)

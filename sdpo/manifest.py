@@ -33,7 +33,7 @@ METRICS = {
 OFFICIAL_METRICS = ("PickScore", "HPSv2", "CLIP", "Aesthetics", "ImageReward")  # in the order of summary.json
 ABOUT_A_ROW = {"image", "prompt", "models", "sha256"}  # keys of a row of scores that are not metrics
 # Keys of an entry by which images of two runs should not differ
-MADE_WITH = ("seed", "guidance", "cfg", "steps", "noise", "dtype", "latents_dtype")
+MADE_WITH = ("seed", "guidance", "cfg", "steps", "noise", "dtype", "latents_dtype", "base")
 MAX_SCORE = 1e100
 log = logging.getLogger(__name__)
 
@@ -260,19 +260,23 @@ def match_scores(entries: Iterable[Entry], scores: Scores) -> Scores:
     """
     contents = {(row["prompt"], row["sha256"]): row for row in scores.values() if "sha256" in row}
     matched = {}
-    changed = 0
+    changed = []
     for entry in entries:
         row = scores.get(entry.key)
         if os.path.isfile(entry.path) and (row is None or "sha256" in row) and contents:
             digest = sha256(entry.path)
             if row is None or row["sha256"] != digest:
                 same = contents.get((entry.prompt, digest))
-                changed += row is not None and same is None
+                if row is not None and same is None:
+                    changed.append(entry.image)
                 row = same
         if row is not None:
             matched[entry.key] = row
     if changed:
-        log.warning(f"CAUTION: {changed} images have changed since they were scored: those scores do not count")
+        log.warning(
+            f"CAUTION: {len(changed)} images have changed since they were scored, the first {changed[0]}: those scores "
+            "do not count"
+        )
     return matched
 
 

@@ -132,6 +132,9 @@ class Scorer(nn.Module):
     def load(self) -> None:
         """Load the parts and set `preprocess`."""
 
+    def check(self, prompts: Iterable[str], size: tuple[int, int] | None) -> None:
+        """Raises InputError for prompts, and a (height, width), of images that it cannot score."""
+
     @torch.no_grad()
     def score(self, pixels: Tensor, prompts: Iterable[str]) -> Tensor:
         """Scores (N,) fp32 on the CPU of prepared images (N, 3, H, W) for N prompts; ValueError for other numbers."""
@@ -321,6 +324,16 @@ class PixelChecks(Scorer):
     """Share of the checks that a picture of the tiny default passes for its caption (sdpo.tiny.pictures.score)."""
 
     preprocess = Preprocess("tiny pixels", tiny_pixels)
+
+    def check(self, prompts: Iterable[str], size: tuple[int, int] | None) -> None:
+        """Only captions and pictures of the tiny default have checks."""
+        try:
+            for prompt in set(prompts):
+                pictures.parse(prompt)
+        except ValueError as error:
+            raise InputError(f"pixel checks: {error}") from error
+        if size not in (None, (pictures.SIDE, pictures.SIDE)):
+            raise InputError(f"pixel checks are of {pictures.SIDE} x {pictures.SIDE} pixels, images have {size}")
 
     def forward(self, pixels: Tensor, prompts: list[str]) -> Tensor:
         """Scores (N,) in [0, 1] of pixels (N, 3, 32, 32) uint8; raises InputError for captions of another form."""

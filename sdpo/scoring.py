@@ -69,10 +69,14 @@ class ScoringOptions:
 
         return load_scorers([METRICS[metric] for metric in metrics], self.sources, DTYPES[self.dtype or "fp32"])
 
-    def try_out(self) -> None:
-        """Load the weights of each metric once; raises InputError where some are missing, damaged or out of reach."""
+    def try_out(self, prompts: Iterable[str] = (), size: tuple[int, int] | None = None) -> None:
+        """Load the weights of each metric once, and see what it says to prompts for images of a (height, width).
+
+        Raises InputError for weights that are missing, damaged or out of reach, and for images it cannot score.
+        """
         for metric in self.metrics:
-            self.load([metric])
+            for scorer in self.load([metric]).values():
+                scorer.check(prompts, size)
 
     def model(self, metric: str) -> str:
         """What rows of scores say about the model of a metric: "official", or what differs from it."""
@@ -322,7 +326,13 @@ def add_earlier(groups: dict[str, Scored], manifests: Mapping[str, Path], option
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that say which metrics are scored and how, for read_flags."""
-    parser.add_argument("--metrics", nargs="+", choices=METRICS, default=list(OFFICIAL_METRICS), help="what to score")
+    parser.add_argument(
+        "--metrics",
+        nargs="+",
+        choices=METRICS,
+        default=list(OFFICIAL_METRICS),
+        help="what to score; the official five by default, Pixels for the tiny base",
+    )
     parser.add_argument("--device", help="where missing scores are computed: cpu, cuda, ...; on a GPU if there is one")
     parser.add_argument("--batch_size", type=int, default=64, help="images per step of a scorer")
     parser.add_argument(

@@ -319,7 +319,7 @@ def test_weights_of_all_metrics_are_tried_before_the_first_are_computed(tmp_path
     scoring.main([a, "--metrics=Pixels"])
     before = (tmp_path / "a" / "scores.jsonl").read_text()
     monkeypatch.setattr(scoring, "_compute", None)
-    monkeypatch.setattr(ScoringOptions, "load", lambda self, metrics: tried.append(metrics))
+    monkeypatch.setattr(ScoringOptions, "load", lambda self, metrics: tried.append(metrics) or {})
     tried = []
     with pytest.raises(TypeError):  # of what would compute
         scoring.main([a, b, "--metrics", "Pixels", "CLIP"])
@@ -357,7 +357,7 @@ def test_ranks_share_the_scores_that_are_missing(tmp_path, monkeypatch):
 
 def test_scorers_are_tried_out_with_the_weights_given(monkeypatch):
     asked = []
-    monkeypatch.setattr(scorers, "load_scorers", lambda *given: asked.append(given))
+    monkeypatch.setattr(scorers, "load_scorers", lambda *given: asked.append(given) or {})
     sources = {"clip.checkpoint": "a.pt"}
     ScoringOptions(["HPSv2", "CLIP"], sources, dtype="bf16").try_out()
     assert asked == [([name], sources, torch.bfloat16) for name in ("hpsv2", "clip")]

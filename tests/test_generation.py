@@ -568,7 +568,7 @@ def test_launchers_say_what_is_missing(tmp_path):
 
 def test_scorers_are_tried_out_before_images_are_made(arguments, tmp_path):
     (tmp_path / "clip").mkdir()
-    flags = ["--metrics", "Pixels", "PickScore", "--weights", f"pickscore.model={tmp_path / 'clip'}"]
+    flags = ["--metrics", "PickScore", "Pixels", "--weights", f"pickscore.model={tmp_path / 'clip'}"]
     with pytest.raises(InputError, match=r"pickscore: cannot load CLIPModel of .*clip.*no image was made"):
         eval_generate.main(arguments(*flags))
     assert not list(tmp_path.rglob("*.png"))
@@ -616,6 +616,34 @@ def test_generated_images_are_scored_and_summed_up(tiny, tiny_run):
     before = (tiny / "scores.jsonl").stat().st_mtime_ns
     eval_generate.main([*TINY, "--groups=tiny"])
     assert (tiny / "scores.jsonl").stat().st_mtime_ns == before
+
+
+def test_pictures_without_pixel_checks_are_refused_before_they_are_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.json").write_text(json.dumps(["a cat in the rain"]))
+    for flags, message in {
+        ("--test_json=mine.json",): "'a cat in the rain' is not a caption of the tiny pictures; .*; no image was made",
+        ("--groups=tiny", "--resolution=40"): r"pixel checks are of 32 x 32 pixels, images have \(40, 40\); or choose",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            eval_generate.main([*TINY, *flags])
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_a_unet_that_was_trained_with_another_vae_or_prediction_is_noticed(arguments, bases, tmp_path, capsys):
+    run = tmp_path / "trained"
+    base, other = bases["sd15", "epsilon"], bases["sd15", "v_prediction"]
+    run.mkdir()
+    torch.save(other_unet(bases).state_dict(), run / "unet.pth")
+    settings = {"pretrained_vae_model_name_or_path": str(base / "vae")}
+    (run / "config.json").write_text(json.dumps({"config": settings}))
+    eval_generate.main(arguments(unet=run))
+    assert f"was trained with VAE {base / 'vae'}, images are made with the base's own: see" in capsys.readouterr().err
+    eval_generate.main(arguments(f"--vae_path={base / 'vae'}", unet=run, out="again"))
+    assert "was trained with VAE" not in capsys.readouterr().err
+    shutil.copytree(other / "scheduler", run / "scheduler")
+    with pytest.raises(InputError, match=r"trained makes v_prediction predictions, .* epsilon ones: give the base"):
+        eval_generate.main(arguments(unet=run))
 
 
 def test_the_summary_is_of_all_groups_whose_scores_go_together(tiny, capsys):

@@ -19,6 +19,7 @@ import torch
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 from PIL import Image
 from recording import edit_json, metrics, run_on_ranks, same, set_up, weights
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import Adafactor
 
 import train
@@ -491,7 +492,7 @@ def test_dropout_is_refused(arguments, bases, tmp_path):
 
 
 def test_a_start_that_predicts_something_else_is_refused(arguments, bases):
-    with pytest.raises(InputError, match=r"makes v_prediction predictions, .* epsilon ones"):
+    with pytest.raises(InputError, match=r"makes v_prediction predictions, .* epsilon ones: give the base"):
         train.main(arguments(f"--unet_init={bases['sd15', 'v_prediction']}"))
 
 
@@ -603,3 +604,21 @@ def test_the_last_updates_are_logged_too(arguments, tmp_path):
     assert [step for step, _ in some] == [2, 3]
     values = [value for _, value in each]
     assert [value for _, value in some] == pytest.approx([(values[0] + values[1]) / 2, values[2]], rel=1e-5)
+
+
+def test_tensorboard_hides_updates_that_are_made_again(arguments, tmp_path):
+    flags = ["--report_to=tensorboard", "--checkpointing_steps=1", "--validation_pairs=2", "--validation_steps=1"]
+    train.main(arguments(*flags))
+    (tmp_path / "run" / "unet.pth").unlink()
+    train.main(arguments(*flags, "--resume_from_checkpoint=checkpoint-1"))
+    events = EventAccumulator(str(tmp_path / "run" / "logs" / "tuning")).Reload()
+    for name in ("train_loss", "heldout/winner_error_change"):
+        kept = read_metrics(tmp_path / "run", name)
+        assert [event.step for event in events.Scalars(name)] == [step for step, _ in kept]
+        assert [event.value for event in events.Scalars(name)] == pytest.approx([value for _, value in kept])
+
+
+def test_the_resolution_is_said_and_kept(arguments, tmp_path, capsys):
+    train.main(arguments("--max_train_steps=1"))
+    assert "images         32 x 32 pixels" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["resolution"] == 32
