@@ -244,7 +244,7 @@ def test_bad_data_are_one_sentence_on_every_rank(arguments, pairs_folder, tmp_pa
     "flags, message",
     [
         ("--global_batch_size=5", "--global_batch_size 5 is not a multiple of 2"),
-        ("--unet_init=/nowhere/unet.pth", "/nowhere/unet.pth cannot be read as weights"),
+        ("--unet_init=/nowhere/unet.pth", "there is no file /nowhere/unet.pth"),
     ],
 )
 def test_flags_are_tried_before_a_cache_is_made(arguments, tmp_path, flags, message):
