@@ -161,6 +161,10 @@ def caution(run: Run, memory: dict[str, int]) -> None:
             f"an update takes {run.plan.global_batch} pairs and the data has {run.plan.pairs}, which repeat within it: "
             "choose a smaller --global_batch_size or --train_batch_size"
         )
+    size = run.policy.config.sample_size  # of latents, if it is said
+    if config.resolution is None and isinstance(size, int) and run.family.image_size(size) not in (0, run.resolution):
+        own = run.family.image_size(size)
+        cautions.append(f"the base makes images of {own} pixels, but is trained on {run.resolution}: see --resolution")
     sizes = {"the trained model": 2 * memory["policy"] + memory.get("average", 0)}  # unet.pth and a pipeline
     if config.checkpointing_steps:
         sizes["a checkpoint"] = sum(memory.get(part, 0) for part in ("policy", "optimizer", "average"))

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 from PIL import Image
 from recording import edit_json, metrics, run_on_ranks, same, set_up, weights
@@ -28,7 +29,7 @@ from sdpo.average import AveragedWeights
 from sdpo.batch import collate
 from sdpo.command import InputError, parse_flags
 from sdpo.config import TrainConfig
-from sdpo.families import FAMILIES, load_family
+from sdpo.families import FAMILIES, StableDiffusion, load_family
 from sdpo.heldout import HeldOutPairs, clustered_error
 from sdpo.inputs import make_inputs
 from sdpo.metrics import read_metrics
@@ -616,6 +617,20 @@ def test_tensorboard_hides_updates_that_are_made_again(arguments, tmp_path):
         kept = read_metrics(tmp_path / "run", name)
         assert [event.step for event in events.Scalars(name)] == [step for step, _ in kept]
         assert [event.value for event in events.Scalars(name)] == pytest.approx([value for _, value in kept])
+
+
+def test_a_base_of_another_size_than_the_default_is_cautioned_about(arguments, monkeypatch, capsys):
+    given = arguments("--max_train_steps=1")
+    without = [flag for flag in given if not flag.startswith("--resolution")]
+    for resolution, cautioned in ((64, True), (32, False)):
+        monkeypatch.setattr(StableDiffusion, "resolution", resolution)
+        set_up(without)
+        assert (
+            "CAUTION: the base makes images of 32 pixels, but is trained on 64" in capsys.readouterr().err
+        ) is cautioned
+        AcceleratorState._reset_state(reset_partial_state=True)
+    set_up(given)
+    assert "the base makes images of" not in capsys.readouterr().err
 
 
 def test_the_resolution_is_said_and_kept(arguments, tmp_path, capsys):
