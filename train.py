@@ -161,9 +161,8 @@ def caution(run: Run, memory: dict[str, int]) -> None:
             f"an update takes {run.plan.global_batch} pairs and the data has {run.plan.pairs}, which repeat within it: "
             "choose a smaller --global_batch_size or --train_batch_size"
         )
-    size = run.policy.config.sample_size  # of latents, if it is said
-    if config.resolution is None and isinstance(size, int) and run.family.image_size(size) not in (0, run.resolution):
-        own = run.family.image_size(size)
+    own = run.family.own_size(run.policy)
+    if config.resolution is None and own not in (None, run.resolution):
         cautions.append(f"the base makes images of {own} pixels, but is trained on {run.resolution}: see --resolution")
     sizes = {"the trained model": 2 * memory["policy"] + memory.get("average", 0)}  # unet.pth and a pipeline
     if config.checkpointing_steps:
@@ -271,8 +270,8 @@ def start_logs(run: Run) -> MetricsLog:
         derived = dataclasses.asdict(run.plan)
         write_json(Path(run.config.output_dir, "config.json"), {"config": settings, "plan": derived})
     shown = {name: value for name, value in settings.items() if value is not None}
-    resumed = {"tensorboard": {"purge_step": run.step + 1}} if run.step else {}  # hide updates that are made again
-    run.accelerator.init_trackers(run.config.tracker_project_name, shown, resumed)
+    made_again = {"tensorboard": {"purge_step": run.step and run.step + 1}}  # of these it hides what was shown before
+    run.accelerator.init_trackers(run.config.tracker_project_name, shown, made_again)
     return MetricsLog(run.accelerator, run.config.output_dir, run.step)
 
 

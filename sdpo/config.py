@@ -70,7 +70,7 @@ class TrainConfig:
     choice_margin: NotNegative = flag(0.0, "with --choice_model: pairs whose scores differ by this or less are ties")
     choice_weights: str = flag("", "with --choice_model: METRIC.PART=SOURCE,... for weights that lie elsewhere")
     resolution: Side | None = flag(
-        None, "side of the square training images in pixels; 512 by default, with --sdxl 1024"
+        None, "side of the square training images in pixels; the official one of the base by default, 512 or 1024"
     )
     random_crop: bool = flag(False, "crop at random instead of at the centre")
     no_hflip: bool = flag(False, "never flip images")

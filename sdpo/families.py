@@ -270,6 +270,11 @@ class StableDiffusion:
         """Side in pixels of an image whose latents have this side."""
         return latent_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
 
+    def own_size(self, unet: UNet2DConditionModel) -> int | None:
+        """Side in pixels of the images that a UNet makes by its config; None if that does not say."""
+        side = unet.config.sample_size
+        return self.image_size(side) if isinstance(side, int) and side > 0 else None
+
     @torch.no_grad()
     def encode_moments(self, pixels: Tensor) -> Tensor:
         """Mean and standard deviation (N, 2, C, h, w) fp32 of the posteriors of pixels (N, 3, H, W) in [-1, 1]."""

@@ -263,9 +263,7 @@ class EvalRun:
 def choose_size(config: EvalConfig, family: StableDiffusion, unet: UNet2DConditionModel) -> tuple[int, int]:
     """Height and width of the images in pixels; raises InputError unless their latents have the official size."""
     factor = family.image_size(1)
-    own = unet.config.sample_size
-    default = own * factor if isinstance(own, int) and own > 0 else None
-    height, width = (side or config.resolution or default for side in (config.height, config.width))
+    height, width = (side or config.resolution or family.own_size(unet) for side in (config.height, config.width))
     if not (height and width):
         raise InputError(f"{config.pretrain_path} does not say how large its images are: give --resolution")
     for side in (height, width):

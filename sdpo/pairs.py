@@ -370,11 +370,8 @@ def load_held_out(config: TrainConfig, pairs: Pairs, seed: int) -> tuple[Pairs, 
 def describe_size(pairs: Pairs) -> str:
     """How many pairs these are, and of how many captions, within which they are not independent."""
     captions = len({options[0] for options in pairs.captions()})
-    return (
-        f"{len(pairs):,} pairs of {captions:,} captions"
-        if captions > 1
-        else f"{len(pairs):,} pairs of 1 caption, so without standard errors"
-    )
+    counted = f"{captions:,} captions" if captions > 1 else "1 caption, so without standard errors"
+    return f"{len(pairs):,} pairs of {counted}"
 
 
 def draw_subset(pairs: Pairs, count: int | None, seed: int, stream: str) -> Pairs:

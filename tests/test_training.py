@@ -607,11 +607,15 @@ def test_the_last_updates_are_logged_too(arguments, tmp_path):
     assert [value for _, value in some] == pytest.approx([(values[0] + values[1]) / 2, values[2]], rel=1e-5)
 
 
-def test_tensorboard_hides_updates_that_are_made_again(arguments, tmp_path):
+@pytest.mark.parametrize("step", [0, 1])
+def test_tensorboard_hides_updates_that_are_made_again(arguments, tmp_path, step):
+    """By a run that goes on from a checkpoint, or was killed before there was one."""
     flags = ["--report_to=tensorboard", "--checkpointing_steps=1", "--validation_pairs=2", "--validation_steps=1"]
     train.main(arguments(*flags))
     (tmp_path / "run" / "unet.pth").unlink()
-    train.main(arguments(*flags, "--resume_from_checkpoint=checkpoint-1"))
+    for folder in (tmp_path / "run").glob("checkpoint-*" if step == 0 else "none"):
+        shutil.rmtree(folder)
+    train.main(arguments(*flags, *["--resume_from_checkpoint=checkpoint-1"] * step))
     events = EventAccumulator(str(tmp_path / "run" / "logs" / "tuning")).Reload()
     for name in ("train_loss", "heldout/winner_error_change"):
         kept = read_metrics(tmp_path / "run", name)
