@@ -2,14 +2,15 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from forks import finish, started_on_ranks
 from safetensors.torch import load_file, save_file
 
 import train
@@ -18,7 +19,6 @@ from sdpo.command import parse_flags
 from sdpo.config import TrainConfig
 from sdpo.hub import load_weights
 
-ROOT = Path(__file__).parents[1]
 DEFAULTS = {
     "resolution": 16, "mixed_precision": "no", "seed": 7, "report_to": "none", "lr_warmup_steps": 2, "learning_rate": 1e-3,
     "beta_dpo": 10, "dmpo_alpha": 0.01, "checkpointing_steps": 0,
@@ -155,13 +155,13 @@ def record(command, teacher=None):
 
 
 def run_on_ranks(ranks, script, flags, succeeds=True):
-    """Run a script on several ranks on the CPU; what it said, after checking whether it succeeded."""
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *launch, script, *flags]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert (result.returncode == 0) == succeeds, result.stderr[-3000:]
-    return result.stderr
+    """Run a script on several ranks on the CPU; what they said, after checking whether they succeeded."""
+    with TemporaryDirectory() as folder:
+        with started_on_ranks(ranks, script, flags, folder) as processes:
+            codes = finish(processes)
+        said = "".join(Path(folder, f"rank-{rank}.log").read_text() for rank in range(ranks))
+    assert None not in codes and (not any(codes)) == succeeds, (codes, said[-3000:])
+    return said
 
 
 def record_on_ranks(ranks, jobs, folder):

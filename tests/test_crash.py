@@ -1,7 +1,6 @@
 """Checkpoints are whole or absent: killed trainers, damaged files, full and read-only disks, pickled code."""
 
 import json
-import multiprocessing.forkserver
 import os
 import pickle
 import resource
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from forks import finish, start
 from recording import Payload, metrics, run_on_ranks, weights
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -67,27 +67,9 @@ def train_until(flags, fatal):
     train.main(flags)
 
 
-@pytest.fixture(scope="module")
-def trainer():
-    """Starts train_until in a fork of a process that has imported everything already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["conftest", "test_crash"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # where the server finds these modules
-        multiprocessing.forkserver.ensure_running()
-
-    def start(flags, fatal=0):
-        process = context.Process(target=train_until, args=(flags, fatal))
-        process.start()
-        return process
-
-    return start
-
-
-def finish(process):
-    """Exit code, negative for a signal."""
-    process.join(timeout=300)
-    return process.exitcode
+def finish_alone(flags):
+    """Exit code of a trainer that nothing stops, negative for a signal."""
+    return finish([start(train_until, flags, 0)])[0]
 
 
 def what_is_left(run):
@@ -118,29 +100,29 @@ def assert_same(a, b):
         assert a == b
 
 
-def kill_after_delay(trainer, flags, run, random):
+def kill_after_delay(flags, run, random):
     """Kill a trainer at some moment between writing its settings and its end."""
     (run / "config.json").unlink(missing_ok=True)
-    process = trainer(flags)
+    process = start(train_until, flags, 0)
     while process.is_alive() and not (run / "config.json").exists():
         process.join(timeout=0.005)
     process.join(timeout=random.uniform(0, 0.5))
     process.kill()
-    return finish(process)
+    return finish([process])[0]
 
 
-def kill_at_operation(trainer, flags, run, random):
+def kill_at_operation(flags, run, random):
     """Kill a trainer before some operation on the files of a checkpoint: inside a write, a rename, a removal."""
-    return finish(trainer(flags, int(random.integers(1, 100))))
+    return finish([start(train_until, flags, int(random.integers(1, 100)))])[0]
 
 
 @pytest.mark.parametrize("kill", [kill_after_delay, kill_at_operation])
-def test_killed_runs_end_with_the_bits_of_the_uninterrupted_one(trainer, arguments, tmp_path, kill):
-    assert finish(trainer(arguments(*FLAGS, out="whole"))) == 0
+def test_killed_runs_end_with_the_bits_of_the_uninterrupted_one(arguments, tmp_path, kill):
+    assert finish_alone(arguments(*FLAGS, out="whole")) == 0
     expected, random = what_is_left(tmp_path / "whole"), np.random.default_rng(0)
     flags, run, kills, halves = arguments(*FLAGS, out="cut"), tmp_path / "cut", 0, 0
     while kills < KILLS:
-        code = kill(trainer, flags, run, random)
+        code = kill(flags, run, random)
         kills += code == -signal.SIGKILL
         halves += any(run.glob("checkpoint-*.partial"))
         if code == 0:  # it came to its end first: begin again
@@ -149,7 +131,7 @@ def test_killed_runs_end_with_the_bits_of_the_uninterrupted_one(trainer, argumen
         else:
             assert code == -signal.SIGKILL
     assert halves or kill is kill_after_delay
-    assert finish(trainer(flags)) == 0
+    assert finish_alone(flags) == 0
     assert_same(what_is_left(run), expected)
     assert not list(run.glob("checkpoint-*.*"))
 

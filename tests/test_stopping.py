@@ -4,7 +4,6 @@ import errno
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +16,7 @@ from types import SimpleNamespace
 import pyarrow.parquet as pq
 import pytest
 import torch
+from forks import finish, started_on_ranks
 from recording import metrics, optimizer_state, run_on_ranks, same, weights
 
 import train
@@ -371,31 +371,20 @@ def wait_for_training(folder, process):
         time.sleep(0.1)
 
 
-def signal_second_rank(command, ready):
-    """(exit codes, errors) of two ranks, as a scheduler starts them itself; the second gets SIGTERM when `ready`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    ranks = [
-        subprocess.Popen(command, env={**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-        for rank in "01"
-    ]  # fmt: skip
-    try:
+def signal_second_rank(script, flags, folder, ready):
+    """(exit codes, errors) of two ranks, of which the second gets SIGTERM when `ready`."""
+    with started_on_ranks(2, script, flags, folder) as ranks:
         while not ready():
-            assert all(rank.poll() is None for rank in ranks)
+            assert all(rank.is_alive() for rank in ranks)
             time.sleep(0.1)
-        ranks[1].send_signal(signal.SIGTERM)
-        said = [rank.communicate(timeout=60)[1] for rank in ranks]
-        return [rank.returncode for rank in ranks], said
-    finally:
-        for rank in ranks:
-            rank.kill()
+        ranks[1].terminate()
+        codes = finish(ranks, 60)
+    return codes, [(folder / f"rank-{rank}.log").read_text() for rank in range(2)]
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_update(arguments, tmp_path):
-    command = [sys.executable, "train.py", *arguments("--max_train_steps=100000", "--train_batch_size=1")]
-    codes, said = signal_second_rank(command, partial(is_training, tmp_path))
+    flags = arguments("--max_train_steps=100000", "--train_batch_size=1")
+    codes, said = signal_second_rank(ROOT / "train.py", flags, tmp_path, partial(is_training, tmp_path))
     assert codes == [143, 143], said
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     assert f"stopped after {checkpoint.name.split('-')[1]} updates" in said[0]
@@ -416,8 +405,9 @@ run_command(train.main)
 
 
 def test_a_signal_to_a_rank_that_waits_for_the_model_to_be_saved_does_not_end_it(arguments, tmp_path):
-    command = [sys.executable, "-c", SAVE_SLOWLY, *arguments("--max_train_steps=1", "--train_batch_size=1")]
-    codes, said = signal_second_rank(command, (tmp_path / "run" / "unet.pth").exists)
+    (tmp_path / "slow.py").write_text(SAVE_SLOWLY)
+    flags = arguments("--max_train_steps=1", "--train_batch_size=1")
+    codes, said = signal_second_rank(tmp_path / "slow.py", flags, tmp_path, (tmp_path / "run" / "unet.pth").exists)
     assert codes == [0, 0], said
     assert (tmp_path / "run" / "model_index.json").is_file()
 
