@@ -6,8 +6,6 @@ import pickle
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +17,7 @@ import pytest
 import torch
 from accelerate import Accelerator, PartialState
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from forks import finish, run_script, start
 from recording import change_part, run_on_ranks, set_up
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -41,7 +40,6 @@ from sdpo.stopping import StopRequest
 from sdpo.tiny import pictures
 from sdpo.tiny.make_pairs import encode
 
-ROOT = Path(__file__).parents[1]
 UNREADABLE = 5  # row with a broken winner; in the next one the loser is broken
 
 
@@ -272,20 +270,15 @@ def script(tmp_path):
     return tmp_path / "script.py"
 
 
-def run_script(script, after, arguments):
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, script, str(after), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-
-
 def test_a_killed_command_continues(flags, script, tmp_path, monkeypatch):
-    result = run_script(script, 4, flags())
-    assert result.returncode == -signal.SIGKILL
-    assert "GiB, in" in result.stderr and "pair/s" in result.stderr
+    log = tmp_path / "said.log"
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    assert finish([start(run_script, script, [4, *flags()], environment, log)]) == [-signal.SIGKILL]
+    assert "GiB, in" in log.read_text() and "pair/s" in log.read_text()
     there = files(tmp_path / "cache")
     assert len(there) == 4
-    result = run_script(script, -1, flags("--verify"))
-    assert result.returncode == 0, result.stderr
+    code = finish([start(run_script, script, [-1, *flags("--verify")], environment, log)])
+    assert code == [0], log.read_text()
     whole = files(tmp_path / "cache")
     assert there.items() < whole.items()
     shutil.rmtree(tmp_path / "cache")
