@@ -42,7 +42,7 @@ class TrainConfig:
     pretrained_vae_model_name_or_path: str | None = flag(None, "another VAE: a hub id or a local folder")
     sdxl: bool = flag(False, "the base model is SDXL (turns on Adafactor and gradient checkpointing, resolution 1024)")
     unet_init: str = flag(
-        "", "start policy and reference from this UNet: diffusers folder, hub id, .pth or .safetensors"
+        "", "start policy and reference from this UNet: .pth, .safetensors, checkpoint-N, diffusers folder or hub id"
     )
     cache_dir: str | None = flag(
         None, "where data sets from the hub and copies of parquet files are kept; models are where HF_HOME says"

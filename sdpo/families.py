@@ -27,7 +27,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from sdpo.command import InputError, is_out_of_memory
 from sdpo.files import brief, parse_json, read_text, sha256
-from sdpo.hub import check_vocabulary, fetch, hash_part, is_weight_file, load_part, load_weights
+from sdpo.hub import check_vocabulary, fetch, find_weights, hash_part, is_weight_file, load_part, load_weights
 
 Conditioning = dict[str, Tensor]  # every tensor has one row per sample
 MENDED = "captions mended by ftfy"  # part of what identifies tokens and embeddings
@@ -172,6 +172,7 @@ class StableDiffusion:
 
     def fingerprint_unet(self, init: str = "") -> str:
         """SHA-256 over the files of the UNet that load_unet gives; it need not be loaded."""
+        init = init and find_weights(init)
         if is_weight_file(init):
             return sha256(init)
         source, subfolder, options = self._unet_place(init)
@@ -188,10 +189,11 @@ class StableDiffusion:
         }
 
     def load_unet(self, init: str = "") -> UNet2DConditionModel:
-        """A UNet in fp32: the base model's, or that of a file with a state dict, a diffusers folder or a hub id.
+        """A UNet in fp32: the base model's, or that of a weight file, a checkpoint, a diffusers folder or a hub id.
 
         Raises InputError unless it has the base's architecture and takes what the VAE makes.
         """
+        init = init and find_weights(init)
         if not init or is_weight_file(init):
             unet = self.load(UNet2DConditionModel, "unet")
             if init:

@@ -182,6 +182,12 @@ def is_weight_file(init: str) -> bool:
     return Path(init).is_file() or init.endswith(WEIGHT_SUFFIXES)
 
 
+def find_weights(init: str) -> str:
+    """The unet.pth of a checkpoint's folder; any other file, folder or hub id as it is."""
+    file, others = Path(init, "unet.pth"), (Path(init, "unet"), Path(init, "config.json"))  # in the hub's format
+    return str(file) if file.is_file() and not any(other.exists() for other in others) else init
+
+
 def is_parameter(item: tuple[Any, Any]) -> bool:
     """Whether an item of a state dict is a name with a tensor of one shape."""
     return isinstance(item[0], str) and isinstance(item[1], Tensor) and not item[1].is_nested

@@ -100,6 +100,8 @@ def find_fault(files: list[Path]) -> str | None:
     for file in files:
         try:
             schema, batches = open_shard(file)
+            if twice := [name for name, count in Counter(schema.names).items() if count > 1]:
+                return f"{file} has more than one column {twice[0]}: keep one"
             differing = set(schema) ^ set(open_shard(files[0])[0])  # fields: name and type
             if differing:
                 name = min(field.name for field in differing)

@@ -778,6 +778,9 @@ def test_a_parquet_file_that_was_cut_off_is_named(tmp_path):
     path.write_bytes(b"PAR1" + bytes(60) + path.read_bytes()[64:])
     with pytest.raises(InputError, match=f"{path} is damaged, or"):  # in the middle of its data
         load(folder)
+    pq.write_table(whole.append_column("caption", whole["caption"]), path)
+    with pytest.raises(InputError, match=f"{path} has more than one column caption: keep one"):
+        load(folder)
     pq.write_table(whole.append_column("score", whole["label_0"]), path)
     with pytest.raises(InputError, match=f"{path} has another column score than {folder / 'train-0.parquet'}: write"):
         load(folder)

@@ -101,6 +101,19 @@ def test_timesteps_cover_the_schedule(bases):
     assert family.timesteps(torch.tensor([0.0, 0.5, 1 - 1e-12], dtype=torch.float64)).tolist() == [0, 500, 999]
 
 
+def test_a_checkpoint_is_its_weights_and_a_pipeline_is_not(bases, tmp_path):
+    family = load_family("sd15", str(bases["sd15", "epsilon"]))
+    changed = {name: value + 1 for name, value in family.load_unet().state_dict().items()}
+    torch.save(changed, tmp_path / "unet.pth")
+    again = family.load_unet(str(tmp_path)).state_dict()
+    assert all(torch.equal(value, changed[name]) for name, value in again.items())
+    assert family.fingerprint_unet(str(tmp_path)) == family.fingerprint_unet(str(tmp_path / "unet.pth"))
+    pipeline = shutil.copytree(bases["sd15", "epsilon"], tmp_path / "pipeline")
+    for folder in (pipeline, pipeline / "unet"):
+        shutil.copy(tmp_path / "unet.pth", folder)
+        assert family.fingerprint_unet(str(folder)) == family.fingerprint_unet()
+
+
 @pytest.mark.parametrize("suffix", ["pth", "safetensors", "pipeline", "folder"])
 def test_unet_init_replaces_the_weights(bases, tmp_path, suffix):
     family = load_family("sd15", str(bases["sd15", "epsilon"]))
