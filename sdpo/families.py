@@ -172,7 +172,7 @@ class StableDiffusion:
 
     def fingerprint_unet(self, init: str = "") -> str:
         """SHA-256 over the files of the UNet that load_unet gives; it need not be loaded."""
-        init = init and find_weights(init)
+        init = find_weights(init)
         if is_weight_file(init):
             return sha256(init)
         source, subfolder, options = self._unet_place(init)
@@ -193,7 +193,7 @@ class StableDiffusion:
 
         Raises InputError unless it has the base's architecture and takes what the VAE makes.
         """
-        init = init and find_weights(init)
+        init = find_weights(init)
         if not init or is_weight_file(init):
             unet = self.load(UNet2DConditionModel, "unet")
             if init:
