@@ -59,8 +59,11 @@ def started_on_ranks(ranks, script, flags, folder):
 
 
 def finish(processes, seconds=300):
-    """Exit codes, negative for signals; None for those that have not ended in time."""
+    """Exit codes, negative for signals; None for those that have not ended in time, which are killed."""
     deadline = time.monotonic() + seconds
     for process in processes:
         process.join(max(0, deadline - time.monotonic()))
-    return [process.exitcode for process in processes]
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return codes

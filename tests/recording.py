@@ -155,12 +155,12 @@ def record(command, teacher=None):
 
 
 def run_on_ranks(ranks, script, flags, succeeds=True):
-    """Run a script on several ranks on the CPU; what they said, after checking whether they succeeded."""
+    """Run a script on several ranks on the CPU; what they said, after checking that all of them succeeded, or none."""
     with TemporaryDirectory() as folder:
         with started_on_ranks(ranks, script, flags, folder) as processes:
             codes = finish(processes)
         said = "".join(Path(folder, f"rank-{rank}.log").read_text() for rank in range(ranks))
-    assert None not in codes and (not any(codes)) == succeeds, (codes, said[-3000:])
+    assert None not in codes and [code == 0 for code in codes] == [succeeds] * ranks, (codes, said[-3000:])
     return said
 
 
