@@ -37,7 +37,7 @@ from transformers import CLIPTokenizer, PreTrainedModel
 from sdpo.command import InputError, Natural, Size, check_limits, flag, parse_assignments, within_memory
 from sdpo.families import MENDED, RELEASED, StableDiffusion, load_family
 from sdpo.files import brief, is_text, write_file, write_json
-from sdpo.hub import DTYPES, WEIGHT_SUFFIXES, fetch
+from sdpo.hub import DTYPES, WEIGHT_SUFFIXES, fetch, find_weights
 from sdpo.images import verify
 from sdpo.manifest import MADE_WITH, METRICS, OFFICIAL_METRICS, write_manifest
 from sdpo.prompts import GROUPS, OFFICIAL, Prompt, read_prompts
@@ -178,7 +178,7 @@ def locate_unet(config: EvalConfig) -> tuple[str, Path]:
     if path.is_dir():
         if (path / "metrics.jsonl").is_file() and not (path / "unet.pth").is_file():
             raise InputError(f"training in {path} has not ended: name one of its checkpoint-N folders, or let it end")
-        return str(path / "unet.pth" if (path / "unet.pth").is_file() else path), results_folder(path)
+        return find_weights(str(path)), results_folder(path)
     if path.is_file():
         return reference, results_folder(path.parent, path.name)
     repository, _, name = reference.partition(":")

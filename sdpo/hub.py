@@ -183,9 +183,9 @@ def is_weight_file(init: str) -> bool:
 
 
 def find_weights(init: str) -> str:
-    """The unet.pth of a checkpoint's folder; any other file, folder or hub id, or none, as it is."""
-    file, others = Path(init, "unet.pth"), (Path(init, "unet"), Path(init, "config.json"))  # in the hub's format
-    return str(file) if init and file.is_file() and not any(other.exists() for other in others) else init
+    """The unet.pth in a folder, as runs and their checkpoints have it; any other folder, a file or hub id as it is."""
+    file = Path(init, "unet.pth")
+    return str(file) if init and file.is_file() else init
 
 
 def is_parameter(item: tuple[Any, Any]) -> bool:

@@ -21,6 +21,7 @@ from sdpo.arithmetic import compile_blocks, to_channels_last
 from sdpo.batch import collate
 from sdpo.command import InputError
 from sdpo.families import FAMILIES, hold_matmul_weights, load_family
+from sdpo.files import sha256
 from sdpo.hub import load_state
 from sdpo.inputs import make_inputs
 from sdpo.losses import pair_terms
@@ -101,34 +102,23 @@ def test_timesteps_cover_the_schedule(bases):
     assert family.timesteps(torch.tensor([0.0, 0.5, 1 - 1e-12], dtype=torch.float64)).tolist() == [0, 500, 999]
 
 
-def test_a_checkpoint_is_its_weights_and_a_pipeline_is_not(bases, tmp_path):
-    family = load_family("sd15", str(bases["sd15", "epsilon"]))
-    changed = {name: value + 1 for name, value in family.load_unet().state_dict().items()}
-    torch.save(changed, tmp_path / "unet.pth")
-    again = family.load_unet(str(tmp_path)).state_dict()
-    assert all(torch.equal(value, changed[name]) for name, value in again.items())
-    assert family.fingerprint_unet(str(tmp_path)) == family.fingerprint_unet(str(tmp_path / "unet.pth"))
-    pipeline = shutil.copytree(bases["sd15", "epsilon"], tmp_path / "pipeline")
-    for folder in (pipeline, pipeline / "unet"):
-        shutil.copy(tmp_path / "unet.pth", folder)
-        assert family.fingerprint_unet(str(folder)) == family.fingerprint_unet()
-
-
-@pytest.mark.parametrize("suffix", ["pth", "safetensors", "pipeline", "folder"])
+@pytest.mark.parametrize("suffix", ["pth", "safetensors", "pipeline", "folder", "checkpoint"])
 def test_unet_init_replaces_the_weights(bases, tmp_path, suffix):
     family = load_family("sd15", str(bases["sd15", "epsilon"]))
     unet = family.load_unet()
     changed = {name: value + 1 for name, value in unet.state_dict().items()}
-    if suffix == "pth":
+    if suffix in ("pth", "checkpoint"):
         torch.save(changed, tmp_path / "unet.pth")
     elif suffix == "safetensors":
         save_file(changed, tmp_path / "unet.safetensors")
     else:
         unet.load_state_dict(changed)
         unet.save_pretrained(tmp_path / "unet")
-    init = tmp_path / {"pipeline": "", "folder": "unet"}.get(suffix, f"unet.{suffix}")
+    init = tmp_path / {"pipeline": "", "folder": "unet", "checkpoint": ""}.get(suffix, f"unet.{suffix}")
     again = load_family("sd15", str(bases["sd15", "epsilon"])).load_unet(str(init))
     assert all(torch.equal(value, changed[name]) for name, value in again.state_dict().items())
+    if suffix == "checkpoint":
+        assert family.fingerprint_unet(str(init)) == sha256(init / "unet.pth")
 
 
 @pytest.mark.parametrize("precision, processor", [("no", AttnProcessor2_0), ("bf16", AttnProcessor)])
