@@ -375,10 +375,12 @@ def test_pixels_are_multiplied_alike_whether_the_weight_is_frozen(memory_format)
 
 
 @pytest.mark.parametrize("last", [False, True])
-def test_compiled_blocks_multiply_pixels_too(bases, last):
-    sides = set()
+def test_compiled_blocks_hold_norms_upsampling_and_products_of_pixels(bases, last):
+    sides, operations, norms = set(), set(), set()
 
     def note(graph, _):
+        operations.update(node.target for node in graph.graph.nodes)
+        norms.update(node.args[-1] for node in graph.graph.find_nodes(op="call_function", target=F.group_norm))
         convolutions = graph.graph.find_nodes(op="call_function", target=torch.conv2d)
         sides.update(node.args[1].meta["example_value"].shape[-1] for node in convolutions)
         return graph
@@ -391,6 +393,8 @@ def test_compiled_blocks_multiply_pixels_too(bases, last):
     noisy, timesteps, conditioning, _ = random_inputs(model)
     model.predict(unet, noisy, timesteps, conditioning)
     assert sides == ({3} if last else {1, 3})
+    assert {F.layer_norm, F.interpolate} <= operations
+    assert norms == {1e-5, 1e-6}  # the epsilons of residual blocks and of transformers
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])

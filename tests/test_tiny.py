@@ -139,6 +139,9 @@ def test_runs_of_other_pairs_or_bases_are_not_compared(tmp_path):
     compare.refuse_unlike({name: runs[name] for name in "ab"})
     with pytest.raises(InputError, match="a and c differ in unet_init, seed: compare runs that do not"):
         compare.refuse_unlike(runs)
+    (runs["c"] / "config.json").write_text('{"config": []}')
+    with pytest.raises(InputError, match="does not have the settings and plan of a run"):
+        compare.refuse_unlike(runs)
 
 
 def test_runs_are_compared(tmp_path, monkeypatch, capsys):

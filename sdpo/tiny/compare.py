@@ -57,8 +57,12 @@ def refuse_unlike(runs: dict[str, Path]) -> None:
     """Raises InputError unless the runs began with one model and were shown the same pairs in the same order."""
     said = {}
     for name, run in runs.items():
-        settings = parse_json(read_text(run / "config.json"), run / "config.json", "train again")
-        said[name] = settings["config"] | settings["plan"]
+        path = run / "config.json"
+        try:
+            settings = parse_json(read_text(path), path, "train again")
+            said[name] = settings["config"] | settings["plan"]
+        except (TypeError, KeyError):
+            raise InputError(f"{path} does not have the settings and plan of a run: train again") from None
     first, *others = said
     for name in others:
         if differing := [key for key in ALIKE if said[name].get(key) != said[first].get(key)]:
