@@ -17,12 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from sdpo import families
-from sdpo.arithmetic import compile_blocks, to_channels_last
+from sdpo.arithmetic import compile_blocks, fuses_attention, to_channels_last
 from sdpo.batch import collate
 from sdpo.command import InputError
 from sdpo.families import FAMILIES, hold_matmul_weights, load_family
 from sdpo.files import sha256
-from sdpo.hub import load_state
+from sdpo.hub import DTYPES, load_state
 from sdpo.inputs import make_inputs
 from sdpo.losses import pair_terms
 
@@ -126,6 +126,7 @@ def test_attention_is_fused_where_that_pays(arguments, precision, processor):
     run = set_up(arguments(f"--mixed_precision={precision}"))[0]
     for unet in (run.policy, run.reference):
         assert {type(used) for used in unet.attn_processors.values()} == {processor}
+    assert fuses_attention(torch.device("cuda"), DTYPES[precision])
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
@@ -374,6 +375,14 @@ def test_pixels_are_multiplied_alike_whether_the_weight_is_frozen(memory_format)
     assert operations[0] == operations[1] and "aten.addmm.default" in operations[0]
 
 
+@pytest.mark.parametrize("options", [{"stride": 2}, {"padding": 1}, {"groups": 2}, {"kernel_size": 3}])
+def test_only_convolutions_of_single_pixels_become_matrix_products(options):
+    layer, x = torch.nn.Conv2d(8, 4, **{"kernel_size": 1} | options), torch.randn(2, 8, 4, 4)
+    expected = layer(x)
+    to_channels_last(torch.nn.Sequential(layer))
+    torch.testing.assert_close(layer(x), expected)
+
+
 @pytest.mark.parametrize("last", [False, True])
 def test_compiled_blocks_hold_norms_upsampling_and_products_of_pixels(bases, last):
     sides, operations, norms = set(), set(), set()
@@ -399,9 +408,11 @@ def test_compiled_blocks_hold_norms_upsampling_and_products_of_pixels(bases, las
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_policy_and_reference_ask_for_the_same_graphs(bases, monkeypatch, family):
-    """A compiler partitions a block by which of its inputs need gradients."""
+    """A compiler partitions a block by which of its inputs and weights need gradients."""
 
     def compile_nothing(forward, **_):
+        compiled.append(forward.__self__)
+
         def call(*inputs, **options):
             values = [*inputs, *options.values()]
             asked.append([isinstance(value, torch.Tensor) and value.requires_grad for value in values])
@@ -410,11 +421,12 @@ def test_policy_and_reference_ask_for_the_same_graphs(bases, monkeypatch, family
         return call
 
     monkeypatch.setattr(torch, "compile", compile_nothing)
-    model, asked, kept = load_family(family, str(bases[family, "epsilon"])), [], []
+    model, asked, kept, compiled = load_family(family, str(bases[family, "epsilon"])), [], [], []
     policy, reference = model.load_unet(), model.load_unet().requires_grad_(False)
     noisy, timesteps, conditioning, _ = random_inputs(model)
     for unet in (policy, reference):
         compile_blocks(unet)
+    assert all(parameter.requires_grad for block in compiled for parameter in block.parameters())
     model.predict(policy, noisy, timesteps, conditioning)
     trained = list(asked)
     asked.clear()
