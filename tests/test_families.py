@@ -432,7 +432,9 @@ def test_policy_and_reference_ask_for_the_same_graphs(bases, monkeypatch, family
     asked.clear()
     for block in reference.modules():
         if type(block).__name__ in ("BasicTransformerBlock", "ResnetBlock2D"):  # nothing is kept for a backward pass
-            block.register_forward_hook(lambda module, given, output: kept.append(output.requires_grad))
+            block.register_forward_hook(
+                lambda module, given, output: kept.extend([given[0].requires_grad, output.requires_grad])
+            )
     with torch.no_grad():
         assert not model.predict(reference, noisy, timesteps, conditioning).requires_grad
     assert kept and not any(kept)
