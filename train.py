@@ -180,6 +180,7 @@ def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
     prompts = [prompt.text for prompt in read_prompts(config.validation_prompts)] if config.validation_prompts else []
     family = load_family(**config.base, encoders=not config.latent_cache or bool(prompts))
     family.check_pipeline()
+    on_main(accelerator, lambda: checkpoints.check_places(config.output_dir, family.parts))
 
     # data: what identifies the pairs is read before a latent cache stands in for them
     if config.choice_model or config.latent_cache:

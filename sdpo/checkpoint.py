@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from sdpo.hub import load_fitting_state, load_weights
 from sdpo.optimizers import OPTIMIZERS, optimizer_name
 from sdpo.step import Run, loss_name
 
+MODEL_FILES = ("unet.pth", "unet_ema.pth", "model_index.json")
 EVALUATED = (  # what an evaluation of a run's weights leaves beside them
     "*_seed*cfg", "*_seed*cfg.json", "*_seed*cfg.zip", "scores.*", "summary.json", "summary.csv", "joint_test_*.log",
     "report.html", "eval-*",
@@ -318,6 +319,15 @@ def tidy_output(run: Run, checkpoint: Path | None) -> None:
         set_aside(later, "abandoned", "was not written before the one resumed from")
     if read_state(checkpoint).get("prune"):
         remove_older(config, checkpoint)
+
+
+def check_places(folder: str | Path, parts: Iterable[str]) -> None:
+    """Raises InputError where a file has the name of a pipeline's part, a folder, or a folder has that of a file."""
+    places = [Path(folder, name) for name in parts]
+    in_the_way = [place for place in places if place.exists() and not place.is_dir()]
+    in_the_way += [place for name in MODEL_FILES if (place := Path(folder, name)).is_dir()]
+    if in_the_way:
+        raise InputError(f"{in_the_way[0]} is in the way of the trained model: move it, or choose another --output_dir")
 
 
 def set_results_aside(folder: Path, logging_dir: str, anew: bool) -> None:

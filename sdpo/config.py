@@ -32,6 +32,13 @@ def check_data_source(dataset_name: str | None, train_data_dir: str | None) -> N
         )
 
 
+def check_texts(flags: Any) -> None:
+    """Raises InputError for the first field of a dataclass instance that is no UTF-8, as the name of a file may be."""
+    for name, value in vars(flags).items():
+        if isinstance(value, str) and not is_text(value):
+            raise InputError(f"--{name} {value!r} is not UTF-8: rename what it names, or choose another name")
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Flags of train.py. Names and defaults of the official implementation are kept where they exist."""
@@ -206,6 +213,7 @@ class TrainConfig:
 
     def __post_init__(self):
         check_limits(self)
+        check_texts(self)
         for name in PLACES:
             if getattr(self, name) == "":  # of a shell variable that is not set
                 raise InputError(f"--{name} is empty: give its value or leave the flag out")
@@ -226,7 +234,6 @@ class TrainConfig:
         )
         check_data_source(self.dataset_name, self.train_data_dir)
         yield not self.output_dir, "--output_dir is empty: name a folder"
-        yield not is_text(self.output_dir), f"--output_dir {self.output_dir!r} is not UTF-8: name another folder"
         output = os.path.realpath(self.output_dir)
         models = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "unet_init")
         for name in (*models, "dataset_name", "train_data_dir"):

@@ -378,16 +378,21 @@ class StableDiffusion:
                 "weights"
             )
 
+    @property
+    def parts(self) -> list[str]:
+        """Subfolders of a pipeline."""
+        return ["scheduler", "unet", "vae", *self.text_parts]
+
     def check_pipeline(self) -> None:
         """Raises InputError unless save_pipeline will find what it reads from the base."""
-        parts = dict.fromkeys(["unet", "vae", *self.text_parts])
+        models = dict.fromkeys(part for part in self.parts if part != "scheduler")
         try:
             index = self.pipeline_class.load_config(self.source, **self.options)
         except OSError as error:
             raise InputError(f"{self.source}: {brief(error)}; download the model again") from error
-        if missing := sorted({"scheduler", *parts} - index.keys()):
+        if missing := sorted(set(self.parts) - index.keys()):
             raise InputError(f"model_index.json of {self.source} does not list {missing[0]}: download the model again")
-        load_part(self.pipeline_class, self.source, **parts, **self._left_out, **self.options)
+        load_part(self.pipeline_class, self.source, **models, **self._left_out, **self.options)
 
     @property
     def _left_out(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -171,7 +172,8 @@ def check_columns(
     if missing:
         raise InputError(
             f"{source}: column {', '.join(missing)} missing (it has {', '.join(table.column_names)}); "
-            "rename columns to Pick-a-Pic's caption, jpg_0, jpg_1, label_0, or give --caption_column"
+            "rename columns to Pick-a-Pic's caption, jpg_0, jpg_1, label_0, or give --caption_column, or list "
+            "the pairs in a .jsonl or .csv file"
         )
     check_captions(column(table, caption_column, source=source), caption_column, source)
     for name in image_columns:
@@ -179,13 +181,13 @@ def check_columns(
 
 
 def check_rows_have_images(pairs: Pairs, limit: int) -> None:
-    """Raises InputError if more than `limit` of the pairs' rows have no image in one of the columns."""
+    """Raises InputError if more than `limit` of the pairs' rows have no image or an empty one in one of the columns."""
     for name in pairs.columns:
         sizes = np.concatenate([measure_images(block[name]) for block in blocks(pairs.table, [name])])
-        rows = pairs.rows[sizes[pairs.rows] < 0]
+        rows = pairs.rows[sizes[pairs.rows] <= 0]
         if len(rows) > limit:
             path = image_source(pairs.table[int(rows[0])][name])
-            what = "is empty" if path is None else f"{path:.200} is not a file"
+            what = f"{path:.200} is {'empty' if os.path.isfile(path) else 'not a file'}" if path else "is empty"
             raise InputError(
                 f"{pairs.source} row {rows[0]}: {name} {what}; {len(rows)} such row(s) in all, more than "
                 f"--max_unreadable_images {limit}: fill them in or remove them"

@@ -34,7 +34,7 @@ from sdpo.command import (
     show,
     within_memory,
 )
-from sdpo.config import CHOICE_MODELS, TrainConfig, check_data_source
+from sdpo.config import CHOICE_MODELS, TrainConfig, check_data_source, check_texts
 from sdpo.console import start_console
 from sdpo.files import alone, brief, parse_json, read_text, write_file, write_text
 from sdpo.images import image_source
@@ -70,6 +70,7 @@ class RelabelConfig:
 
     def __post_init__(self):
         check_limits(self)
+        check_texts(self)
         check_data_source(self.dataset_name, self.train_data_dir)
         if self.metric not in CHOICE_MODELS:
             raise InputError(f"--metric {self.metric!r}: choose from {', '.join(CHOICE_MODELS)}")

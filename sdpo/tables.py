@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +35,9 @@ SAMPLED = 64  # rows by whose images a change of all of them is noticed
 FOOTER = 2**16  # bytes at the end of a parquet file, its footer or most of it
 MUCH = 0.5  # GiB of data, from which on it takes a while to copy them
 NUMBERED = re.compile(r"(.*)-\d+-of-(\d+)(?:-[0-9a-f]+)?\.\w+")  # as train-00000-of-00645-b66ac786bf6fb553.parquet
+BINARY = (pa.types.is_binary, pa.types.is_large_binary)
+MISREAD = {"label_0": (pa.types.is_boolean,), "jpg_0": BINARY, "jpg_1": BINARY}  # types that others are cast to
+CONFIGS = re.compile(r"(?:Config name is missing|BuilderConfig .* not found)[^\[]*(\[.*?\])")  # what `datasets` says
 log = logging.getLogger(__name__)
 
 
@@ -73,6 +76,8 @@ def read_table(config: TrainConfig, split: str, folder: str | None = None) -> da
 def find_fix(cause: Exception, path: Path, split: str, cache_dir: str | None) -> str:
     """What to do where the data at a path, or the copy that `datasets` makes of them, cannot be read."""
     copy = cache_dir or datasets.config.HF_DATASETS_CACHE
+    if configs := CONFIGS.search(str(cause)):
+        return f"give one of its configs as --dataset_config_name: {configs[1]:.300}"
     if not path.exists():
         return "give a local folder, or a hub data set where the hub can be reached"
     number = getattr(cause, "errno", None)
@@ -144,7 +149,8 @@ def open_shard(file: Path) -> tuple[pa.Schema, Iterable[pa.RecordBatch]]:
 def check_shards(folder: Path, files: list[str], in_splits: Iterable[str]) -> None:
     """Warn of shards in a folder that are in no split, and of numbered ones among a split's `files` that are not there.
 
-    Raises InputError where the first file's labels are booleans and others' are not: `datasets` would make ties wins.
+    Raises InputError for columns of several types where `datasets` would take them for the first file's: labels that
+    are booleans there, so that ties would be wins, and images that are bytes there and paths elsewhere.
     """
     known = set(map(os.path.realpath, in_splits))
     others = [path for path in list_shards(folder) if not path.exists() or os.path.realpath(path) not in known]
@@ -157,14 +163,24 @@ def check_shards(folder: Path, files: list[str], in_splits: Iterable[str]) -> No
     for (name, count), there in Counter(match.groups() for match in numbered).items():
         if there < int(count):
             log.warning(f"CAUTION: of {name}-*-of-{count} only {there} files are there")
-    kinds: dict[pa.DataType, str] = {}
+    kinds: dict[str, dict[pa.DataType, str]] = defaultdict(dict)  # by column: its types, with the first file of each
     for file in files:
-        schema = open_shard(Path(file))[0]
-        if "label_0" in schema.names:
-            kinds.setdefault(schema.field("label_0").type, file)
-    if len(kinds) > 1 and pa.types.is_boolean(next(iter(kinds))):
-        said = ", ".join(f"{kind} in {file}" for kind, file in kinds.items())
-        raise InputError(f"label_0 has several types ({said}): write all files alike")
+        for field in open_shard(Path(file))[0]:
+            kinds[field.name].setdefault(field.type, file)
+    for name, misread in MISREAD.items():
+        alike = [any(is_kind(kind) for is_kind in misread) for kind in kinds[name]]
+        if any(alike[:1]) and not all(alike):
+            said = ", ".join(f"{kind} in {file}" for kind, file in kinds[name].items())
+            raise InputError(f"{name} has several types ({said}): write all files alike")
+
+
+def refuse_other_kind(source: Path, kind: str) -> None:
+    """Raises InputError for a folder with Parquet or Arrow files that is read as another kind of data."""
+    shards = [path for path in list_shards(source) if path.stem != "metadata"] if source.is_dir() else []
+    if shards and not (source / "README.md").is_file():  # which may choose files on purpose
+        raise InputError(
+            f"{source} is read as {kind}, as most of its files are, and so without {shards[0].name}: move either away"
+        )
 
 
 def read_split(source: str, name: str | None, split: str, cache_dir: str | None) -> datasets.Dataset:
@@ -193,6 +209,8 @@ def read_split(source: str, name: str | None, split: str, cache_dir: str | None)
     if split not in splits:
         raise no_such_split(source, split, splits)
     files = fetch_files(list(splits[split]), cache_dir)
+    if builder.name not in ("parquet", "arrow"):
+        refuse_other_kind(Path(source), builder.name)
     copy = None  # the name that datasets gives it, by paths and times
     if files != list(splits[split]):
         write_json(fetched, [builder.name, files])
@@ -320,9 +338,14 @@ def read_records(file: Path) -> list[tuple[int, dict]]:
     text = read_text(file)
     if file.suffix == ".csv":
         try:
-            return list(enumerate(csv.DictReader(io.StringIO(text, newline=""), strict=True), 1))
+            reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+            names = Counter(reader.fieldnames or ())
+            rows = list(enumerate(reader, 1))
         except csv.Error as error:
             raise InputError(f"{file} is not valid CSV ({error}); write it anew, or as JSONL") from error
+        if twice := [name for name, count in names.items() if count > 1]:
+            raise InputError(f"{file} has more than one column {twice[0]!r}: keep one")
+        return rows
     fix = 'write {"caption": ..., "winner": ..., "loser": ...}'
     records = []
     for number, line in enumerate(text.split("\n"), 1):

@@ -100,6 +100,11 @@ HEAD = "caption,winner,loser"
 NOTHING = both()
 SINGLE = parquet(jpg_0=None, jpg_1=None, label_0=None, image=[PNG] * 4)
 DREAM = "--dreamlike_pairs_only"
+NO_UNREADABLE = "--max_unreadable_images=0"
+CONFIGS = text(
+    "README.md",
+    "---\nconfigs:\n" + "".join(f"- config_name: {name}\n  data_files: train.parquet\n" for name in "ab") + "---\n",
+)
 LABELS = "--labels_file={f}/data/train.parquet"
 VALIDATION = "--validation_prompts={f}/data/p.txt --train_data_dir={pairs}"
 UNREADABLE = r"/u[a-z]*\.[a-z]+ cannot be read as weights \(.*\); download it again"
@@ -288,6 +293,8 @@ TRAIN_FLAGS = {
     "--output_dir={sd15}": r"--output_dir .* holds --pretrained_model_name_or_path, which training would write over",
     "--output_dir={sd15} --unet_init={sd15}/unet": r"--output_dir .* holds --.*, which training would write over",
     "--output_dir=": r"--output_dir is empty: name a folder",
+    "--output_dir=\udcff": r"--output_dir '.udcff' is not UTF-8: rename what it names",
+    "--latent_cache=\udcff": r"--latent_cache '.udcff' is not UTF-8: rename what it names",
     "--output_dir={f}/few.json": r"few.json cannot be used \(File exists\): correct the path",
     "--output_dir=/proc/nowhere": r"/proc/nowhere cannot be used \(No such file or directory\): correct the path",
     "--resume_from_checkpoint=/nowhere": r"--resume_from_checkpoint /nowhere: not a checkpoint .* Use 'latest'$",
@@ -474,6 +481,12 @@ DATA = {  # pairs: (what writes them, flags of train.py, message)
     "CSV, endless field": (table(HEAD, f"{'x' * 140_000},a.png,b.png"), "", r"is not valid CSV \(.*\); write"),
     "CSV in Latin-1": (table(HEAD, "é,a.png,b.png", encoding="latin-1"), "", r"is not UTF-8 text .*; save it"),
     "CSV in UTF-16": (table(HEAD, "x,a.png,b.png", encoding="utf-16"), "", r"pairs.csv is not UTF-8 text .*; save it"),
+    "CSV, column twice": (table(f"{HEAD},winner", "x,a.png,b.png,b.png"), "", r"pairs.csv has more than one column 'winner': keep one"),
+    "image of no bytes": (parquet(jpg_0=[PNG, PNG, b"", PNG]), NO_UNREADABLE, r"row 2: jpg_0 is empty; 1 such row\(s\)"),
+    "image file of no bytes": (both(jsonl(ROW), text("b.png", "")), NO_UNREADABLE, r"row 0: jpg_1 .*b.png is empty; 1 such row\(s\)"),
+    "more text than parquet": (both(parquet("x.parquet"), text("a.txt", "x"), text("b.txt", "x")), "", r"data is read as text, .* without x.parquet: move"),
+    "several configs": (both(parquet(), CONFIGS), "", r"cannot read pairs from .* as --dataset_config_name: \['a', 'b'\]"),
+    "another config": (both(parquet(), CONFIGS), "--dataset_config_name=c", r"as --dataset_config_name: \['a', 'b'\]"),
     "images as lists": (
         parquet(jpg_0=[{"bytes": list(PNG), "path": None}] * 4),
         "",
@@ -900,6 +913,12 @@ def trained(bases, pairs_folder, tmp_path_factory):
         "--checkpointing_steps=1 --seed=7".split()
     )
     return folder
+
+
+@pytest.mark.parametrize("name", ["vae", "scheduler", "unet.pth/x"])
+def test_what_is_in_the_way_of_the_trained_model(refused, tmp_path, name):
+    text(f"run/{name}", "x")(tmp_path)
+    check(refused("train"), rf"run/{name.removesuffix('/x')} is in the way of the trained model: move it")
 
 
 @pytest.mark.parametrize("case", CHECKPOINTS)

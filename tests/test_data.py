@@ -805,6 +805,14 @@ def test_files_that_are_not_read_are_named(tmp_path, caplog):
     assert f"2 files in {tmp_path} are not read, the first {tmp_path / 'more.parquet'}: by their" in caplog.text
 
 
+def test_images_of_several_types_are_refused(tmp_path):
+    """The library would make the second file's paths bytes."""
+    as_parquet(tmp_path, split="train-0")
+    as_parquet(tmp_path, [row | {"jpg_1": "b.png"} for row in make_rows()], split="train-1")
+    with pytest.raises(InputError, match=r"jpg_1 has several types \(binary in .*train-0.parquet, string in .*train-1"):
+        load(tmp_path)
+
+
 def test_labels_of_several_types_are_refused(tmp_path):
     """The library would make the second file's labels those of the first: true, where they are 0.5."""
     as_parquet(tmp_path, [row | {"label_0": bool(row["label_0"])} for row in make_rows()], split="train-0")
