@@ -343,7 +343,7 @@ def read_records(file: Path) -> list[tuple[int, dict]]:
             rows = list(enumerate(reader, 1))
         except csv.Error as error:
             raise InputError(f"{file} is not valid CSV ({error}); write it anew, or as JSONL") from error
-        if twice := [name for name, count in names.items() if count > 1]:
+        if twice := [name for name, count in names.items() if name and count > 1]:
             raise InputError(f"{file} has more than one column {twice[0]!r}: keep one")
         return rows
     fix = 'write {"caption": ..., "winner": ..., "loser": ...}'
