@@ -322,7 +322,7 @@ def tidy_output(run: Run, checkpoint: Path | None) -> None:
 
 
 def check_places(folder: str | Path, parts: Iterable[str]) -> None:
-    """Raises InputError where a file is in the place of one of the pipeline's folders, or a folder in that of a file."""
+    """Raises InputError where a file has the name of one of the pipeline's folders, or a folder that of a file."""
     places = [Path(folder, name) for name in parts]
     in_the_way = [place for place in places if place.exists() and not place.is_dir()]
     in_the_way += [place for name in MODEL_FILES if (place := Path(folder, name)).is_dir()]
