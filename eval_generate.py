@@ -39,7 +39,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Path]:
             options.try_out(prompts, (run.height, run.width))
         except InputError as error:
             raise InputError(f"{error}; or choose other --metrics (none: images alone); no image was made") from error
-        read_scores(run.output / "scores.jsonl")  # raises for a damaged file
+        for path in (run.output / "scores.jsonl", *run.output.glob("scores.rank*.jsonl")):
+            read_scores(path)  # raises for a damaged file
 
     if any(run.missing.values()):  # before hours of making images
         on_main(accelerator, try_scoring)

@@ -527,7 +527,7 @@ def write_results(run: EvalRun, group: str) -> None:
 
 def pack(files: Iterable[Path], path: Path) -> None:
     """Write a zip file of files under their bare names; PNGs are compressed already."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, strict_timestamps=False) as archive:  # some are of 1970
         for file in files:
             archive.write(file, file.name)
 

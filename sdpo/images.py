@@ -88,12 +88,17 @@ def decode_column(row: dict[str, Any], name: str, min_side: int = 0) -> Image.Im
         raise ValueError(f"{where}: {reason}") from error
 
 
+def check_kind(mode: str, size: tuple[int, int]) -> None:
+    """Raises ValueError for images that to_rgb refuses, by mode and (width, height) in pixels."""
+    if max(size) > MAX_ASPECT * min(size):
+        raise ValueError(f"{size[0]} x {size[1]} pixels: one side is over {MAX_ASPECT} times the other")
+    if mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {mode} have no known range: save the image with 8 bits per channel")
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """The image in RGB; ValueError for values without a known range, and for sides too unequal to be resized."""
-    if max(image.size) > MAX_ASPECT * min(image.size):
-        raise ValueError(f"{image.size[0]} x {image.size[1]} pixels: one side is over {MAX_ASPECT} times the other")
-    if image.mode in ("I", "F"):
-        raise ValueError(f"pixels of mode {image.mode} have no known range: save the image with 8 bits per channel")
+    check_kind(image.mode, image.size)
     if image.mode.startswith("I;16"):  # which Pillow would clip at 255
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     rgb = image.convert("RGB")

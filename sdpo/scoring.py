@@ -129,6 +129,8 @@ def plan_scores(manifest: str | Path, options: ScoringOptions) -> Pending:
     """
     take_in_shares(_beside(manifest))
     pending = _plan(manifest, options)
+    if pending.todo:
+        check_writable(pending.path)
     for missing in pending.todo.values():
         check_images(missing)
     expected = pending.expected(options)
@@ -137,13 +139,26 @@ def plan_scores(manifest: str | Path, options: ScoringOptions) -> Pending:
     return pending
 
 
+def check_writable(path: Path) -> None:
+    """Raises InputError unless scores can be appended to a file."""
+    try:
+        with locked(path):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"{path.parent} cannot be written ({error.strerror}), and scores are kept beside the manifest: "
+            "copy it, with its images, to a folder that can be"
+        ) from error
+
+
 def check_images(entries: Iterable[Entry]) -> None:
-    """Raises InputError for the first image whose file shows damage without being decoded, as checksums of PNGs do."""
-    from sdpo.images import verify
+    """Raises InputError for the first image that is of no use, as far as headers and the checksums of PNGs tell."""
+    from sdpo.images import check_kind, verify
 
     for entry in entries:
         try:
-            verify(entry.path)
+            _, mode, size = verify(entry.path)
+            check_kind(mode, size)
         except Exception as error:  # every image format has errors of its own
             raise InputError(
                 f"{entry.where}: image {entry.path} cannot be scored: {brief(error)}; make it again or drop it"

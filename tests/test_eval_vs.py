@@ -314,6 +314,23 @@ def test_a_damaged_image_is_named_before_any_is_scored(tmp_path, monkeypatch):
         scoring.main([str(manifest), "--metrics=Pixels"])
 
 
+def test_an_image_of_unknown_range_is_named_before_any_is_scored(tmp_path, monkeypatch):
+    manifest = picture_run(tmp_path / "run", 0)
+    monkeypatch.setattr(scoring, "_compute", None)
+    last = read_manifest(manifest)[-1].path
+    Image.new("F", (32, 32)).save(last, format="TIFF")
+    with pytest.raises(InputError, match=rf"entry 7 .*image {last} cannot be scored: pixels of mode F have no known"):
+        scoring.main([str(manifest), "--metrics=Pixels"])
+
+
+def test_a_folder_that_cannot_hold_scores_is_named_before_any_is_computed(tmp_path, monkeypatch):
+    manifest = picture_run(tmp_path / "run", 0)
+    monkeypatch.setattr(scoring, "_compute", None)
+    (tmp_path / "run" / ".scores.jsonl.lock").mkdir()
+    with pytest.raises(InputError, match=rf"{tmp_path / 'run'} cannot be written \(.*\), .*: copy it, with its images"):
+        scoring.main([str(manifest), "--metrics=Pixels"])
+
+
 def test_weights_of_all_metrics_are_tried_before_the_first_are_computed(tmp_path, monkeypatch):
     a, b = (str(picture_run(tmp_path / name, seed)) for seed, name in enumerate("ab"))
     scoring.main([a, "--metrics=Pixels"])

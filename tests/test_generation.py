@@ -206,6 +206,14 @@ def test_files_are_the_official_ones(arguments, tmp_path, family):
         assert archive.namelist() == names and archive.testzip() is None
 
 
+def test_images_without_a_date_are_packed(tmp_path):
+    """Some file systems say 1970, and zip files begin with 1980."""
+    (tmp_path / "0.png").write_bytes(b"x")
+    os.utime(tmp_path / "0.png", (0, 0))
+    generation.pack([tmp_path / "0.png"], tmp_path / "all.zip")
+    assert zipfile.ZipFile(tmp_path / "all.zip").namelist() == ["0.png"]
+
+
 def test_images_do_not_depend_on_batch_order_or_ranks(arguments, tmp_path):
     flags = ["--noise=per-prompt", "--seed=3"]
     said = run_on_ranks(2, ROOT / "eval_generate.py", arguments("--batch_size=2", *flags, out="two"))
@@ -574,10 +582,11 @@ def test_scorers_are_tried_out_before_images_are_made(arguments, tmp_path):
     assert not list(tmp_path.rglob("*.png"))
 
 
-def test_a_damaged_score_file_is_named_before_images_are_made(arguments, tmp_path):
+@pytest.mark.parametrize("name", ["scores.jsonl", "scores.rank1.jsonl"])
+def test_a_damaged_score_file_is_named_before_images_are_made(arguments, tmp_path, name):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "scores.jsonl").write_text("[1]\n")
-    with pytest.raises(InputError, match=r"scores\.jsonl, line 1: not an object"):
+    (tmp_path / "run" / name).write_text("[1]\n")
+    with pytest.raises(InputError, match=rf"{name}, line 1: not an object"):
         eval_generate.main(arguments())
     assert not list(tmp_path.rglob("*.png"))
 
