@@ -15,7 +15,7 @@ from sdpo.generation import EvalConfig, find_groups, generate, prepare
 from sdpo.manifest import read_scores
 from sdpo.ranks import join_ranks, on_main
 from sdpo.report import write_report
-from sdpo.scoring import ScoringOptions, add_earlier, score_groups
+from sdpo.scoring import ScoringOptions, add_earlier, score_groups, take_in_shares
 from sdpo.summary import summarise, write_summary
 from sdpo.winrates import collect_run
 
@@ -39,8 +39,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Path]:
             options.try_out(prompts, (run.height, run.width))
         except InputError as error:
             raise InputError(f"{error}; or choose other --metrics (none: images alone); no image was made") from error
-        for path in (run.output / "scores.jsonl", *run.output.glob("scores.rank*.jsonl")):
-            read_scores(path)  # raises for a damaged file
+        take_in_shares(run.output / "scores.jsonl")
+        read_scores(run.output / "scores.jsonl")  # as taking in shares, raises for a damaged file
 
     if any(run.missing.values()):  # before hours of making images
         on_main(accelerator, try_scoring)

@@ -33,7 +33,7 @@ def check_data_source(dataset_name: str | None, train_data_dir: str | None) -> N
 
 
 def check_texts(flags: Any) -> None:
-    """Raises InputError for the first field of a dataclass instance that is not UTF-8, as names of files may not be."""
+    """Raises InputError for the first text among a dataclass instance's fields that is not UTF-8."""
     for name, value in vars(flags).items():
         if isinstance(value, str) and not is_text(value):
             raise InputError(f"--{name} {value!r} is not UTF-8: rename what it names, or choose another name")

@@ -22,6 +22,7 @@ from sdpo.files import brief
 from sdpo.images import decode_column, image_source
 from sdpo.rng import draw
 from sdpo.tables import (
+    BINARY,
     IMAGE_FIELDS,
     as_list,
     blocks,
@@ -35,13 +36,7 @@ from sdpo.tables import (
 )
 
 IMAGES = ("jpg_0", "jpg_1")
-IMAGE_TYPES = (
-    pa.types.is_binary,
-    pa.types.is_large_binary,
-    pa.types.is_string,
-    pa.types.is_large_string,
-    pa.types.is_null,
-)
+IMAGE_TYPES = (*BINARY, pa.types.is_string, pa.types.is_large_string, pa.types.is_null)
 LABELS_ABOUT = b"sdpo"  # key of the JSON object in a label file that says what it was made from
 
 
