@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,7 @@ from sdpo.tables import (
 
 IMAGES = ("jpg_0", "jpg_1")
 IMAGE_TYPES = (*BINARY, pa.types.is_string, pa.types.is_large_string, pa.types.is_null)
+MOST_ASIDE = 0.1  # of the pairs, that may be held out or share a caption with one that is, if fewer are asked for
 LABELS_ABOUT = b"sdpo"  # key of the JSON object in a label file that says what it was made from
 
 
@@ -275,28 +277,42 @@ def as_number(label: object) -> float:
 
 
 def split_by_prompt(pairs: Pairs, held_out: int, seed: int) -> tuple[Pairs, Pairs]:
-    """(training pairs, `held_out` pairs), no caption on both sides; raises InputError if none are left to train on."""
-    captions = [set(options) for options in pairs.captions()]
+    """(training pairs, `held_out` pairs), no caption on both sides; raises InputError if none are left to train on.
+
+    Pairs of one caption are not independent, so each is of a caption of its own, unless training would lose more than
+    MOST_ASIDE of the pairs with the captions: then captions of few pairs come first, and some have several.
+    """
+    options = [frozenset(texts) for texts in pairs.captions()]
     by_caption: dict[str, list[int]] = {}
-    for index, options in enumerate(captions):
-        for caption in options:
+    for index, captions in enumerate(options):
+        for caption in captions:
             by_caption.setdefault(caption, []).append(index)
+    names, rng = list(by_caption), draw(seed, "held-out")
+    most_aside = max(held_out, MOST_ASIDE * len(pairs))
     taken: set[str] = set()
-    chosen: list[int] = []  # pairs all of whose captions are taken
-    for index in draw(seed, "held-out").permutation(len(pairs)):
-        if len(chosen) >= held_out:
+    aside: set[int] = set()  # pairs with a caption that is taken
+    whole: list[int] = []  # those that have no other
+    order = rng.permutation(len(names)).tolist()
+    order.sort(key=lambda number: len(by_caption[names[number]]) > most_aside / held_out)  # more than a fair share
+    for number in order:
+        if len(whole) >= held_out and (len(taken) >= held_out or len(aside) >= most_aside):
             break
-        added = captions[index] - taken
-        taken |= added
-        touched = {i for caption in added for i in by_caption[caption]}
-        chosen += sorted(i for i in touched if captions[i] <= taken)
-    rest = np.array([i for i, options in enumerate(captions) if not options & taken], int)
-    if len(chosen) < held_out or not len(rest):
+        taken.add(names[number])
+        aside.update(by_caption[names[number]])
+        whole += [index for index in by_caption[names[number]] if options[index] <= taken]
+    if len(whole) < held_out or len(aside) == len(pairs):
         raise InputError(
             f"--validation_pairs {held_out} leaves nothing to train on: {pairs.source} has {len(pairs)} pairs "
             f"over {len(by_caption)} captions, and a caption is never on both sides; use fewer or --validation_data_dir"
         )
-    return pairs.select(rest), pairs.select(np.array(sorted(chosen[:held_out])))
+    turns: dict[int, int] = {}  # pair: how many of the same captions come before it
+    count: Counter = Counter()
+    for index in rng.permutation(whole).tolist():
+        turns[index] = count[options[index]]
+        count[options[index]] += 1
+    chosen = sorted(sorted(turns, key=turns.get)[:held_out])
+    rest = [index for index in range(len(pairs)) if index not in aside]
+    return pairs.select(np.array(rest)), pairs.select(np.array(chosen))
 
 
 def prepare_pairs(config: TrainConfig, seed: int) -> tuple[Pairs, Pairs | None, list[str]]:

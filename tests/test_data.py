@@ -725,6 +725,21 @@ def test_split_by_prompt_with_lists_of_captions(seed):
     assert not captions_of(training) & captions_of(chosen)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_held_out_pairs_have_captions_of_their_own_while_few_others_are_lost(seed):
+    rng = np.random.default_rng(seed)
+    sizes = np.concatenate([[300, 200, 100], rng.integers(1, 20, 197)])  # a few captions have most pairs
+    captions = rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
+    pairs = in_memory(len(captions), lambda i: f"caption {captions[i]}", jpg_0=lambda i: b"", jpg_1=lambda i: b"")
+    for held_out, at_least in ((10, 10), (100, 15)):  # of 100 captions there would be half of the pairs
+        training, chosen = split_by_prompt(pairs, held_out, seed)
+        counts = Counter(captions[chosen.rows])
+        assert len(chosen) == held_out and len(counts) >= at_least
+        assert len(training) >= len(pairs) - max(held_out, 0.1 * len(pairs)) - max(sizes)
+        spare = Counter(captions[np.isin(captions, list(counts))]) - counts  # a second pair only where all have one
+        assert all(counts[caption] >= max(counts.values()) - 1 for caption in spare)
+
+
 def test_selected_pairs_keep_their_winners(tmp_path):
     folder = as_parquet(tmp_path / "pairs", make_rows((1.0, 0.0, 0.0, 0.5) * 5))
     training, held_out, _ = prepare_pairs(settings(folder, validation_pairs=5, max_train_samples=7), 0)
