@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = read_flags(args)
     # what cannot be scored, paired or written is found before hours of scoring
     pending = {label: plan_scores(manifest, options) for label, manifest in named}
-    check_models({label: plan.expected(options) for label, plan in pending.items()}, args.metrics)
+    check_models({label: plan.expected(options) for label, plan in pending.items()}, options.metrics)
     unscored = [ScoredRun(label, plan.entries, {}) for label, plan in pending.items()]
     for a, b in combinations(unscored, 2):
         pair_runs(a, b, args.pair_by)  # raises for runs that cannot be paired
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     with NamedTemporaryFile(dir=args.outdir):  # raises where nothing can be written
         pass
     scored = complete_scores(pending, options)
-    runs = [collect_run(label, *pair, args.metrics) for label, pair in scored.items()]
+    runs = [collect_run(label, *pair, options.metrics) for label, pair in scored.items()]
     ties = "loss_for_a" if args.ties_as_loss_for_a else "half"
     comparisons = compare_all(runs, ties=ties, pair_by=args.pair_by)
     folders = [write_comparison(comparison, args.outdir) for comparison in comparisons]

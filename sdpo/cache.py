@@ -307,7 +307,7 @@ def open_stores(config: TrainConfig, accelerator: Accelerator, tables: dict[str,
     """The folders of the cache by name, none of them made from something else; every rank calls this."""
     keys = on_main(accelerator, lambda: make_keys(config, load_family(**config.base, encoders=False), tables))
     stores = {name: Shards(Path(config.latent_cache, name), key) for name, key in keys.items()}
-    refuse_changes(stores.values(), "--latent_cache")
+    refuse_changes(list(stores.values()))
     return stores
 
 
@@ -327,9 +327,10 @@ class CacheConfig(TrainConfig):
 
 def verify(folder: Path, accelerator: Accelerator) -> None:
     """Read every file of a cache, dealt out to the ranks; raises InputError naming those that are damaged."""
-    paths = sorted(folder.glob("*/*.safetensors"))[accelerator.process_index :: accelerator.num_processes]
-    progress = tqdm(paths, desc="verifying", unit="file", disable=not accelerator.is_local_main_process)
-    refuse_damaged(progress)
+    paths = sorted(folder.glob("*/*.safetensors"))
+    share = paths[accelerator.process_index :: accelerator.num_processes]
+    progress = tqdm(share, desc="verifying", unit="file", disable=not accelerator.is_local_main_process)
+    together(lambda: refuse_damaged(progress))
     log.info(f"verified       {len(paths):,} files")
 
 
@@ -345,7 +346,7 @@ def main(arguments: list[str] | None = None) -> None:
     with within_memory("try a smaller --train_batch_size or --resolution; what was written is kept"):
         open_cache(config, accelerator, pairs, held_out)
     if config.verify:
-        together(lambda: verify(Path(config.latent_cache), accelerator))
+        verify(Path(config.latent_cache), accelerator)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

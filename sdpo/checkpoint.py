@@ -406,18 +406,17 @@ FREE = {
     "gradient_checkpointing", "activation_memory", "compile", "channels_last", "cuda_graphs",
     "hub_model_id", "local_rank", "hard_skip_resume",  # without effect
     "gradient_accumulation_steps", "global_batch_size",  # the plan says what they come to
-    # Run.base says what these come to
+    # Run.base and Run.data say what these come to
     "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "unet_init", "revision",
+    "dataset_name", "dataset_config_name", "train_data_dir", "split", "labels_file",
 }  # fmt: skip
 
 
-DATA_PLACES = {"dataset_name", "train_data_dir", "validation_data_dir", "labels_file", "latent_cache"}  # may be local
-
-
-def resolve(name: str, value: Any) -> Any:
-    """A setting's value, but for a local file or folder where it really is."""
-    is_place = name in DATA_PLACES and isinstance(value, str) and os.path.exists(value)
-    return os.path.realpath(value) if is_place else value
+def comparable(name: str, value: Any) -> Any:
+    """What counts of a setting: of a latent cache that there is one, of held-out pairs where they really are."""
+    if name == "latent_cache":
+        return bool(value)  # its index.json is compared with data and base at every start
+    return os.path.realpath(value) if name == "validation_data_dir" and value else value
 
 
 def changed_settings(run: Run, checkpoint: Path) -> list[str]:
@@ -428,13 +427,15 @@ def changed_settings(run: Run, checkpoint: Path) -> list[str]:
     free = {*FREE, "seed"}
     if config.lr_scheduler.startswith("constant"):
         free |= {"max_train_steps", "num_train_epochs"}
-    per_pair = not config.use_winner_preserving or config.winner_preserving_per == "pair"
+    per_pair = not config.preserves_winners or config.winner_preserving_per == "pair"
     if per_pair and loss_name(config, run.family) != "dspo-switched":  # nothing depends on the micro-batch
         free |= {"train_batch_size"}
     changes = [
         f"--{name} was {then['config'][name]!r}, is {value!r}"
         for name, value in now.items()
-        if name not in free and name in then["config"] and resolve(name, then["config"][name]) != resolve(name, value)
+        if name not in free
+        and name in then["config"]
+        and comparable(name, then["config"][name]) != comparable(name, value)
     ]
     if config.seed is not None and config.seed != then["seed"]:
         changes.append(f"--seed was {then['seed']}, is {config.seed}")

@@ -330,6 +330,11 @@ class TrainConfig:
         """The training method after --sft."""
         return "sft" if self.sft else self.train_method
 
+    @property
+    def preserves_winners(self) -> bool:
+        """Whether the safeguard acts: sft has no loser whose gradient it could scale."""
+        return self.use_winner_preserving and self.method != "sft"
+
     def describe_loser_scale(self) -> str:
         """What scales the loser's gradient, for the console."""
         if self.use_winner_preserving:
@@ -358,8 +363,8 @@ class TrainConfig:
             "hard_skip_resume": (True, "(resuming never replays data)"),
             "use_winner_preserving constant_loser_scale": (self.method == "sft", "on sft, which has no loser"),
             "winner_preserving_mu winner_preserving_per": (
-                not self.use_winner_preserving,
-                "without --use_winner_preserving",
+                not self.preserves_winners,
+                "on sft" if self.method == "sft" else "without --use_winner_preserving",
             ),
             "beta_dpo": (self.method == "sft" and not self.holds_out, "on sft"),
             "revision": (Path(self.pretrained_model_name_or_path).is_dir(), "on a base model in a local folder"),
@@ -439,12 +444,12 @@ class TrainConfig:
             "the global batch is split, with --winner_preserving_per pair too",
         )
         yield (
-            self.use_winner_preserving and self.method != "sft" and self.winner_preserving_mu == 0,
+            self.preserves_winners and self.winner_preserving_mu == 0,
             "--winner_preserving_mu 0 only forbids a first-order rise of the winner's error on outputs; "
             "in experiments it was close to inert, and held-out winner errors still rose; try 0.6 to 0.9",
         )
         yield (
-            self.use_winner_preserving and self.method != "sft" and self.winner_preserving_mu == 1,
+            self.preserves_winners and self.winner_preserving_mu == 1,
             "--winner_preserving_mu 1 makes the scale 0 wherever <e_w, e_l> > 0: training is on winners only, mostly",
         )
         yield (

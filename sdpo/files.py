@@ -70,6 +70,16 @@ def _sha256_of_state(path: str | Path, *_state: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def identify_source(source: str) -> str:
+    """What a source of weights is by: a local file or folder by the SHA-256 of its content, others by their name."""
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        content = "".join(f"{file.relative_to(path).as_posix()} {sha256(file)}\n" for file in files)
+        return f"sha256:{hashlib.sha256(content.encode(errors='surrogateescape')).hexdigest()[:16]}"
+    return f"sha256:{sha256(path)[:16]}" if path.is_file() else source
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Keep out other processes that lock the same path, where there are locks; not to be nested for one path."""

@@ -38,7 +38,7 @@ from sdpo.command import InputError, Natural, Size, check_limits, flag, parse_as
 from sdpo.families import MENDED, RELEASED, StableDiffusion, load_family
 from sdpo.files import brief, is_text, write_file, write_json
 from sdpo.hub import DTYPES, WEIGHT_SUFFIXES, fetch, find_weights
-from sdpo.images import verify
+from sdpo.images import refuse_errors_of_the_machine, verify
 from sdpo.manifest import MADE_WITH, METRICS, OFFICIAL_METRICS, write_manifest
 from sdpo.prompts import GROUPS, OFFICIAL, Prompt, read_prompts
 from sdpo.ranks import on_main, together
@@ -398,6 +398,7 @@ def find_damage(path: Path, height: int, width: int) -> str:
     try:
         kind, mode, size = verify(path)
     except Exception as error:  # a broken file may raise anything
+        refuse_errors_of_the_machine(error, str(path))
         return brief(error)
     if (kind, mode) != ("PNG", "RGB"):
         return f"{kind} of mode {mode}"
@@ -407,7 +408,7 @@ def find_damage(path: Path, height: int, width: int) -> str:
 def claim_folder(run: EvalRun, group: str) -> None:
     """Write the fingerprint of a group's folder; raises InputError if images there were made with other settings.
 
-    A manifest whose images are no longer there is removed.
+    A manifest whose images are no longer there is renamed.
     """
     folder = run.folder(group)
     path = folder / FINGERPRINT
@@ -423,7 +424,10 @@ def claim_folder(run: EvalRun, group: str) -> None:
             raise InputError(f"{folder} holds images but no {FINGERPRINT} that says what made them: {fix}")
         if packed.exists():
             raise InputError(f"{packed} holds images of an earlier run: {other}, or move it away")
-        manifest.unlink(missing_ok=True)  # of images that were here
+        if manifest.exists():
+            kept = manifest.with_name(f"{manifest.name}.old")
+            manifest.replace(kept)
+            log.warning(f"CAUTION: {manifest} is of images that are no longer in {folder}, and is now {kept.name}")
         about = {"unet_path": run.config.unet_path, "pretrain_path": run.config.pretrain_path}
         about |= {"torch": torch.__version__, "diffusers": diffusers.__version__}
         write_json(path, {"settings": settings, "about": about}, replace=False)  # another command may be first
@@ -470,7 +474,8 @@ def find_missing(run: EvalRun, group: str) -> list[int]:
     rank = run.accelerator.process_index
     ranks = run.accelerator.num_processes
     there = [index for index in range(rank, count, ranks) if run.image(group, index).exists()]
-    found = gather_object([(index, find_damage(run.image(group, index), run.height, run.width)) for index in there])
+    look = partial(find_damage, height=run.height, width=run.width)
+    found = gather_object(together(lambda: [(index, look(run.image(group, index))) for index in there]))
     damaged = {index: damage for index, damage in sorted(found) if damage}
     for index, damage in damaged.items():
         log.warning(f"CAUTION: {run.image(group, index)} is damaged ({damage}) and will be made again")

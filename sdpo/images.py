@@ -76,16 +76,22 @@ def decode_column(row: dict[str, Any], name: str, min_side: int = 0) -> Image.Im
     """
     try:
         return decode(row[name], min_side)
-    except MemoryError:
-        raise
     except Exception as error:  # every decoder has errors of its own
         path = image_source(row[name])
         where = f"{name} ({path:.200})" if isinstance(path, str) else name
-        if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
-            reason = f"{where} cannot be read now ({error.strerror}): mend that, and the same command goes on"
-            raise InputError(reason) from error
+        refuse_errors_of_the_machine(error, where)
         reason = re.sub(r" <_io.BytesIO object at \w+>", "", brief(error))  # the same in every run
         raise ValueError(f"{where}: {reason}") from error
+
+
+def refuse_errors_of_the_machine(error: Exception, where: str) -> None:
+    """Raise what says nothing of the image that was being read: MemoryError, and InputError for lack of open files."""
+    if isinstance(error, MemoryError):
+        raise error
+    if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
+        raise InputError(
+            f"{where} cannot be read now ({error.strerror}): mend that, and the same command goes on"
+        ) from error
 
 
 def check_kind(mode: str, size: tuple[int, int]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,10 @@ class Meter:
 
 
 class MetricsLog:
-    """Appends a JSON object per logged step or measurement to {folder}/metrics.jsonl; the trackers get it too."""
+    """Appends a JSON object per logged step or measurement to {folder}/metrics.jsonl; the trackers get it too.
+
+    Figures that are not finite are null there.
+    """
 
     def __init__(self, accelerator: Accelerator, folder: str | Path, first_step: int):
         self.accelerator, self.path = accelerator, Path(folder, "metrics.jsonl")
@@ -117,8 +121,9 @@ class MetricsLog:
             return
         self.accelerator.log(values, step=step)
         if self.accelerator.is_main_process:
+            row = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no nan
             with self.path.open("a") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
+                file.write(json.dumps({"step": step, **row}) + "\n")
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict]]:
@@ -135,6 +140,6 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def read_metrics(folder: str | Path, name: str) -> list[tuple[int, float]]:
-    """(step, value) of one metric from a run's metrics.jsonl."""
+    """(step, value) of one metric from a run's metrics.jsonl, nan where it was not finite."""
     rows = read_rows(Path(folder, "metrics.jsonl"))
-    return [(int(row["step"]), row[name]) for _, row in rows if name in row]
+    return [(int(row["step"]), math.nan if row[name] is None else row[name]) for _, row in rows if name in row]

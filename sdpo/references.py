@@ -99,8 +99,8 @@ def open_references(
     if not config.reference_cache:
         return None
     key = on_main(accelerator, lambda: make_key(config, accelerator, family, plan, seed, pairs))
-    shards = Shards(Path(config.reference_cache), key)
-    refuse_changes([shards], "--reference_cache")
+    shards = Shards(Path(config.reference_cache), key, "--reference_cache")
+    refuse_changes([shards])
     if accelerator.is_main_process:
         shards.create()  # before another run does
     shards.scan()

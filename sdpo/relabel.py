@@ -36,7 +36,7 @@ from sdpo.command import (
 )
 from sdpo.config import CHOICE_MODELS, TrainConfig, check_data_source, check_texts
 from sdpo.console import start_console
-from sdpo.files import alone, brief, parse_json, read_text, write_file, write_text
+from sdpo.files import alone, brief, identify_source, parse_json, read_text, write_file, write_text
 from sdpo.images import image_source
 from sdpo.manifest import check_score
 from sdpo.pairs import IMAGES, LABELS_ABOUT, check_columns, hash_labels
@@ -158,7 +158,7 @@ def describe_scores(config: RelabelConfig, table: datasets.Dataset) -> dict:
         "captions": hash_captions(column(table, config.caption_column)),
         "images": hash_images(table, IMAGES, np.arange(len(table))),
         "metric": config.metric,
-        "weights": config.sources,
+        "weights": {name: identify_source(source) for name, source in config.sources.items()},
     }
 
 

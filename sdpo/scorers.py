@@ -29,7 +29,7 @@ from torchvision import transforms as T
 from sdpo.command import InputError
 from sdpo.files import brief, sha256
 from sdpo.hub import check_finite, check_fit, check_vocabulary, fetch, load_part, load_state
-from sdpo.images import open_image, to_rgb
+from sdpo.images import open_image, refuse_errors_of_the_machine, to_rgb
 from sdpo.tiny import pictures
 
 IN_TURN_BLOCK = 512  # images kept prepared (0.6 MB each and preprocessing) while the models take turns
@@ -337,11 +337,9 @@ class PixelChecks(Scorer):
 
     def forward(self, pixels: Tensor, prompts: list[str]) -> Tensor:
         """Scores (N,) in [0, 1] of pixels (N, 3, 32, 32) uint8; raises InputError for captions of another form."""
+        self.check(prompts, None)
         rows = zip(pixels.permute(0, 2, 3, 1).cpu().numpy(), prompts, strict=True)
-        try:
-            return torch.tensor([pictures.score(picture, caption) for picture, caption in rows])
-        except ValueError as error:
-            raise InputError(f"pixel checks: {error}") from error
+        return torch.tensor([pictures.score(picture, caption) for picture, caption in rows])
 
 
 SCORERS: dict[str, type[Scorer]] = {
@@ -462,12 +460,16 @@ def check_device(name: str | torch.device | None) -> torch.device:
 
 
 def prepare(image: str | Path | BinaryIO, preprocesses: Iterable[Preprocess]) -> dict[Preprocess, Tensor] | InputError:
-    """The image, decoded once, by preprocessing; an InputError that names it where it cannot be read."""
+    """The image, decoded once, by preprocessing; where it cannot be read, an InputError that names it.
+
+    Raises MemoryError and InputError where that is not the image's fault.
+    """
     try:
         with open_image(image) as opened:
             picture = to_rgb(opened)
         return {preprocess: preprocess.prepare(picture) for preprocess in preprocesses}
     except Exception as error:  # every image format has errors of its own
+        refuse_errors_of_the_machine(error, f"image {image}")
         return InputError(f"image {image} cannot be scored: {brief(error)}; make it again or drop it")
 
 

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdpo.command import InputError, Parser, Size, check_limits, parse_assignments, run_command, show, within_memory
-from sdpo.files import brief, locked, sha256
+from sdpo.files import brief, identify_source, locked, sha256
 from sdpo.manifest import (
     METRICS,
     OFFICIAL_METRICS,
@@ -82,7 +81,7 @@ class ScoringOptions:
         """What rows of scores say about the model of a metric: "official", or what differs from it."""
         prefix = METRICS[metric] + "."
         parts = [
-            f"{name.removeprefix(prefix)}={os.path.abspath(source) if os.path.exists(source) else source}"
+            f"{name.removeprefix(prefix)}={identify_source(source)}"
             for name, source in sorted(self.sources.items())
             if name.startswith(prefix)
         ]
@@ -123,9 +122,9 @@ def score_manifests(manifests: Mapping[str, str | Path], options: ScoringOptions
 
 
 def plan_scores(manifest: str | Path, options: ScoringOptions) -> Pending:
-    """The first half of score_manifests for one of them, which takes in what ranks of an earlier command left.
+    """What is there of a manifest's scores, what ranks of an earlier command left included, and which are missing.
 
-    Raises InputError for what would stop the second half, but for weights.
+    Raises InputError for what would stop computing them, but for weights.
     """
     take_in_shares(_beside(manifest))
     pending = _plan(manifest, options)
@@ -153,20 +152,21 @@ def check_writable(path: Path) -> None:
 
 def check_images(entries: Iterable[Entry]) -> None:
     """Raises InputError for the first image that is of no use, as far as headers and the checksums of PNGs tell."""
-    from sdpo.images import check_kind, verify
+    from sdpo.images import check_kind, refuse_errors_of_the_machine, verify
 
     for entry in entries:
         try:
             _, mode, size = verify(entry.path)
             check_kind(mode, size)
         except Exception as error:  # every image format has errors of its own
+            refuse_errors_of_the_machine(error, f"image {entry.path}")
             raise InputError(
                 f"{entry.where}: image {entry.path} cannot be scored: {brief(error)}; make it again or drop it"
             ) from error
 
 
 def complete_scores(pending: Mapping[str, Pending], options: ScoringOptions) -> dict[str, Scored]:
-    """The second half of score_manifests; raises InputError for weights and images that cannot be used."""
+    """Compute and keep what is missing, return all; raises InputError for weights and images that cannot be used."""
     collected = _collect(pending.values())
     if len(collected) > 1:  # weights of later ones are tried out before hours of scoring
         options.try_out()
@@ -359,7 +359,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def read_flags(args: argparse.Namespace) -> ScoringOptions:
     """Options of the flags of add_flags; raises InputError for those that cannot be used."""
     sources = parse_assignments(args.weights, "--weights")
-    options = ScoringOptions(args.metrics, sources, args.score_dtype, args.device, args.batch_size)
+    metrics = list(dict.fromkeys(args.metrics))
+    options = ScoringOptions(metrics, sources, args.score_dtype, args.device, args.batch_size)
     options.check()
     return options
 
@@ -372,7 +373,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     options = read_flags(args)
     scored = score_manifests({manifest: manifest for manifest in args.manifests}, options)
-    runs = [collect_run(manifest, *run, args.metrics) for manifest, run in scored.items()]
+    runs = [collect_run(manifest, *run, options.metrics) for manifest, run in scored.items()]
     show(format_summary(summarise(runs)))
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +30,9 @@ class Shards:
     content, and has its name only when it is complete. A folder may lack rows, but never mixes keys.
     """
 
-    def __init__(self, folder: Path, key: dict):
-        self.folder, self.key = folder, key
+    def __init__(self, folder: Path, key: dict, flag: str = "--latent_cache"):
+        """Rows made from `key` in a folder that a flag of the command line names."""
+        self.folder, self.key, self.flag = folder, key, flag
         self.files: list[Path] = []
         self.places: dict[int | str, tuple[int, int]] = {}  # name of a row: file, row in it
         self.notes: dict[str, str] = {}
@@ -45,7 +46,7 @@ class Shards:
         """Write index.json, unless it is there; raises InputError if it says something else than the key."""
         if not (self.folder / "index.json").is_file():  # the folder may be one that can only be read
             write_json(self.folder / "index.json", {"key": self.key}, replace=False)
-        refuse_changes([self], "cache")  # another command may have been first
+        refuse_changes([self])  # another command may have been first
         remove_abandoned(self.folder)
 
     @property
@@ -112,7 +113,10 @@ def checksum(row: dict[str, Tensor]) -> int:
 
 def is_intact(path: Path) -> bool:
     """Whether a file still has the content that was written."""
-    about = read_about(path)
+    try:
+        about = read_about(path)
+    except InputError:
+        return False
     return hash_content(about["names"], about["notes"], load_file(path)) == about["sha256"]
 
 
@@ -172,7 +176,7 @@ def save_readable(tensors: dict[str, Tensor], path: Path, about: dict, like: Pat
     shutil.copymode(like, path)  # save_file lets nobody else read it
 
 
-def refuse_changes(stores: Iterable[Shards], flag: str) -> None:
+def refuse_changes(stores: Sequence[Shards]) -> None:
     """Raises InputError saying what changed where the folders of a flag hold rows of something else than their keys."""
     changes = []
     for shards in stores:
@@ -183,6 +187,7 @@ def refuse_changes(stores: Iterable[Shards], flag: str) -> None:
             if then.get(name) != value
         ]
     if changes:
+        flag = stores[0].flag
         raise InputError(
             f"{flag} was made from something else: {'; '.join(changes)}. "
             f"Name another {flag}, or delete what is named here to make it again"

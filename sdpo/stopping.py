@@ -192,10 +192,12 @@ class Skips:
         """Whether the pairs of the last update that was made still have a finite loss on every rank."""
         run = self.run
         step = max(self.last_made - 1, 0)
-        places = micro_batch_places(run.plan, run.accelerator.process_index, step, micro=0)
-        batch = collate([self.dataset[place] for place in places])
-        loss, _ = compute_loss(run, batch.to(run.accelerator.device))
-        return bool(run.accelerator.gather(loss[None]).isfinite().all())
+        losses = []
+        for micro in range(run.plan.accumulation):
+            places = micro_batch_places(run.plan, run.accelerator.process_index, step, micro)
+            batch = collate([self.dataset[place] for place in places])
+            losses.append(compute_loss(run, batch.to(run.accelerator.device))[0])
+        return bool(run.accelerator.gather(torch.stack(losses)).isfinite().all())
 
     def sum_up(self) -> None:
         """Say at the end what was skipped since the start or the last resume."""

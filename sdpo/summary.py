@@ -27,7 +27,7 @@ def summarise(groups: Sequence[ScoredRun]) -> list[dict]:
 
 def format_summary(rows: Sequence[dict]) -> str:
     """The table, then the official `FinalResults` lines and their Markdown table."""
-    width = max(16, *(len(row["group"]) + 2 for row in rows))
+    width = max([16, *(len(row["group"]) + 2 for row in rows)])
     lines = [f"{'group':<{width}}{'metric':<14}{'mean':>10}{'std. error':>12}{'n':>7}"]
     for row in rows:
         error = "" if row["standard_error"] is None else f"{row['standard_error']:.4f}"

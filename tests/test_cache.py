@@ -556,7 +556,7 @@ def test_files_of_other_keys_rows_or_notes_are_refused(tmp_path):
         shards.scan()
     (tmp_path / "index.json").write_text(json.dumps({"key": {"VAE": "a"}}))  # which does not say how it was cropped
     with pytest.raises(InputError, match="crop was None, is centre"):
-        refuse_changes([shards], "--latent_cache")
+        refuse_changes([shards])
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "bin"])

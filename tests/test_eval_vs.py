@@ -217,12 +217,26 @@ def test_results_are_on_file_whatever_becomes_of_the_console(tmp_path, reader):
 
 
 def test_model_names_the_weights_of_a_metric(tmp_path, monkeypatch):
-    (tmp_path / "x.pt").touch()
+    (tmp_path / "x.pt").write_bytes(b"abc")
     monkeypatch.chdir(tmp_path)
     options = ScoringOptions([], {"hpsv2.checkpoint": "x.pt", "clip.checkpoint": "me/clip:y.bin"}, "bf16")
-    assert options.model("HPSv2") == f"checkpoint={tmp_path / 'x.pt'}, bf16"
+    assert options.model("HPSv2") == "checkpoint=sha256:ba7816bf8f01cfea, bf16"  # as FIPS 180 has it
     assert options.model("CLIP") == "checkpoint=me/clip:y.bin, bf16"
     assert (options.model("HPSv2.1"), ScoringOptions([]).model("HPSv2")) == ("bf16", "official")
+
+
+def test_weights_are_told_apart_by_content_not_by_place(tmp_path):
+    names = {}
+    for place, content in {"one": "a", "copy": "a", "other": "b"}.items():
+        (tmp_path / place / "sub").mkdir(parents=True)
+        (tmp_path / place / "sub" / "model.bin").write_text(content)
+        (tmp_path / f"{place}.pt").write_text(content)
+        sources = {"pickscore.model": str(tmp_path / place), "hpsv2.checkpoint": str(tmp_path / f"{place}.pt")}
+        names[place] = [ScoringOptions([], sources).model(metric) for metric in ("PickScore", "HPSv2")]
+    assert names["one"] == names["copy"]
+    assert all(a != b for a, b in zip(names["one"], names["other"], strict=True))
+    (tmp_path / "one.pt").write_text("changed")
+    assert ScoringOptions([], {"hpsv2.checkpoint": str(tmp_path / "one.pt")}).model("HPSv2") != names["one"][1]
 
 
 def test_the_name_of_a_metrics_weights_does_not_depend_on_the_order_of_flags():

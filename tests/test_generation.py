@@ -366,7 +366,7 @@ def test_images_made_anew_have_no_manifest_of_earlier_ones(arguments, tmp_path, 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(generation, "make_images", Mock(side_effect=KeyboardInterrupt))
         eval_generate.main(arguments("--seed=0"))
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [NAME, "report.html"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [NAME, f"{NAME}.json.old", "report.html"]
 
 
 def test_of_two_commands_the_first_claims_the_folder(arguments, monkeypatch):

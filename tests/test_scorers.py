@@ -1,12 +1,14 @@
 """The scorers against the packages' own figures, plain computations of the same models, and what must be refused."""
 
 import copy
+import errno
 import gzip
 import hashlib
 import io
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import open_clip
@@ -638,6 +640,18 @@ def test_images_that_cannot_be_read_are_named_and_earlier_rows_kept(fault, score
     done = []
     refused([bad, "cannot be scored"], done.extend, score_rows([*rows[:5], (bad, "x")], scorers, batch_size=2))
     assert len(done) == 4  # the two batches before the one with the bad image
+
+
+@pytest.mark.parametrize(
+    "fault", [OSError(errno.EMFILE, "Too many open files"), MemoryError()], ids=["files", "memory"]
+)
+def test_a_fault_of_the_machine_is_not_the_images(rows, monkeypatch, fault):
+    """In labels the image's row would be a tie for ever."""
+    monkeypatch.setattr("sdpo.scorers.open_image", Mock(side_effect=fault))
+    expected = InputError if isinstance(fault, OSError) else MemoryError
+    with pytest.raises(expected) as error:
+        list(score_rows(rows, load_scorers(["pixels"]), tolerant=True))
+    assert expected is MemoryError or "cannot be read now (Too many open files)" in str(error.value)
 
 
 def test_pixel_checks_refuse_other_pictures_and_captions(rows):

@@ -593,6 +593,26 @@ def test_resuming_with_a_change_must_be_meant(arguments, tmp_path, capsys, chang
     assert [step for step, _ in read_metrics(tmp_path / "run", "train_loss")] == [1, 2, 3]
 
 
+def test_settings_that_sft_does_not_look_at_may_change(arguments, tmp_path):
+    flags = ["--sft", "--use_winner_preserving", "--checkpointing_steps=1"]
+    train.main(arguments(*flags, "--max_train_steps=1", "--winner_preserving_mu=0.5"))
+    train.main(arguments(*flags, "--max_train_steps=2", "--winner_preserving_mu=0.7", "--train_batch_size=4"))
+    assert [step for step, _ in read_metrics(tmp_path / "run", "train_loss")] == [1, 2]
+
+
+def test_data_that_were_moved_are_the_same_data(arguments, pairs_folder, tmp_path, capsys):
+    shutil.copytree(pairs_folder, tmp_path / "copy")
+    flags = ["--checkpointing_steps=1", "--max_train_steps=1", f"--latent_cache={tmp_path / 'cache'}"]
+    train.main(arguments(*flags, f"--train_data_dir={tmp_path / 'copy'}"))
+    (tmp_path / "copy").rename(tmp_path / "moved")
+    (tmp_path / "cache").rename(tmp_path / "cache-too")
+    moved = [f"--dataset_name={tmp_path / 'moved'}", "--train_data_dir=", f"--latent_cache={tmp_path / 'cache-too'}"]
+    train.main(arguments(*flags, "--max_train_steps=2", *moved))
+    assert "checkpoint-1, after 1 updates" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"--latent_cache was '.*/cache-too', is None"):
+        train.main(arguments("--checkpointing_steps=1", "--max_train_steps=3"))
+
+
 CONSTANT = ["--lr_scheduler=constant", "--checkpointing_steps=1"]
 
 

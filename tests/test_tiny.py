@@ -46,6 +46,9 @@ def test_blur_noise_and_emptiness_fail():
         assert not pictures.check(broken, spec)["clean"]
     empty = np.broadcast_to(np.array(pictures.COLOURS["green"], np.uint8), (32, 32, 3))
     assert pictures.score(empty, spec.caption) == pytest.approx(1 / 5)  # the background is right
+    checkered = np.indices((32, 32)).sum(0) % 2 * 255  # the median of half the frame is between its two colours
+    checks = pictures.check(np.stack([checkered] * 3, -1).astype(np.uint8), spec)
+    assert not any(passed for name, passed in checks.items() if name != "background")
 
 
 def test_only_its_own_captions_can_be_scored():

@@ -109,11 +109,11 @@ def check(picture: np.ndarray, spec: Spec) -> dict[str, bool]:
     background = np.median(frame, 0)
     to_background = np.linalg.norm(pixels - background, axis=-1)
     different = to_background > 60
-    if different.sum() < 12:
-        return {name: name == "background" and _named(background) == spec.background for name in CHECKS}
-    colour = np.median(pixels[different], 0)
+    colour = np.median(pixels[different], 0) if different.any() else background
     to_colour = np.linalg.norm(pixels - colour, axis=-1)
     inside = to_colour < to_background
+    if different.sum() < 12 or not inside.any():  # nothing is drawn, or in colours that have the background's median
+        return {name: name == "background" and _named(background) == spec.background for name in CHECKS}
     height, width = (np.ptp(np.flatnonzero(inside.any(axis))) + 1 for axis in (1, 0))
     fill = inside.sum() / (height * width)
     return {
