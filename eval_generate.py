@@ -9,13 +9,12 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from sdpo.command import InputError, parse_flags, run_command, show
+from sdpo.command import parse_flags, run_command, show
 from sdpo.console import start_console
 from sdpo.generation import EvalConfig, find_groups, generate, prepare
-from sdpo.manifest import read_scores
 from sdpo.ranks import join_ranks, on_main
 from sdpo.report import write_report
-from sdpo.scoring import ScoringOptions, add_earlier, score_groups, take_in_shares
+from sdpo.scoring import ScoringOptions, add_earlier, score_groups, try_scoring
 from sdpo.summary import summarise, write_summary
 from sdpo.winrates import collect_run
 
@@ -32,18 +31,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Path]:
     options.check()
     start_console(accelerator.is_main_process)
     run = prepare(config, accelerator)
-
-    def try_scoring() -> None:
-        try:
-            prompts = [prompt.text for group in run.prompts.values() for prompt in group]
-            options.try_out(prompts, (run.height, run.width))
-        except InputError as error:
-            raise InputError(f"{error}; or choose other --metrics (none: images alone); no image was made") from error
-        take_in_shares(run.output / "scores.jsonl")
-        read_scores(run.output / "scores.jsonl")  # as taking in shares, raises for a damaged file
-
     if any(run.missing.values()):  # before hours of making images
-        on_main(accelerator, try_scoring)
+        prompts = {str(run.folder(name)): [prompt.text for prompt in group] for name, group in run.prompts.items()}
+        on_main(accelerator, lambda: try_scoring(options, run.output, prompts, (run.height, run.width)))
     manifests = generate(run)
     for path in manifests.values():
         log.info(f"manifest       {path}")

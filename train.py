@@ -29,7 +29,7 @@ from sdpo.command import InputError, parse_flags, run_command, within_memory
 from sdpo.config import Plan, TrainConfig
 from sdpo.console import start_console
 from sdpo.data import PairDataset, Transform, train_batches
-from sdpo.families import FAMILIES, StableDiffusion, load_family
+from sdpo.families import FAMILIES, Family, load_family
 from sdpo.files import write_json
 from sdpo.heldout import HeldOutPairs
 from sdpo.hub import check_precision
@@ -126,7 +126,7 @@ def build_dataset(run: Run, pairs: Pairs | CachedPairs, stream: str) -> PairData
             "empty_captions": config.proportion_empty_prompts,
             "noise_offset": config.noise_offset,
             "input_perturbation": config.input_perturbation,
-            "references": run.references.known if run.references else None,
+            "references": run.reference_errors.known if run.reference_errors else None,
         }
     options["max_unreadable"] = config.max_unreadable_images
     shape = run.family.latent_shape(run.resolution)
@@ -214,7 +214,7 @@ def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
     return run, dataset, hold_out(run, held_out_pairs)
 
 
-def try_flags(config: TrainConfig, processes: int, family: StableDiffusion) -> None:
+def try_flags(config: TrainConfig, processes: int, family: Family) -> None:
     """Raises InputError for what would otherwise stop the run once labels or a latent cache are made."""
     config.accumulation(processes)
     OPTIMIZERS[optimizer_name(config, family)].build([nn.Parameter(torch.zeros(1))], config, config.learning_rate)
@@ -258,7 +258,7 @@ def hold_out(run: Run, pairs: Pairs | CachedPairs | None) -> HeldOutPairs | None
     held_out = HeldOutPairs(run.accelerator, run.family, samples, run.config.train_batch_size, run.reference)
     passes = len(held_out.shares) * (2 if run.average else 1)
     log.info(
-        f"held out       {held_out.pairs} pairs, encoded in {time.monotonic() - began:.1f} s; "
+        f"held out       {held_out.count} pairs, encoded in {time.monotonic() - began:.1f} s; "
         f"{passes} forward passes per device every {run.config.validation_steps} updates"
     )
     return held_out
@@ -271,7 +271,7 @@ def start_logs(run: Run) -> MetricsLog:
         derived = dataclasses.asdict(run.plan)
         write_json(Path(run.config.output_dir, "config.json"), {"config": settings, "plan": derived})
     shown = {name: value for name, value in settings.items() if value is not None}
-    made_again = {"tensorboard": {"purge_step": run.step and run.step + 1}}  # of these it hides what was shown before
+    made_again = {"tensorboard": {"purge_step": run.step and run.step + 1}}  # hides what it showed from there on
     run.accelerator.init_trackers(run.config.tracker_project_name, shown, made_again)
     return MetricsLog(run.accelerator, run.config.output_dir, run.step)
 
@@ -291,7 +291,7 @@ def train(run: Run, dataset: PairDataset, held_out: HeldOutPairs | None, request
         metrics.write(0, validate(run, held_out))
     rank = run.accelerator.process_index
     micro_batches = MicroBatches(run, train_batches(config, dataset, plan, rank, run.step))
-    logged = kept = run.step
+    logged = saved_at = run.step
     seconds = 0.0
     skipped = Skips(run, dataset)
     stop = 0
@@ -305,7 +305,7 @@ def train(run: Run, dataset: PairDataset, held_out: HeldOutPairs | None, request
                 outcome = update(run, micro_batches)
                 micro_batches.check(outcome)
             except DataError:  # weights and state are those of the last update
-                save_progress(run, kept, prune=not skipped.in_a_row)
+                save_progress(run, saved_at, prune=not skipped.in_a_row)
                 raise
             seconds += time.monotonic() - began
             progress.update()
@@ -327,10 +327,10 @@ def train(run: Run, dataset: PairDataset, held_out: HeldOutPairs | None, request
             due = config.checkpointing_steps and run.step % config.checkpointing_steps == 0
             if due or stop:
                 folder = checkpoints.save_checkpoint(run, prune=not skipped.in_a_row)  # may hold broken weights
-                kept = run.step
+                saved_at = run.step
                 log.info(f"saved          {folder}")
-    if run.references:
-        run.references.write(run.step)
+    if run.reference_errors:
+        run.reference_errors.write(run.step)
     skipped.sum_up()
     if micro_batches.unreadable:
         count = len(micro_batches.unreadable)
@@ -338,9 +338,9 @@ def train(run: Run, dataset: PairDataset, held_out: HeldOutPairs | None, request
     return stop
 
 
-def save_progress(run: Run, kept: int, prune: bool) -> None:
-    """Write a checkpoint of what was done since update `kept`; every rank calls this."""
-    if run.step == kept:
+def save_progress(run: Run, saved_at: int, prune: bool) -> None:
+    """Write a checkpoint of what was done since update `saved_at`; every rank calls this."""
+    if run.step == saved_at:
         return
     try:
         log.info(f"saved          {checkpoints.save_checkpoint(run, prune)}")

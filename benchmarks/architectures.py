@@ -15,7 +15,7 @@ from diffusers import SchedulerMixin
 from transformers import CLIPTextConfig, CLIPTokenizer, PreTrainedModel
 
 from sdpo.config import TrainConfig
-from sdpo.families import FAMILIES, StableDiffusion, load_family
+from sdpo.families import FAMILIES, Family, load_family
 from sdpo.tiny import BASE
 
 TOKENS = 77  # per caption, padded
@@ -84,7 +84,7 @@ CHANGES = (  # contestants that differ from the default in one thing
 
 
 AGAINST_BASELINE = ("baseline", "fast, compiled", "fast", "default", "fast, known reference")
-SD15_LACKS = ("Adafactor", "AdamW in 8 bits", "unfused attention")  # time, and memory
+SD15_LACKS = ("Adafactor", "AdamW in 8 bits", "unfused attention")  # for lack of time in gpu.sh, the last of memory
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Base:
         """The settings of a run, with some of its flags set otherwise."""
         return TrainConfig(**(OFFICIAL | self.flags | flags))
 
-    def build(self, device: str | torch.device) -> StableDiffusion:
+    def build(self, device: str | torch.device) -> Family:
         """The family; random parts are made on `device`: "meta" gives shapes without memory."""
         name = self.config().base["name"]
         if self.parts is None:
@@ -114,7 +114,7 @@ class Base:
         return family
 
 
-def random_family(family: type[StableDiffusion], parts: dict[str, dict], device: str | torch.device) -> StableDiffusion:
+def random_family(family: type[Family], parts: dict[str, dict], device: str | torch.device) -> Family:
     """A family whose parts are made on `device`, with random weights in fp32, instead of read from a folder."""
 
     class RandomFamily(family):

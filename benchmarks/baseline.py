@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sdpo.batch import Batch
 from sdpo.config import TrainConfig
-from sdpo.families import StableDiffusion
+from sdpo.families import Family
 from sdpo.hub import DTYPES
 from sdpo.losses import scale_gradient
 
@@ -29,7 +29,7 @@ class OfficialLoop:
 
     warm = True  # every update does the same work
 
-    def __init__(self, config: TrainConfig, family: StableDiffusion, batch: Batch):
+    def __init__(self, config: TrainConfig, family: Family, batch: Batch):
         self.config, self.family = config, family
         self.accelerator = Accelerator(
             mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.gradient_accumulation_steps

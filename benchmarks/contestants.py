@@ -21,7 +21,7 @@ from benchmarks.baseline import OfficialLoop
 from sdpo.arithmetic import recompute
 from sdpo.batch import Batch
 from sdpo.config import Plan, TrainConfig
-from sdpo.families import StableDiffusion
+from sdpo.families import Family
 from sdpo.inputs import make_inputs, normalise
 from sdpo.losses import sample_error
 from sdpo.memory import checkpoint_units, choose_checkpointing
@@ -146,7 +146,7 @@ VARIANTS = {
 }
 
 
-def make_batch(family: StableDiffusion, config: TrainConfig) -> Batch:
+def make_batch(family: Family, config: TrainConfig) -> Batch:
     """Random pairs as a loader leaves them: uint8 pixels, captions and noise on the host."""
     pairs, size = config.train_batch_size, config.resolution
     shape = family.latent_shape(size)
@@ -170,7 +170,7 @@ def make_batch(family: StableDiffusion, config: TrainConfig) -> Batch:
 class OurLoop:
     """A run as train.py sets it up, fed with one host batch."""
 
-    def __init__(self, config: TrainConfig, family: StableDiffusion, variant: Variant):
+    def __init__(self, config: TrainConfig, family: Family, variant: Variant):
         self.config, self.family = config, family
         self.accelerator = Accelerator(
             mixed_precision=config.mixed_precision, kwargs_handlers=[AUTOCAST], step_scheduler_with_optimizer=False

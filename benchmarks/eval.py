@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.environment import environment
-from sdpo.families import StableDiffusion, load_family
+from sdpo.families import Family, load_family
 from sdpo.files import write_json
 from sdpo.sampling import draw_noise, sample
 from sdpo.scorers import Aesthetics, ClipScore, Head, HPSv2, HPSv21, PickScore, Scorer, score_rows
@@ -71,7 +71,7 @@ def small_unet() -> UNet2DConditionModel:
     )  # fmt: skip
 
 
-def generation_task(family: StableDiffusion, unet: UNet2DConditionModel, size: int, batch: int, steps: int):
+def generation_task(family: Family, unet: UNet2DConditionModel, size: int, batch: int, steps: int):
     """Generation of one batch with latents of `size` x `size`."""
     specs = pictures.HELD_OUT
     captions = [specs[i % len(specs)].caption for i in range(batch)]

@@ -31,7 +31,7 @@ class Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that it has, by name."""
+        """Every tensor of the batch, by name."""
         values = vars(self) | (self.texts or {})
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 

@@ -27,7 +27,7 @@ from sdpo.command import InputError, flag, parse_flags, run_command, within_memo
 from sdpo.config import TrainConfig
 from sdpo.console import start_console
 from sdpo.data import Transform, check_shared_memory, start_loading
-from sdpo.families import Conditioning, StableDiffusion, load_family
+from sdpo.families import Conditioning, Family, load_family
 from sdpo.hub import DTYPES, check_precision
 from sdpo.images import decode_column
 from sdpo.inputs import normalise
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 # What a cache is made from
 
 
-def make_keys(config: TrainConfig, family: StableDiffusion, tables: dict[str, Pairs]) -> dict[str, dict]:
+def make_keys(config: TrainConfig, family: Family, tables: dict[str, Pairs]) -> dict[str, dict]:
     """Keys of the captions and of the images of each table: all that the stored numbers depend on."""
     prints = family.fingerprints()
     dtype = DTYPES[config.mixed_precision]
@@ -154,7 +154,7 @@ class Work:
     names: list[int | str]
     pairs: Pairs | None  # None: captions
 
-    def row_bytes(self, family: StableDiffusion) -> int:
+    def row_bytes(self, family: Family) -> int:
         """Size of one row."""
         key = self.shards.key
         if self.pairs:
@@ -175,7 +175,7 @@ def cut(items: list, size: int) -> list[list]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-def encode_images(family: StableDiffusion, work: Work, batches: list[list[int]], workers: int) -> Iterator:
+def encode_images(family: Family, work: Work, batches: list[list[int]], workers: int) -> Iterator:
     """({"moments": (n, columns, orientations, 2, C, h, w)}, what is unreadable) for each batch of rows.
 
     Raises InputError for too little shared memory and for killed workers.
@@ -188,7 +188,7 @@ def encode_images(family: StableDiffusion, work: Work, batches: list[list[int]],
         yield {"moments": encode_pixels(family, pixels, work.shards.key["flips"])}, unreadable
 
 
-def encode_pixels(family: StableDiffusion, pixels: Tensor, flips: bool) -> Tensor:
+def encode_pixels(family: Family, pixels: Tensor, flips: bool) -> Tensor:
     """Moments (B, columns, orientations, 2, C, h, w) of pixels (B, columns, 3, H, W), upright, then mirrored."""
     images = pixels.flatten(0, 1).to(family.device)
     oriented = [images, images.flip(-1)] if flips else [images]
@@ -196,7 +196,7 @@ def encode_pixels(family: StableDiffusion, pixels: Tensor, flips: bool) -> Tenso
     return moments.unflatten(0, pixels.shape[:2])
 
 
-def make(config: TrainConfig, accelerator: Accelerator, family: StableDiffusion, work: Work) -> None:
+def make(config: TrainConfig, accelerator: Accelerator, family: Family, work: Work) -> None:
     """Encode and write what is missing; ranks wait for each other after each round of files.
 
     Raises InputError on every rank where one has more unreadable images than --max_unreadable_images.

@@ -129,8 +129,8 @@ def save_checkpoint(run: Run, prune: bool = True) -> Path:
     """
     accelerator = run.accelerator
     config = run.config
-    if run.references:
-        run.references.write(run.step)
+    if run.reference_errors:
+        run.reference_errors.write(run.step)
     state = run.state() | {"prune": prune}
     folder = Path(config.output_dir, f"checkpoint-{run.step}")
     partial = folder.with_name(folder.name + ".partial")
@@ -193,7 +193,7 @@ def misplaced(folder: Path) -> str | None:
         step = read_state(folder)["step"]
     except InputError as error:
         return str(error)
-    return None if number_of(folder) == step else f"it is of update {step} and has been renamed"
+    return None if step_of(folder) == step else f"it is of update {step} and has been renamed"
 
 
 def put_in_place(partial: Path, folder: Path) -> None:
@@ -242,10 +242,10 @@ def remove_older(config: TrainConfig, newest: Path) -> None:
 def list_checkpoints(folder: str | Path) -> list[Path]:
     """Checkpoints in a folder, whole or not, oldest first."""
     found = [path for path in Path(folder).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
-    return sorted(found, key=number_of)
+    return sorted(found, key=step_of)
 
 
-def number_of(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
     """Updates made when a checkpoint was written."""
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
@@ -315,7 +315,7 @@ def tidy_output(run: Run, checkpoint: Path | None) -> None:
         return
     if config.resume_from_checkpoint != "latest":
         found = list_checkpoints(config.output_dir)  # one of as many updates is there if the resumed one was set aside
-        later = [path for path in found if number_of(path) >= run.step and not path.samefile(checkpoint)]
+        later = [path for path in found if step_of(path) >= run.step and not path.samefile(checkpoint)]
         set_aside(later, "abandoned", "was not written before the one resumed from")
     if read_state(checkpoint).get("prune"):
         remove_older(config, checkpoint)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -71,15 +72,16 @@ class WeightlessVAE:
             return AutoencoderKL.from_config(config)
 
 
-class StableDiffusion:
-    """Stable Diffusion 1.x: latents of a VAE, one CLIP text encoder, epsilon- or v-prediction UNet."""
+class Family(ABC):
+    """A base model in diffusers' format: a VAE, CLIP text encoders and a UNet that predicts noise or velocity."""
 
-    pipeline_class: type[DiffusionPipeline] = StableDiffusionPipeline
-    resolution = 512  # pixels
-    dspo_form = "score"
-    optimizer = "adamw"
-    gradient_checkpointing = "none"
-    text_parts: ClassVar[dict[str, type]] = {"tokenizer": CLIPTokenizer, "text_encoder": CLIPTextModel}
+    pipeline_class: type[DiffusionPipeline]
+    text_parts: ClassVar[dict[str, type]]  # its tokenizers and text encoders, each before its own, by subfolder
+    # official settings, for flags that are not given
+    resolution: int  # pixels
+    dspo_form: str
+    optimizer: str  # row of sdpo.optimizers.OPTIMIZERS
+    gradient_checkpointing: str
 
     def __init__(
         self,
@@ -238,7 +240,7 @@ class StableDiffusion:
                     "give the base model it was trained from"
                 )
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> StableDiffusion:
+    def to(self, device: torch.device, dtype: torch.dtype) -> Family:
         """Move the frozen encoders; their weights are held in `dtype`, those of the VAE in vae_dtype(dtype)."""
         if self.vae.device.type != "meta":
             self.vae.to(device, self.vae_dtype(dtype))
@@ -322,11 +324,9 @@ class StableDiffusion:
         """Conditioning of N captions for images of this size in pixels, as `condition` returns it."""
         return self.condition(self.encode_texts(captions), height, width)
 
-    @torch.no_grad()
+    @abstractmethod
     def encode_texts(self, captions: list[str]) -> Conditioning:
-        """{"encoder_hidden_states": (N, L, D)} of N captions, in the encoders' precision."""
-        (tokens,) = self.tokenize(captions)
-        return {"encoder_hidden_states": self.text_encoders[0](tokens)[0]}
+        """{"encoder_hidden_states": (N, L, D), ...} of N captions, in the encoders' precision."""
 
     def condition(self, texts: Conditioning, height: int, width: int | None = None) -> Conditioning:
         """What encode_texts gave, in any precision, in fp32; for images of this size in pixels."""
@@ -411,20 +411,37 @@ class StableDiffusion:
             shutil.copymode(Path(folder, "model_index.json"), path)  # safetensors lets nobody else read its files
 
 
-class StableDiffusionXL(StableDiffusion):
+class StableDiffusion(Family):
+    """Stable Diffusion 1.x: the last states of one text encoder."""
+
+    pipeline_class = StableDiffusionPipeline
+    text_parts: ClassVar[dict[str, type]] = {"tokenizer": CLIPTokenizer, "text_encoder": CLIPTextModel}
+    resolution = 512
+    dspo_form = "score"
+    optimizer = "adamw"
+    gradient_checkpointing = "none"
+
+    @torch.no_grad()
+    def encode_texts(self, captions: list[str]) -> Conditioning:
+        """{"encoder_hidden_states": (N, L, D)} of N captions, in the encoders' precision."""
+        (tokens,) = self.tokenize(captions)
+        return {"encoder_hidden_states": self.text_encoders[0](tokens)[0]}
+
+
+class StableDiffusionXL(Family):
     """Stable Diffusion XL: penultimate states of two text encoders side by side, a pooled embedding and time ids."""
 
     pipeline_class = StableDiffusionXLPipeline
-    resolution = 1024
-    dspo_form = "switched"
-    optimizer = "adafactor"
-    gradient_checkpointing = "full"
     text_parts: ClassVar[dict[str, type]] = {
         "tokenizer": CLIPTokenizer,
         "text_encoder": CLIPTextModel,
         "tokenizer_2": CLIPTokenizer,
         "text_encoder_2": CLIPTextModelWithProjection,
     }
+    resolution = 1024
+    dspo_form = "switched"
+    optimizer = "adafactor"
+    gradient_checkpointing = "full"
 
     def _load_vae(self, cls: type = AutoencoderKL) -> AutoencoderKL:
         vae = super()._load_vae(cls)
@@ -462,7 +479,7 @@ class StableDiffusionXL(StableDiffusion):
         return unet(noisy, timesteps, conditioning["encoder_hidden_states"], added_cond_kwargs=added).sample.float()
 
 
-FAMILIES = {"sd15": StableDiffusion, "sdxl": StableDiffusionXL}
+FAMILIES: dict[str, type[Family]] = {"sd15": StableDiffusion, "sdxl": StableDiffusionXL}
 HUB = "AIDC-AI/Diffusion-SDPO"
 RELEASED = {  # short names of the published checkpoints
     f"sdpo-{base}-{method}": f"{HUB}:{base}/{method}/unet.pth"
@@ -480,7 +497,7 @@ def find_family(source: str, **options: str | None) -> str:
     return families[found]
 
 
-def load_family(name: str | None, source: str, **options: str | bool | None) -> StableDiffusion:
+def load_family(name: str | None, source: str, **options: str | bool | None) -> Family:
     """The family with its frozen parts on the CPU in fp32; source is a hub id or a local diffusers folder.
 
     With encoders=False it has neither tokenizers nor text encoders, and of the VAE only the config. Raises InputError

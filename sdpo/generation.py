@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPTokenizer, PreTrainedModel
 
 from sdpo.command import InputError, Natural, Size, check_limits, flag, parse_assignments, within_memory
-from sdpo.families import MENDED, RELEASED, StableDiffusion, load_family
+from sdpo.families import MENDED, RELEASED, Family, load_family
 from sdpo.files import brief, is_text, write_file, write_json
 from sdpo.hub import DTYPES, WEIGHT_SUFFIXES, fetch, find_weights
 from sdpo.images import refuse_errors_of_the_machine, verify
@@ -198,14 +198,13 @@ def caution_other_vae(unet: str, vae: str | None) -> None:
             log.warning(f"CAUTION: {unet} was trained with VAE {other}, images are made with {own}: see --vae_path")
 
 
-def results_folder(weights: Path, name: str = "unet.pth") -> Path:
-    """Where images go whose UNet is this file in the folder `weights`: there, but for averaged weights into eval-ema.
+def results_folder(folder: Path, name: str = "unet.pth") -> Path:
+    """Where the images of the UNet file `name` in a folder go: into it, those of averaged weights into eval-ema there.
 
     A checkpoint may be removed by training, so they go beside it.
     """
-    folder = weights
-    if (weights / "files.json").is_file():
-        named = Path(os.path.abspath(weights)) if weights.name in ("", "..") else weights
+    if (folder / "files.json").is_file():
+        named = Path(os.path.abspath(folder)) if folder.name in ("", "..") else folder
         folder = named.with_name(f"eval-{named.name}")
     return folder / "eval-ema" if name == "unet_ema.pth" else folder
 
@@ -226,7 +225,7 @@ class EvalRun:
 
     config: EvalConfig
     accelerator: Accelerator
-    family: StableDiffusion
+    family: Family
     unet: UNet2DConditionModel
     output: Path
     height: int  # pixels
@@ -260,7 +259,7 @@ class EvalRun:
         return self.config.seed + (index if self.config.noise == "per-prompt" else 0)
 
 
-def choose_size(config: EvalConfig, family: StableDiffusion, unet: UNet2DConditionModel) -> tuple[int, int]:
+def choose_size(config: EvalConfig, family: Family, unet: UNet2DConditionModel) -> tuple[int, int]:
     """Height and width of the images in pixels; raises InputError unless their latents have the official size."""
     factor = family.image_size(1)
     height, width = (side or config.resolution or family.own_size(unet) for side in (config.height, config.width))
@@ -300,9 +299,7 @@ def own_rules(tokenizer: CLIPTokenizer) -> list[Any]:
     ]
 
 
-def describe_images(
-    config: EvalConfig, family: StableDiffusion, unet: nn.Module, device: torch.device
-) -> dict[str, object]:
+def describe_images(config: EvalConfig, family: Family, unet: nn.Module, device: torch.device) -> dict[str, object]:
     """Everything but prompts and size that determines the images; weights by their sha256."""
     scheduler = EulerDiscreteScheduler.from_config(family.scheduler.config)  # as sample makes it
     parts = [own_settings(part) for part in (scheduler, family.vae, *family.text_encoders, unet)]

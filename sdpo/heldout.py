@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sdpo.batch import collate
 from sdpo.data import PairDataset
-from sdpo.families import StableDiffusion
+from sdpo.families import Family
 from sdpo.inputs import Inputs, make_inputs
 from sdpo.losses import sample_error
 from sdpo.ranks import together
@@ -29,14 +29,14 @@ class HeldOutPairs:
     def __init__(
         self,
         accelerator: Accelerator,
-        family: StableDiffusion,
+        family: Family,
         dataset: PairDataset,
         batch_size: int,
         reference: nn.Module,
     ):
-        self.accelerator, self.family, self.pairs = accelerator, family, len(dataset.pairs)
+        self.accelerator, self.family, self.count = accelerator, family, len(dataset.pairs)
         captions = [options[0] for options in dataset.pairs.captions()]
-        self.caption = torch.from_numpy(np.unique(captions, return_inverse=True)[1])  # (pairs,) its number
+        self.caption_ids = torch.from_numpy(np.unique(captions, return_inverse=True)[1])  # (pairs,)
         self.shares: list[tuple[slice, Inputs, Tensor]] = []  # places, their inputs, errors (2B,) of the reference
         unreadable = together(lambda: self._encode(dataset, batch_size, reference))
         self.readable = accelerator.gather(unreadable[None]).sum(0).cpu() == 0  # (pairs,)
@@ -44,13 +44,13 @@ class HeldOutPairs:
     def _encode(self, dataset: PairDataset, batch_size: int, reference: nn.Module) -> Tensor:
         """Fill this rank's shares; 1 where one of its pairs is unreadable, else 0, (pairs,)."""
         device, ranks = self.accelerator.device, self.accelerator.num_processes
-        starts = range(0, self.pairs, batch_size)
-        unreadable = torch.zeros(self.pairs, dtype=torch.long, device=device)
+        starts = range(0, self.count, batch_size)
+        unreadable = torch.zeros(self.count, dtype=torch.long, device=device)
         # Every rank makes as many passes, because ranks that share out the weights gather them together
         for number in range(self.accelerator.process_index, math.ceil(len(starts) / ranks) * ranks, ranks):
             start = starts[number % len(starts)]
-            places = slice(start, min(start + batch_size, self.pairs))
-            samples = [dataset[0, index] for index in range(self.pairs)[places]]
+            places = slice(start, min(start + batch_size, self.count))
+            samples = [dataset[0, index] for index in range(self.count)[places]]
             for index, sample in enumerate(samples, start):
                 if sample["unreadable"]:  # another pair stands in for it
                     log.error(f"unreadable, not measured on: {sample['unreadable'][0]}")
@@ -67,13 +67,12 @@ class HeldOutPairs:
         return sample_error(prediction, inputs.target)  # (2B,)
 
     def measure(self, unet: nn.Module, beta: float, name: str) -> dict[str, float]:
-        """Means of winner and loser error minus the reference's, margin and margin accuracy; where there are several
-        captions, standard errors too.
+        """Mean change of winner and loser error against the reference's, margin and margin accuracy, by metric name.
 
-        A margin of exactly 0 counts one half.
+        Where there are several captions, with standard errors clustered by them. A margin of exactly 0 counts one half.
         """
         # change of (winner, loser) error; nan where this rank has no share
-        values = torch.full((self.pairs, 2), torch.nan, device=self.accelerator.device)
+        values = torch.full((self.count, 2), torch.nan, device=self.accelerator.device)
         for places, inputs, reference in self.shares:
             change = self._errors(unet, inputs.to(self.accelerator.device)) - reference
             values[places] = torch.stack(change.chunk(2), 1)
@@ -91,7 +90,7 @@ class HeldOutPairs:
         result = {}
         for key, value in figures.items():
             result[f"{name}/{key}"] = value.mean().item()
-            if (error := clustered_error(value, self.caption[self.readable])) is not None:
+            if (error := clustered_error(value, self.caption_ids[self.readable])) is not None:
                 result[f"{name}/{key}_se"] = error
         return result
 

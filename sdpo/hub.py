@@ -183,7 +183,7 @@ def is_weight_file(init: str) -> bool:
 
 
 def find_weights(init: str) -> str:
-    """The unet.pth in a folder, as runs and their checkpoints have it; any other folder, a file or hub id as it is."""
+    """Path of the unet.pth in a folder, as runs and checkpoints have one; where there is none, `init` unchanged."""
     file = Path(init, "unet.pth")
     return str(file) if init and file.is_file() else init
 
@@ -196,7 +196,7 @@ def is_parameter(item: tuple[Any, Any]) -> bool:
 def load_state(path: str | Path) -> dict[str, Tensor]:
     """State dict of a .pth/.pt/.bin (weights only) or .safetensors file; raises InputError for anything else.
 
-    It may lie under "state_dict", and its names may begin as DistributedDataParallel or torch.compile have them.
+    A dict nested under "state_dict" is accepted; prefixes of DistributedDataParallel and torch.compile are stripped.
     """
     state = load_tensors(path)
     state = state.get("state_dict", state) if isinstance(state, dict) else state

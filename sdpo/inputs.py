@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from sdpo.batch import Batch
-from sdpo.families import Conditioning, StableDiffusion
+from sdpo.families import Conditioning, Family
 
 
 @dataclass
 class Inputs:
     """Inputs of the denoiser for the members of B pairs, winners first, and the targets of its prediction.
 
-    For sft, which has only winners, there are B rows of all in place of 2B.
+    For sft, which has only winners, every tensor has B rows instead of 2B.
     """
 
     noisy: Tensor  # (2B, C, h, w)
@@ -34,7 +34,7 @@ def normalise(pixels: Tensor) -> Tensor:
     return pixels.float() / 127.5 - 1
 
 
-def make_inputs(family: StableDiffusion, batch: Batch) -> Inputs:
+def make_inputs(family: Family, batch: Batch) -> Inputs:
     """Encode a batch on the family's device; both members of a pair get the same noise, timestep and caption."""
     members = len(batch.posterior_noise) // len(batch.captions)
     moments, texts = batch.moments, batch.texts

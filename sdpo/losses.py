@@ -196,5 +196,6 @@ def sft(prediction: Tensor, target: Tensor) -> Tensor:
     return sample_error(prediction.float(), target.detach().float())
 
 
-# Each takes the terms of B pairs and returns (B,); dmpo takes its alpha too
+# Each takes the terms of B pairs, and what LOSS_OPTIONS names, and returns (B,)
 PAIR_LOSSES = {"diffusion-dpo": diffusion_dpo, "dspo-score": dspo_score, "dspo-switched": dspo_switched, "dmpo": dmpo}
+LOSS_OPTIONS = {"dmpo": {"alpha": "dmpo_alpha"}}  # argument: the setting that gives it

@@ -130,12 +130,13 @@ def _is_path(text: str) -> bool:
 
 
 def _resolve(image: str, manifest: Path, where: str) -> Path:
-    """Absolute path of the first that is a file: beside the manifest in the folder of its name, where official images
-    are; the path as seen from the manifest's folder; from the working directory, as official ones are written; from
-    the manifest's folder again, with leading folders left out.
+    """Absolute path of an entry's image: the first of these that is a file, or else the second.
 
-    The last is for manifests written from another working directory and for moved folders. The image's own folder is
-    never left out: other images may now be where these were.
+    1. in the folder of the manifest's name beside it, where official images are
+    2. the path as seen from the manifest's folder
+    3. from the working directory, as official manifests are written
+    4. from the manifest's folder with leading folders left out, for folders that were moved; never the image's own
+       folder, since other images may now be where these were
     """
     parts, folder = Path(image).parts, manifest.parent
     kept = range(1 if ".." in parts else max(1, len(parts) - 1))

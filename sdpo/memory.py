@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sdpo.arithmetic import compile_blocks, recompute
 from sdpo.batch import Batch
 from sdpo.command import InputError
-from sdpo.families import StableDiffusion
+from sdpo.families import Family
 from sdpo.hub import DTYPES
 from sdpo.inputs import Inputs, make_inputs
 from sdpo.optimizers import OPTIMIZERS, optimizer_name
@@ -82,7 +82,7 @@ def checkpoint_units(unet: nn.Module) -> dict[str, nn.Module]:
 
 
 def choose_units(
-    family: StableDiffusion, unet: ModelMixin, inputs: Inputs, dtype: torch.dtype, budget: float, compiled: bool = False
+    family: Family, unet: ModelMixin, inputs: Inputs, dtype: torch.dtype, budget: float, compiled: bool = False
 ) -> tuple[set[str], int]:
     """(units to checkpoint, bytes of activations then kept) for micro-batches of the shapes of `inputs`.
 
@@ -104,9 +104,7 @@ class ActivationCounter:
     `compiled`, its blocks are split into passes as the compiler does it, but no code is made.
     """
 
-    def __init__(
-        self, family: StableDiffusion, unet: ModelMixin, inputs: Inputs, dtype: torch.dtype, compiled: bool = False
-    ):
+    def __init__(self, family: Family, unet: ModelMixin, inputs: Inputs, dtype: torch.dtype, compiled: bool = False):
         device = inputs.noisy.device
         self.family = family
         self.autocast = torch.autocast(device.type, dtype, dtype != torch.float32, **AUTOCAST.to_kwargs())

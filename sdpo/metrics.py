@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @torch.no_grad()
 def pair_metrics(terms: PairTerms) -> dict[str, Tensor]:
-    """Scalars of one micro-batch, left on the device: official names where there are some, TRL's for rewards.
+    """Scalars of one micro-batch, left on the device; docs/metrics.md explains them.
 
     As officially, a margin of exactly 0 does not count as accurate; of held-out pairs it counts one half.
     """
@@ -30,15 +30,18 @@ def pair_metrics(terms: PairTerms) -> dict[str, Tensor]:
     scale = terms.loser_scale
     accuracy = (terms.margin > 0).float().mean()
     return {
+        # the official code's
         "model_mse_unaccumulated": (terms.error_w.mean() + terms.error_l.mean()) / 2,
         "ref_mse_unaccumulated": (terms.reference_error_w.mean() + terms.reference_error_l.mean()) / 2,
         "implicit_acc_accumulated": accuracy,
         "avg_win_diff_loss": -drop_w.mean(),
         "avg_lose_diff_loss": -drop_l.mean(),
         "avg_lose_l_scale": scale.mean(),
+        # more about the safeguard
         "lambda/min": scale.min(),
         "lambda/share_below_1": (scale < 1).float().mean(),
         "residual_cosine": F.cosine_similarity(terms.residual_w.flatten(1), terms.residual_l.flatten(1)).mean(),
+        # TRL's
         "rewards/chosen": terms.beta / 2 * drop_w.mean(),
         "rewards/rejected": terms.beta / 2 * drop_l.mean(),
         "rewards/accuracies": accuracy,

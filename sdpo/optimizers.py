@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from sdpo.command import InputError
 from sdpo.config import TrainConfig
-from sdpo.families import StableDiffusion
+from sdpo.families import Family
 
 
 def adamw(parameters: Iterable[nn.Parameter], config: TrainConfig, learning_rate: float) -> Optimizer:
@@ -77,7 +77,7 @@ OPTIMIZERS = {
 }
 
 
-def optimizer_name(config: TrainConfig, family: StableDiffusion | type[StableDiffusion]) -> str:
+def optimizer_name(config: TrainConfig, family: Family | type[Family]) -> str:
     """Row of OPTIMIZERS that the config asks for."""
     if config.use_adafactor:
         return "adafactor"

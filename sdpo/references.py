@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from sdpo.config import Plan, TrainConfig
-from sdpo.families import StableDiffusion
+from sdpo.families import Family
 from sdpo.pairs import Pairs
 from sdpo.ranks import on_main
 from sdpo.shards import Shards, refuse_changes, refuse_damaged
@@ -90,7 +90,7 @@ class ReferenceErrors:
 
 
 def open_references(
-    config: TrainConfig, accelerator: Accelerator, family: StableDiffusion, plan: Plan, seed: int, pairs: Pairs
+    config: TrainConfig, accelerator: Accelerator, family: Family, plan: Plan, seed: int, pairs: Pairs
 ) -> ReferenceErrors | None:
     """The errors in --reference_cache, None without that flag; every rank calls this.
 
@@ -113,7 +113,7 @@ def open_references(
 
 
 def make_key(
-    config: TrainConfig, accelerator: Accelerator, family: StableDiffusion, plan: Plan, seed: int, pairs: Pairs
+    config: TrainConfig, accelerator: Accelerator, family: Family, plan: Plan, seed: int, pairs: Pairs
 ) -> dict:
     """All that the errors depend on, down to rounding."""
     device = accelerator.device

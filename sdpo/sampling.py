@@ -10,7 +10,7 @@ from diffusers import EulerDiscreteScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from sdpo.families import Conditioning, StableDiffusion
+from sdpo.families import Conditioning, Family
 
 GUIDANCE = {
     "standard": lambda cond, uncond, scale: uncond + scale * (cond - uncond),
@@ -27,10 +27,8 @@ def draw_noise(shape: tuple[int, ...], seeds: Iterable[int], device: torch.devic
     return randn_tensor((len(draws), *shape), generator=draws, device=device, dtype=dtype)
 
 
-def encode_guided(
-    family: StableDiffusion, captions: list[str], height: int, width: int, dtype: torch.dtype
-) -> Conditioning:
-    """Conditioning of 2 N rows: N captions, then as often the empty one."""
+def encode_guided(family: Family, captions: list[str], height: int, width: int, dtype: torch.dtype) -> Conditioning:
+    """Conditioning of 2 N rows: N captions, then N empty ones."""
     count = len(captions)
     rows = torch.tensor([*range(count), *[count] * count], device=family.device)
     encoded = family.encode_captions([*captions, ""], height, width)
@@ -39,7 +37,7 @@ def encode_guided(
 
 @torch.no_grad()
 def sample(
-    family: StableDiffusion,
+    family: Family,
     unet: nn.Module,
     captions: list[str],
     noise: Tensor,

@@ -419,7 +419,7 @@ def score_rows(
     error of an image that cannot be read is yielded, not raised.
     """
     device = check_device(device)
-    in_turn = exceed(scorers.values(), device) if in_turn is None else in_turn
+    in_turn = are_too_large(scorers.values(), device) if in_turn is None else in_turn
     preprocesses = {scorer.preprocess for scorer in scorers.values()}
     home = "cpu" if in_turn else device
     block_size = max(batch_size, IN_TURN_BLOCK) if in_turn else batch_size
@@ -438,7 +438,7 @@ def score_rows(
             yield from (image if isinstance(image, InputError) else next(scores) for image in prepared)
 
 
-def exceed(scorers: Iterable[Scorer], device: torch.device) -> bool:
+def are_too_large(scorers: Iterable[Scorer], device: torch.device) -> bool:
     """Whether models are too large for what is free on a GPU."""
     if device.type != "cuda":
         return False

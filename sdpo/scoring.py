@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -299,6 +300,29 @@ def check_models(scored: Mapping[str, Scored], metrics: Sequence[str]) -> None:
 
 
 # Groups of prompts
+
+
+def try_scoring(
+    options: ScoringOptions, output: Path, prompts: Mapping[str, Sequence[str]], size: tuple[int, int]
+) -> None:
+    """Raises InputError for what would stop the scoring of images of a (height, width) that are still to be made.
+
+    `prompts` are those of every folder of images in the folder `output`.
+    """
+    try:
+        options.try_out([prompt for group in prompts.values() for prompt in group], size)
+    except InputError as error:
+        raise InputError(f"{error}; or choose other --metrics (none: images alone); no image was made") from error
+    path = output / "scores.jsonl"
+    take_in_shares(path)
+    own = [row for row in read_scores(path).values() if os.path.dirname(row["image"]) in prompts]
+    for metric in options.metrics:
+        there = {row.get("models", {}).get(metric) for row in own} - {None, options.model(metric)}
+        if there and options.accepts(metric) is None:
+            raise InputError(
+                f"{path} has scores of {metric} by another model ({'; '.join(sorted(there))}) than images of this "
+                "command would get: say which one with --weights or --score_dtype; no image was made"
+            )
 
 
 def score_groups(manifests: Mapping[str, Path], options: ScoringOptions, accelerator: Accelerator) -> dict[str, Scored]:

@@ -24,11 +24,11 @@ from sdpo.average import AveragedWeights
 from sdpo.batch import Batch
 from sdpo.command import InputError
 from sdpo.config import Plan, TrainConfig
-from sdpo.families import StableDiffusion, hold_matmul_weights
+from sdpo.families import Family, hold_matmul_weights
 from sdpo.graphs import RecordedSteps
 from sdpo.hub import DTYPES
 from sdpo.inputs import make_inputs
-from sdpo.losses import PAIR_LOSSES, PairTerms, dmpo, pair_terms, sample_error, sft
+from sdpo.losses import LOSS_OPTIONS, PAIR_LOSSES, PairTerms, pair_terms, sample_error, sft
 from sdpo.metrics import Meter, pair_metrics
 from sdpo.optimizers import OPTIMIZERS, optimizer_name
 
@@ -47,7 +47,7 @@ class Run:
 
     config: TrainConfig
     accelerator: Accelerator
-    family: StableDiffusion
+    family: Family
     plan: Plan
     seed: int
     policy: nn.Module  # fp32 weights; wrapped by accelerate once `prepare` has run
@@ -58,8 +58,8 @@ class Run:
     average: AveragedWeights | None = None  # of the policy, once that is prepared
     recorded: RecordedSteps | None = None  # micro-steps as CUDA graphs, once the policy is prepared
     data: str = ""  # Pairs.fingerprint of what it trains on
-    base: dict[str, str] = field(default_factory=dict)  # StableDiffusion.describe of what it begins with
-    references: ReferenceErrors | None = None  # the reference's errors, kept for other runs
+    base: dict[str, str] = field(default_factory=dict)  # Family.describe of what it begins with
+    reference_errors: ReferenceErrors | None = None  # the reference's errors, kept for other runs
     prompts: list[str] = field(default_factory=list)  # to sample images of when held-out errors are measured
     step: int = 0  # updates made or skipped
 
@@ -70,7 +70,7 @@ class Run:
         return {"step": self.step, "seed": self.seed, **made_from, **shape, "meter": self.meter.state()}
 
     def settings(self) -> dict[str, Any]:
-        """The config's settings as they come out: one spelling for each, defaults where they have no effect."""
+        """The effective settings: aliases and "auto" resolved, flags without effect at their defaults."""
         optimizer = optimizer_name(self.config, self.family)
         settled = {
             "sft": False,
@@ -111,14 +111,14 @@ class Run:
 def build_run(
     config: TrainConfig,
     accelerator: Accelerator,
-    family: StableDiffusion,
+    family: Family,
     plan: Plan,
     seed: int,
-    references: ReferenceErrors | None = None,
+    reference_errors: ReferenceErrors | None = None,
 ) -> Run:
     """A run before its first update, not yet prepared; InputError for a UNet or optimizer that cannot be used."""
     accelerator.gradient_accumulation_steps = plan.accumulation
-    compares = config.method != "sft" and not (references and references.complete)
+    compares = config.method != "sft" and not (reference_errors and reference_errors.complete)
     policy, reference = build_models(config, family, accelerator, with_reference=compares or config.holds_out)
     optimizer = OPTIMIZERS[optimizer_name(config, family)].build(policy.parameters(), config, plan.learning_rate)
     lengths = {"num_warmup_steps": config.lr_warmup_steps, "num_training_steps": plan.steps}
@@ -134,12 +134,12 @@ def build_run(
         optimizer=optimizer,
         schedule=schedule,
         meter=Meter(accelerator),
-        references=references,
+        reference_errors=reference_errors,
     )
 
 
 def build_models(
-    config: TrainConfig, family: StableDiffusion, accelerator: Accelerator, with_reference: bool
+    config: TrainConfig, family: Family, accelerator: Accelerator, with_reference: bool
 ) -> tuple[nn.Module, nn.Module | None]:
     """(policy in fp32, frozen reference or None), on the device; raises InputError for a UNet with dropout."""
     dtype = DTYPES[accelerator.mixed_precision]
@@ -166,16 +166,17 @@ def build_models(
     return unet, reference
 
 
-def loss_name(config: TrainConfig, family: StableDiffusion | type[StableDiffusion]) -> str:
+def loss_name(config: TrainConfig, family: Family | type[Family]) -> str:
     """Row of PAIR_LOSSES that the config asks for."""
     form = family.dspo_form if config.dspo_form == "auto" else config.dspo_form
     return f"dspo-{form}" if config.method == "dspo" else config.method
 
 
-def pair_loss(config: TrainConfig, family: StableDiffusion) -> Callable[[PairTerms], Tensor]:
+def pair_loss(config: TrainConfig, family: Family) -> Callable[[PairTerms], Tensor]:
     """The loss that the config asks for, as a function of the terms alone."""
-    loss = PAIR_LOSSES[loss_name(config, family)]
-    return functools.partial(loss, alpha=config.dmpo_alpha) if loss is dmpo else loss
+    name = loss_name(config, family)
+    options = {argument: getattr(config, setting) for argument, setting in LOSS_OPTIONS.get(name, {}).items()}
+    return functools.partial(PAIR_LOSSES[name], **options)
 
 
 def compute_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -205,7 +206,7 @@ def compute_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     )
     loss = pair_loss(config, family)(terms).mean()
     values = {"train_loss": loss.detach(), **pair_metrics(terms)}
-    if run.references and reference is not None:
+    if run.reference_errors and reference is not None:
         values[REFERENCE_ERROR] = torch.cat([terms.reference_error_w, terms.reference_error_l])
     return loss, values
 
@@ -239,7 +240,7 @@ def update(run: Run, micro_batches: Iterator[Batch]) -> Skipped | None:
         with run.accelerator.accumulate(run.policy):
             values = run.recorded(batch) if run.recorded else micro_step(run, batch.to(device))
             if REFERENCE_ERROR in values:
-                run.references.add(run.step, values.pop(REFERENCE_ERROR))
+                run.reference_errors.add(run.step, values.pop(REFERENCE_ERROR))
             measured.append(values)
     limit = run.config.max_grad_norm or float("inf")
     norm = run.accelerator.clip_grad_norm_(run.policy.parameters(), limit)

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 
 from sdpo.batch import Batch, collate
-from sdpo.checkpoint import list_checkpoints, number_of, save_checkpoint, set_aside
+from sdpo.checkpoint import list_checkpoints, save_checkpoint, set_aside, step_of
 from sdpo.command import InputError
 from sdpo.data import STOP_SIGNALS, PairDataset, micro_batch_places
 from sdpo.step import Run, Skipped, compute_loss
@@ -178,7 +178,7 @@ class Skips:
             return f"{broken}, and this run began with them: {fix}, or go on from others with --resume_from_checkpoint"
         if run.accelerator.is_main_process:
             found = list_checkpoints(run.config.output_dir)
-            later = [path for path in found if number_of(path) >= self.last_made]
+            later = [path for path in found if step_of(path) >= self.last_made]
             set_aside(later, "broken", "holds weights that give no finite loss")
         run.accelerator.wait_for_everyone()
         wanted = run.config.resume_from_checkpoint

@@ -373,7 +373,7 @@ def read_saved(path: Path, split: str) -> datasets.Dataset:
 def undecoded(table: datasets.Dataset) -> datasets.Dataset:
     """All columns as Python has them, images as bytes or paths, so that filters and workers decide what is decoded.
 
-    Raises InputError for a column of classes, whose numbers are those of names and not what it says.
+    Raises InputError for labels as a ClassLabel column: its integers are indices of class names, not the labels.
     """
     table = table.with_format(None)
     for name, feature in table.features.items():

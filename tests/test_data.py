@@ -666,7 +666,7 @@ def test_the_noise_offset_differs_between_channels():
 def test_flags_reach_the_samples():
     family = SimpleNamespace(latent_shape=lambda resolution: (4, resolution // 8, resolution // 8))
     plan = SimpleNamespace(global_batch=12)
-    common = {"resolution": 64, "family": family, "seed": 5, "plan": plan, "references": None}
+    common = {"resolution": 64, "family": family, "seed": 5, "plan": plan, "reference_errors": None}
     changed = {
         "random_crop": True, "no_hflip": False, "shared_flip": True, "proportion_empty_prompts": 0.3, "noise_offset": 0.1,
         "input_perturbation": 0.2, "max_unreadable_images": 7,

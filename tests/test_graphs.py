@@ -72,7 +72,7 @@ def test_errors_of_the_reference_are_kept_and_read(arguments, tmp_path):
     with tape.cuda_graphs() as tapes:
         record(run)
         update(run, batches, 4)
-        run.references.write(run.step)
+        run.reference_errors.write(run.step)
         run, batches = begin(arguments(*flags, out="second"))
         record(run)
         found = update(run, batches, 8)

@@ -44,7 +44,7 @@ from sdpo.scorers import (
     PickScore,
     PixelChecks,
     Preprocess,
-    exceed,
+    are_too_large,
     load_scorers,
     prepare,
     score_rows,
@@ -705,8 +705,8 @@ def test_scorers_take_turns_where_the_gpu_cannot_hold_them(monkeypatch, free, tu
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10**9))
     models = [torch.nn.Linear(50, 1, bias=False) for _ in range(2)]
-    assert exceed(models, SimpleNamespace(type="cuda")) == turns
-    assert not exceed(models, torch.device("cpu"))
+    assert are_too_large(models, SimpleNamespace(type="cuda")) == turns
+    assert not are_too_large(models, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("in_turn, places", [(True, ["meta", "cpu"]), (False, ["meta", "meta"])])

@@ -429,10 +429,10 @@ def test_held_out_standard_errors_go_by_the_captions_of_readable_pairs(arguments
     with torch.no_grad():
         for parameter in run.policy.parameters():
             parameter.mul_(1.1)
-    held_out.caption = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 3, 3])
+    held_out.caption_ids = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 3, 3])
     number, means = torch.arange(10), []
     for caption in (1, 2, 3):
-        held_out.readable = held_out.caption == caption
+        held_out.readable = held_out.caption_ids == caption
         means.append(held_out.measure(run.policy, 100.0, "heldout")["heldout/winner_error_change"])
     held_out.readable = number >= 4
     figures = held_out.measure(run.policy, 100.0, "heldout")
@@ -467,7 +467,7 @@ def test_held_out_pairs_are_dealt_out_and_what_any_rank_cannot_read_is_left_out(
     pairs = HeldOutPairs(rank, family, FivePairs(), 2, None)
     assert [(places.start, places.stop) for places, _, _ in pairs.shares] == [(2, 4), (0, 2)]  # as many as rank 0 has
     assert pairs.readable.tolist() == [True, True, True, False, True]
-    assert pairs.caption.tolist() == [0, 1, 1, 2, 0]  # the first one is what they are measured with
+    assert pairs.caption_ids.tolist() == [0, 1, 1, 2, 0]  # the first one is what they are measured with
 
 
 def test_validation_prompts_are_sampled(arguments, tmp_path):

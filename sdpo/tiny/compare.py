@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 
 from sdpo.command import InputError, Parser, parse_assignments, run_command, show
 from sdpo.console import quiet_libraries
-from sdpo.families import StableDiffusion, load_family
+from sdpo.families import Family, load_family
 from sdpo.files import parse_json, read_text, write_json, write_text
 from sdpo.hub import load_weights
 from sdpo.metrics import read_metrics
@@ -34,7 +34,7 @@ ALIKE = (  # settings that runs to be compared have in common
 )  # fmt: skip
 
 
-def sample_pictures(family: StableDiffusion, unet: torch.nn.Module) -> tuple[np.ndarray, list[str]]:
+def sample_pictures(family: Family, unet: torch.nn.Module) -> tuple[np.ndarray, list[str]]:
     """PER_CAPTION pictures of each held-out caption, (N, 32, 32, 3) uint8, from the same noise for every model."""
     captions = [spec.caption for spec in pictures.HELD_OUT for _ in range(PER_CAPTION)]
     shape = family.latent_shape(pictures.SIDE)
@@ -42,7 +42,7 @@ def sample_pictures(family: StableDiffusion, unet: torch.nn.Module) -> tuple[np.
     return sample(family, unet, captions, noise, STEPS, GUIDANCE), captions
 
 
-def evaluate(family: StableDiffusion, weights: Path | None) -> tuple[dict[str, float], np.ndarray]:
+def evaluate(family: Family, weights: Path | None) -> tuple[dict[str, float], np.ndarray]:
     """Mean score, its standard error and the share of all-correct samples of one UNet, with its pictures."""
     unet = family.load_unet().eval()
     if weights:
