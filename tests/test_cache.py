@@ -241,7 +241,11 @@ def test_more_rows_are_added_to_those_there(flags, tmp_path):
     (there,) = map(set, first.values())
     assert added == set(pairs.rows.tolist()) - there and 0 < len(added) < 10
     assert before.items() <= files(tmp_path / "cache", "images/*.safetensors").items()
-    assert open_cache(flags("--max_train_samples=5"))[0].load(0, 2)
+    fresh = f"--latent_cache={tmp_path / 'fresh'}"
+    (one, captions), (other, same_captions) = (
+        open_cache(flags("--max_train_samples=5", *where))[0].load(0, 2) for where in ([], [fresh])
+    )
+    assert captions == same_captions and all(map(torch.equal, one, other))
 
 
 SCRIPT = """

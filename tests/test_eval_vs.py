@@ -352,7 +352,7 @@ def test_weights_of_all_metrics_are_tried_before_the_first_are_computed(tmp_path
     monkeypatch.setattr(scoring, "_compute", None)
     monkeypatch.setattr(ScoringOptions, "load", lambda self, metrics: tried.append(metrics) or {})
     tried = []
-    with pytest.raises(TypeError):  # of what would compute
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):  # what would compute
         scoring.main([a, b, "--metrics", "Pixels", "CLIP"])
     assert tried == [["Pixels"], ["CLIP"]] and (tmp_path / "a" / "scores.jsonl").read_text() == before
 

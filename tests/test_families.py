@@ -187,7 +187,7 @@ def test_unusable_models_are_refused(bases, tmp_path):
 
 
 def test_families_have_the_official_settings():
-    """METHOD.md: 512 pixels, AdamW and no checkpointing; 1024 pixels, Adafactor and gradient checkpointing."""
+    """Of the official launchers: 512 pixels, AdamW and no checkpointing; 1024 pixels, Adafactor and gradient checkpointing."""
     settings = ("resolution", "optimizer", "gradient_checkpointing", "dspo_form")
     found = {name: tuple(getattr(family, setting) for setting in settings) for name, family in FAMILIES.items()}
     assert found == {"sd15": (512, "adamw", "none", "score"), "sdxl": (1024, "adafactor", "full", "switched")}

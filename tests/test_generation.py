@@ -464,6 +464,10 @@ def test_scores_of_two_models_are_refused_before_images_are_made(tmp_path):
     with pytest.raises(InputError, match=r"scores of Pixels by another model \(bf16\) than .*; no image was made"):
         eval_generate.main([*flags, str(tmp_path / "b.json")])
     assert path.read_text() == before and not list((tmp_path / "out").glob("b_*/*.png"))
+    eval_generate.main([*flags, str(tmp_path / "b.json"), "--metrics=none"])  # the images alone
+    with pytest.raises(InputError, match=r"Pixels come from different models \(a: bf16, b: official\)"):
+        eval_generate.main([*flags, str(tmp_path / "b.json")])
+    assert path.read_text() == before
 
 
 def test_a_killed_run_leaves_whole_images_and_is_resumed(tmp_path):
@@ -712,7 +716,7 @@ def test_lists_are_put_together_where_a_flag_is_given_twice():
 
 
 def test_defaults_are_the_official_settings():
-    """PROTOCOL.md: 50 steps, seed 0 for every prompt, guidance cond + 7.5 (cond - uncond), bf16 throughout."""
+    """Of the official evaluation: 50 steps, seed 0 for every prompt, guidance cond + 7.5 (cond - uncond), bf16 throughout."""
     config = EvalConfig("base", "base")
     assert (config.steps, config.cfg, config.guidance, config.seed, config.noise) == (50, 7.5, "official", 0, "shared")
     assert (config.dtype, config.latents_dtype, config.score_dtype) == ("bf16", None, None)

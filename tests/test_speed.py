@@ -277,7 +277,13 @@ def test_layout_and_optimizer_for_sdxl(arguments, tmp_path, flag):
     train.main(arguments(family="sdxl", out="default"))
     losses = [dict(read_metrics(tmp_path / out, "train_loss"))[1] for out in ("run", "default")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    assert not same(state, weights(tmp_path / "default"))  # the flag was not without effect
+
+
+@pytest.mark.parametrize("flag, last", [("--channels_last", True), ("--channels_last=false", False)])
+def test_layout_is_as_asked(arguments, flag, last):
+    run, *_ = set_up(arguments(flag))
+    for unet in (run.policy, run.reference):
+        assert unet.down_blocks[0].resnets[0].conv1.weight.is_contiguous(memory_format=torch.channels_last) == last
 
 
 def test_adamw_with_8_bit_state_resumes(arguments, tmp_path):

@@ -618,9 +618,9 @@ CONSTANT = ["--lr_scheduler=constant", "--checkpointing_steps=1"]
 
 def test_a_changed_learning_rate_is_the_rate_from_the_next_update_on(arguments, tmp_path):
     train.main(arguments(*CONSTANT, "--max_train_steps=2"))
-    train.main(arguments(*CONSTANT, "--learning_rate=5e-3", "--resume_with_changes"))
+    train.main(arguments(*CONSTANT, "--max_train_steps=4", "--learning_rate=5e-3", "--resume_with_changes"))
     rates = dict(read_metrics(tmp_path / "run", "lr"))
-    assert rates == pytest.approx({1: 1e-3, 2: 1e-3, 3: 5e-3})
+    assert rates == pytest.approx({1: 1e-3, 2: 1e-3, 3: 5e-3, 4: 5e-3})
     one, two, three = (weights(tmp_path / "run" / f"checkpoint-{step}") for step in (1, 2, 3))
     moved = [sum((b[name] - a[name]).abs().sum() for name in a) for a, b in ((one, two), (two, three))]
     assert 3 < moved[1] / moved[0] < 7  # steps of Adam are about as long as the rate
@@ -649,6 +649,7 @@ def test_flags_without_effect_and_other_names_of_a_place_do_not_change_a_run(arg
     flags = ["--hub_model_id=me/x", "--local_rank=0", "--hard_skip_resume", "--latent_cache=cache"]
     flags += ["--optimizer=adamw", "--dspo_form=switched", "--dmpo_alpha=0.3", "--image_column=x", "--adam_beta1=0.9"]
     train.main(arguments("--max_train_steps=2", "--lr_scheduler=constant_with_warmup", *flags))
+    assert dict(read_metrics(tmp_path / "run", "train_loss")).keys() == {1, 2}
 
 
 def test_a_checkpoint_beyond_the_runs_end_is_refused(arguments):
@@ -727,10 +728,13 @@ def test_resuming_finds_base_and_data_in_another_place(arguments, bases, pairs_f
     assert dict(read_metrics(tmp_path / "run", "train_loss")).keys() == {1, 2}
 
 
-def test_resuming_may_split_the_same_batch_otherwise(arguments, tmp_path):
-    per_pair = ["--use_winner_preserving", "--winner_preserving_mu=0.5", "--winner_preserving_per=pair"]
-    train.main(arguments("--checkpointing_steps=1", "--max_train_steps=1", *per_pair))
-    train.main(arguments("--train_batch_size=4", "--logging_steps=2", "--max_train_steps=2", *per_pair))
+PER_PAIR = ["--use_winner_preserving", "--winner_preserving_mu=0.5", "--winner_preserving_per=pair"]
+
+
+@pytest.mark.parametrize("scale", [[], PER_PAIR], ids=["plain", "per pair"])
+def test_resuming_may_split_the_same_batch_otherwise(arguments, tmp_path, scale):
+    train.main(arguments("--checkpointing_steps=1", "--max_train_steps=1", *scale))
+    train.main(arguments("--train_batch_size=4", "--logging_steps=2", "--max_train_steps=2", *scale))
     assert dict(read_metrics(tmp_path / "run", "train_loss")).keys() == {1, 2}
 
 
@@ -782,14 +786,6 @@ def test_resuming_with_more_micro_steps_per_update_is_the_same_run(arguments, tm
     assert apart < 0.01 * moved(tmp_path / "whole", 1, 2)
 
 
-def test_a_changed_learning_rate_stays(arguments, tmp_path):
-    flags = ["--lr_scheduler=constant", "--checkpointing_steps=1"]
-    train.main(arguments(*flags, "--max_train_steps=1"))
-    train.main(arguments(*flags, "--max_train_steps=4", "--learning_rate=5e-3", "--resume_with_changes"))
-    rates = dict(read_metrics(tmp_path / "run", "lr"))
-    assert rates == pytest.approx({1: 1e-3, 2: 5e-3, 3: 5e-3, 4: 5e-3})
-
-
 @pytest.mark.parametrize(
     "given, change, words",
     [
@@ -808,11 +804,6 @@ def test_other_changes_of_a_resumed_run_must_be_meant_too(arguments, given, chan
     with pytest.raises(InputError) as error:
         train.main(arguments(*given, change))
     assert words in str(error.value) and "--resume_with_changes" in str(error.value)
-
-
-def test_a_run_without_a_safeguard_may_be_split_otherwise(arguments):
-    train.main(arguments("--checkpointing_steps=1", "--max_train_steps=1"))
-    train.main(arguments("--train_batch_size=4", "--max_train_steps=2"))
 
 
 def skips(scale=None, rank=0):

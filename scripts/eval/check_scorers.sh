@@ -11,7 +11,7 @@ fi
 requirements=$ROOT/requirements-reference.txt reference=$ROOT/.venv-reference
 if ! cmp -s "$requirements" "$reference/installed.txt"; then
   echo "installing into .venv-reference (about 6 GB with the GPU libraries that PyTorch brings)"
-  python3 -m venv "$reference"
+  "$PYTHON" -m venv "$reference"
   "$reference/bin/pip" install --quiet -r "$requirements"
   packages=$(echo "$reference"/lib/python*/site-packages)
   cp "$packages/clip/bpe_simple_vocab_16e6.txt.gz" "$packages/hpsv2/src/open_clip/" # hpsv2's wheel lacks it
