@@ -34,7 +34,7 @@ from sdpo.step import Run, loss_name
 
 MODEL_FILES = ("unet.pth", "unet_ema.pth", "model_index.json")
 EVALUATED = (  # what an evaluation of a run's weights leaves beside them
-    "*_seed*cfg", "*_seed*cfg.json", "*_seed*cfg.zip", "scores.*", "summary.json", "summary.csv", "joint_test_*.log",
+    "*_seed*cfg", "*_seed*cfg.json*", "*_seed*cfg.zip", "scores.*", "summary.json", "summary.csv", "joint_test_*.log",
     "report.html", "eval-*",
 )  # fmt: skip
 log = logging.getLogger(__name__)

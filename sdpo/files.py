@@ -71,11 +71,11 @@ def _sha256_of_state(path: str | Path, *_state: int) -> str:
 
 
 def identify_source(source: str) -> str:
-    """What a source of weights is by: a local file or folder by the SHA-256 of its content, others by their name."""
+    """Text that identifies a source of weights: a local file or folder by SHA-256 of its content, others by name."""
     path = Path(source)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-        content = "".join(f"{file.relative_to(path).as_posix()} {sha256(file)}\n" for file in files)
+        files = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
+        content = "".join(f"{name} {sha256(files[name])}\n" for name in sorted(files) if not name.startswith("."))
         return f"sha256:{hashlib.sha256(content.encode(errors='surrogateescape')).hexdigest()[:16]}"
     return f"sha256:{sha256(path)[:16]}" if path.is_file() else source
 

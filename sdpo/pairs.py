@@ -38,7 +38,7 @@ from sdpo.tables import (
 
 IMAGES = ("jpg_0", "jpg_1")
 IMAGE_TYPES = (*BINARY, pa.types.is_string, pa.types.is_large_string, pa.types.is_null)
-MOST_ASIDE = 0.1  # of the pairs, that may be held out or share a caption with one that is, if fewer are asked for
+MOST_ASIDE = 0.1  # share of the pairs that held-out captions may take from training, unless more are to be held out
 LABELS_ABOUT = b"sdpo"  # key of the JSON object in a label file that says what it was made from
 
 
@@ -279,8 +279,8 @@ def as_number(label: object) -> float:
 def split_by_prompt(pairs: Pairs, held_out: int, seed: int) -> tuple[Pairs, Pairs]:
     """(training pairs, `held_out` pairs), no caption on both sides; raises InputError if none are left to train on.
 
-    Pairs of one caption are not independent, so each is of a caption of its own, unless training would lose more than
-    MOST_ASIDE of the pairs with the captions: then captions of few pairs come first, and some have several.
+    Pairs of one caption are not independent, so each held-out pair has a caption of its own, unless training would lose
+    more than MOST_ASIDE of the pairs with these: then captions of few pairs go first, and some give several.
     """
     options = [frozenset(texts) for texts in pairs.captions()]
     by_caption: dict[str, list[int]] = {}

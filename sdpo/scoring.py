@@ -315,7 +315,8 @@ def try_scoring(
         raise InputError(f"{error}; or choose other --metrics (none: images alone); no image was made") from error
     path = output / "scores.jsonl"
     take_in_shares(path)
-    own = [row for row in read_scores(path).values() if os.path.dirname(row["image"]) in prompts]
+    rows = read_scores(path).values()
+    own = [row for row in rows if os.path.dirname(row["image"]) in prompts and os.path.isfile(row["image"])]
     for metric in options.metrics:
         there = {row.get("models", {}).get(metric) for row in own} - {None, options.model(metric)}
         if there and options.accepts(metric) is None:
