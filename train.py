@@ -40,6 +40,7 @@ from sdpo.pairs import Pairs, prepare_pairs
 from sdpo.prompts import read_prompts
 from sdpo.ranks import join_ranks, main_first, on_main
 from sdpo.references import open_references
+from sdpo.resuming import resume
 from sdpo.rng import normal
 from sdpo.sampling import sample
 from sdpo.step import AUTOCAST, SHARDING, Run, build_run, loss_name, update
@@ -228,25 +229,6 @@ def try_out(run: Run) -> None:
     if run.family.text_encoders:  # else a latent cache stands for them
         with run.accelerator.autocast():
             run.family.try_out(run.policy)
-
-
-def resume(run: Run, checkpoint: Path) -> None:
-    """Put a checkpoint into the run; InputError if settings that shape the run differ and that is not meant."""
-    changes = checkpoints.changed_settings(run, checkpoint)
-    if changes and not run.config.resume_with_changes:
-        raise InputError(
-            f"{checkpoint} was made with other settings, so this would be another run: {'; '.join(changes)}. Restore "
-            "them, choose another --output_dir, or add --resume_with_changes"
-        )
-    for change in changes:
-        log.warning(f"CAUTION: resuming with a change: {change}")
-    checkpoints.load_checkpoint(run, checkpoint)
-    if run.step > run.plan.steps:
-        raise InputError(
-            f"{checkpoint} is beyond the run's {run.plan.steps} updates: raise --max_train_steps, name an earlier "
-            "checkpoint with --resume_from_checkpoint, or choose another --output_dir"
-        )
-    log.info(f"resumed        {checkpoint}, after {run.step} updates")
 
 
 def hold_out(run: Run, pairs: Pairs | CachedPairs | None) -> HeldOutPairs | None:
