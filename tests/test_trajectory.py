@@ -65,7 +65,7 @@ class Denoiser:
     """Policy and reference of a pipeline, and what they are shown."""
 
     def __init__(self, folder):
-        self.pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float64)
+        self.pipe = DiffusionPipeline.from_pretrained(folder).to(torch.float64)
         self.pipe.scheduler.alphas_cumprod = self.pipe.scheduler.alphas_cumprod.double()
         self.policy, self.reference = self.pipe.unet, copy.deepcopy(self.pipe.unet)
 
