@@ -107,9 +107,9 @@ class Pending:
         """The entries, and for each, in place of scores, the model by metric that gave or will give them."""
         scores = {key: {"models": dict(row.get("models", {}))} for key, row in self.scores.items()}
         for lacking, missing in self.todo.items():
+            coming = {metric: options.model(metric) for metric in lacking}
             for entry in missing:
-                models = scores.setdefault(entry.key, {"models": {}})["models"]
-                models |= {metric: options.model(metric) for metric in lacking}
+                scores.setdefault(entry.key, {"models": {}})["models"] |= coming
         return self.entries, scores
 
 
@@ -236,9 +236,10 @@ def _plan(manifest: str | Path, options: ScoringOptions) -> Pending:
 
 def _missing(entries: Sequence[Entry], scores: Scores, options: ScoringOptions) -> Todo:
     """Entries by the metrics that they lack."""
+    accepted = {metric: options.accepts(metric) for metric in options.metrics}
     todo = {}
     for entry in entries:
-        lacking = tuple(m for m in options.metrics if find_score(entry, scores, m, options.accepts(m)) is None)
+        lacking = tuple(m for m, model in accepted.items() if find_score(entry, scores, m, model) is None)
         if lacking:
             todo.setdefault(lacking, []).append(entry)
     return todo
