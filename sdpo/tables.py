@@ -33,6 +33,7 @@ IMAGE_FIELDS = ("bytes", "path")  # of the image records of datasets
 SAVED_WITH = ("dataset_dict.json", "dataset_info.json", "state.json", "metadata.jsonl")  # what describes data
 SAMPLED = 64  # rows by whose images a change of all of them is noticed
 FOOTER = 2**16  # bytes at the end of a parquet file, its footer or most of it
+STREAM_END = bytes.fromhex("ffffffff00000000")  # of Arrow's format for streams
 MUCH = 0.5  # GiB of data, from which on it takes a while to copy them
 NUMBERED = re.compile(r"(.*)-\d+-of-(\d+)(?:-[0-9a-f]+)?\.\w+")  # as train-00000-of-00645-b66ac786bf6fb553.parquet
 BINARY = (pa.types.is_binary, pa.types.is_large_binary)
@@ -146,11 +147,22 @@ def open_shard(file: Path) -> tuple[pa.Schema, Iterable[pa.RecordBatch]]:
         return content.schema, (content.get_batch(number) for number in range(content.num_record_batches))
 
 
+def refuse_cut_off(file: str) -> None:
+    """Raises InputError for an Arrow stream without its end: one cut off between two batches reads as whole."""
+    with open(file, "rb") as content:
+        begin, size = content.read(6), content.seek(0, os.SEEK_END)
+        content.seek(max(0, size - len(STREAM_END)))
+        end = content.read()
+    if begin != b"ARROW1" and end != STREAM_END:  # the other format cannot be read without its footer
+        raise InputError(f"{file} has no end, so it may be cut off: fetch or write it again")
+
+
 def check_shards(folder: Path, files: list[str], in_splits: Iterable[str]) -> None:
     """Warn of shards in a folder that are in no split, and of numbered ones among a split's `files` that are not there.
 
-    Raises InputError for columns of several types where `datasets` would take them for the first file's: labels that
-    are booleans there, so that ties would be wins, and images that are bytes there and paths elsewhere.
+    Raises InputError for Arrow files that are cut off, and for columns of several types where `datasets` would take
+    them for the first file's: labels that are booleans there, so that ties would be wins, and images that are bytes
+    there and paths elsewhere.
     """
     known = set(map(os.path.realpath, in_splits))
     others = [path for path in list_shards(folder) if not path.exists() or os.path.realpath(path) not in known]
@@ -167,6 +179,8 @@ def check_shards(folder: Path, files: list[str], in_splits: Iterable[str]) -> No
     for file in files:
         for field in open_shard(Path(file))[0]:
             kinds[field.name].setdefault(field.type, file)
+        if file.endswith(".arrow"):
+            refuse_cut_off(file)
     for name, misread in MISREAD.items():
         alike = [any(is_kind(kind) for is_kind in misread) for kind in kinds[name]]
         if any(alike[:1]) and not all(alike):
@@ -357,17 +371,19 @@ def read_records(file: Path) -> list[tuple[int, dict]]:
 
 
 def read_saved(path: Path, split: str) -> datasets.Dataset:
-    """A folder written by save_to_disk, of a DatasetDict only the split's own; InputError for a split not there."""
-    index = path / "dataset_dict.json"
-    if not index.is_file():
-        table = datasets.load_from_disk(str(path))
-        if str(table.split) != split:
-            refuse_split(path, split)
-        return table
-    splits = parse_json(read_text(index), index, "save the data set again")["splits"]
-    if split not in splits:
-        raise no_such_split(path, split, splits)
-    return datasets.load_from_disk(str(path / split))
+    """A folder written by save_to_disk, of a DatasetDict only one split; InputError if it is missing or cut off."""
+    index, saved = path / "dataset_dict.json", path
+    if index.is_file():
+        splits = parse_json(read_text(index), index, "save the data set again")["splits"]
+        if split not in splits:
+            raise no_such_split(path, split, splits)
+        saved = path / split
+    table = datasets.load_from_disk(str(saved))
+    if saved == path and str(table.split) != split:
+        refuse_split(path, split)
+    for file in table.cache_files:
+        refuse_cut_off(file["filename"])
+    return table
 
 
 def undecoded(table: datasets.Dataset) -> datasets.Dataset:

@@ -49,8 +49,8 @@ def draw_weights(model):
             parameter.data = name.endswith("weight") + 0.05 * value
 
 
-def build_pipeline(family, prediction_type="epsilon"):
-    """A pipeline with some 100,000 random weights."""
+def build_pipeline(family, prediction_type="epsilon", widths=(8, 16)):
+    """A pipeline with some 100,000 random weights; `widths` are the UNet's channels by depth."""
     tokenizer, xl = build_tokenizer(), family == "sdxl"
     added = {
         "addition_embed_type": "text_time",
@@ -65,7 +65,7 @@ def build_pipeline(family, prediction_type="epsilon"):
             up_block_types=("UpDecoderBlock2D",) * 3, latent_channels=4, sample_size=32,
         ),
         "unet": UNet2DConditionModel(
-            sample_size=8, block_out_channels=(8, 16), layers_per_block=1, attention_head_dim=2, norm_num_groups=2,
+            sample_size=8, block_out_channels=widths, layers_per_block=1, attention_head_dim=2, norm_num_groups=2,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
             cross_attention_dim=32 if xl else 16, **(added if xl else {}),
         ),

@@ -804,7 +804,30 @@ def test_a_parquet_file_that_was_cut_off_is_named(tmp_path):
 def test_an_arrow_file_that_was_cut_off_is_named(tmp_path):
     path = as_arrow(tmp_path / "pairs") / "train.arrow"
     path.write_bytes(path.read_bytes()[:-400])
+    with pytest.raises(InputError, match=f"{path} has no end, so it may be cut off: fetch or write it again"):
+        load(path.parent)
+    path.write_bytes(b"ARROW1" + path.read_bytes())
     with pytest.raises(InputError, match=f"{path} is damaged, or not what its name says .*: replace or remove it"):
+        load(path.parent)
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_an_arrow_file_that_was_cut_off_between_two_batches_is_named(tmp_path, saved):
+    """Arrow itself takes what is left for the whole."""
+    path = (as_dataset if saved else as_arrow)(tmp_path / "pairs") / (
+        "data-00000-of-00001.arrow" if saved else "train.arrow"
+    )
+    rows, sink = pa.ipc.open_stream(path.read_bytes()).read_all(), pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, rows.schema) as writer:
+        writer.write_table(rows[:2])
+        middle = sink.tell()
+        writer.write_table(rows[2:])
+    content = sink.getvalue().to_pybytes()
+    path.write_bytes(content)
+    assert len(load(path.parent)) == len(load(as_parquet(tmp_path / "same")))
+    path.write_bytes(content[:middle])
+    assert pa.ipc.open_stream(path.read_bytes()).read_all().num_rows == 2
+    with pytest.raises(InputError, match=f"{path} has no end, so it may be cut off: fetch or write it again"):
         load(path.parent)
 
 

@@ -61,9 +61,17 @@ def load_header(path):
     return json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
-@pytest.mark.parametrize("precision", ["no", "bf16", "bf16 --official_reference_errors"])
-@pytest.mark.parametrize("latents", ["encoded", "cached"])
+@pytest.mark.parametrize(
+    "family, precision, latents",
+    [
+        ("sd15", "no", "encoded"),
+        ("sd15", "bf16", "cached"),
+        ("sd15", "bf16 --official_reference_errors", "encoded"),
+        ("sdxl", "no", "cached"),
+        ("sdxl", "bf16", "encoded"),
+        ("sdxl", "bf16 --official_reference_errors", "cached"),
+    ],
+)
 def test_a_run_that_reads_the_errors_is_the_run_that_computes_them(flags, tmp_path, family, precision, latents):
     common = ["--noise_offset=0.1", "--mixed_precision", *precision.split()]
     common += [f"--latent_cache={tmp_path / 'latents'}"] if latents == "cached" else []

@@ -45,15 +45,16 @@ def index_of(place, pairs):
 
 
 @pytest.mark.parametrize(
-    "settings",
+    "settings, stops",
     [
-        {"dataloader_num_workers": 0, "sdxl": False},
-        {"dataloader_num_workers": 2, "sdxl": False, "logging_steps": 4},  # averages over updates before and after
-        {"dataloader_num_workers": 0, "sdxl": True, "optimizer": "adamw"},
+        ({"dataloader_num_workers": 0, "sdxl": False}, range(1, STEPS)),
+        # averages over updates before and after
+        ({"dataloader_num_workers": 2, "sdxl": False, "logging_steps": 4}, (1, 3, 4)),
+        ({"dataloader_num_workers": 0, "sdxl": True, "optimizer": "adamw"}, (3,)),
     ],
     ids=["sd15", "workers", "sdxl"],
 )
-def test_stopping_after_any_update_changes_nothing(bases, wide_pairs, tmp_path, monkeypatch, settings):
+def test_stopping_after_any_update_changes_nothing(bases, wide_pairs, tmp_path, monkeypatch, settings, stops):
     base, loaded, original = bases["sdxl" if settings["sdxl"] else "sd15", "epsilon"], [], Pairs.load
     monkeypatch.setattr(
         Pairs, "load", lambda pairs, index, members: loaded.append(index) or original(pairs, index, members)
@@ -65,7 +66,7 @@ def test_stopping_after_any_update_changes_nothing(bases, wide_pairs, tmp_path, 
     # workers load in processes of their own; this one loads a first sample to see how much memory they need
     here = slice(0, 1) if settings["dataloader_num_workers"] else slice(None)
     assert whole[held_out:] == trained[here]
-    for step in range(1, STEPS):
+    for step in stops:
         loaded.clear()
         leave(tmp_path / "whole", tmp_path / f"cut-{step}", step)
         train.main(train_flags(base, wide_pairs, tmp_path / f"cut-{step}", **RUN | settings))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from conftest import build_pipeline
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from recording import same, set_up, weights
@@ -19,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from benchmarks.architectures import BASES
+from benchmarks.architectures import BASES, SDXL
 from benchmarks.contestants import OurLoop, Variant
 from benchmarks.counting import like_a_gpu
 from sdpo import step
@@ -221,22 +222,29 @@ class WaitingCopies(TorchDispatchMode):
         return out
 
 
+SHALLOW = {  # of the depths of SDXL, one layer each
+    "text_encoder_2": SDXL["text_encoder_2"] | {"num_hidden_layers": 1},
+    "unet": SDXL["unet"] | {"transformer_layers_per_block": 1},
+}
+
+
 @pytest.mark.parametrize("cached", [False, True], ids=["encoded", "cached"])
 @pytest.mark.parametrize(
     "base, flags",
     [
-        ("sd15", {}),
-        ("sdxl", {"train_method": "dspo"}),
-        ("small", {"train_method": "dmpo"}),
-        ("small", {"use_winner_preserving": False, "winner_preserving_mu": 0.0}),
+        (BASES["tiny"], {}),
+        (dataclasses.replace(BASES["sdxl"], parts=SDXL | SHALLOW), {"train_method": "dspo"}),
+        (BASES["tiny"], {"train_method": "dmpo"}),
+        (BASES["tiny"], {"use_winner_preserving": False, "winner_preserving_mu": 0.0}),
     ],
+    ids=["diffusion-dpo", "sdxl dspo", "dmpo", "plain"],
 )
 def test_nothing_but_the_decision_to_step_waits_for_the_device(base, flags, cached, monkeypatch):
     """On the meta device, from which nothing can be fetched: .item() or .cpu() would raise."""
     monkeypatch.setattr(Accelerator, "device", torch.device("meta"))
     monkeypatch.setattr(step, "make_step", lambda run, norm: True)
     flags = {"train_batch_size": 1, "gradient_accumulation_steps": 2, "optimizer": "adafactor"} | flags
-    contestant = OurLoop(BASES[base].config(**flags), BASES[base].build("meta"), Variant())  # fused AdamW refuses meta
+    contestant = OurLoop(base.config(**flags), base.build("meta"), Variant())  # fused AdamW refuses meta
     batch = next(contestant.batches)
     if cached:
         moments = torch.zeros(2, 2, *batch.posterior_noise.shape[1:])
@@ -317,8 +325,10 @@ def check_count_of_what_is_kept(run, inputs):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler needs g++")
 def test_compiled_blocks_keep_the_margin_exact_and_are_compiled_once(arguments, tmp_path):
     """bf16, where the compiler rounds a training graph and an inference graph differently."""
+    build_pipeline("sd15", widths=(8, 8)).save_pretrained(tmp_path / "base")  # few shapes, for they take minutes
     flags = ["--mixed_precision=bf16", "--compile", "--validation_pairs=5", "--use_ema", "--max_train_steps=4"]
     flags += ["--channels_last", "--gradient_checkpointing=full"]
+    flags += [f"--pretrained_model_name_or_path={tmp_path / 'base'}"]
     run, dataset, held_out = set_up(arguments(*flags))
     config = run.config
     assert all(value == 0 for name, value in train.validate(run, held_out).items() if "change" in name)

@@ -78,8 +78,7 @@ def test_caches(arguments, tmp_path, family):
         torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-4, atol=1e-5)
 
 
-@FAMILIES
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("family, precision", [("sd15", "no"), ("sdxl", "no"), ("sdxl", "bf16")])
 def test_losses_and_held_out_errors(arguments, capsys, family, precision):
     flags = ["--validation_pairs=5", "--use_winner_preserving=true", "--winner_preserving_mu=0.5"]
     flags += [f"--mixed_precision={precision}"]
