@@ -51,9 +51,14 @@ def configure(flags):
     return parse_flags(TrainConfig, "", "", flags)
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-@pytest.mark.parametrize("method, safeguard", [*itertools.product(PAIR_METHODS, SAFEGUARDS), ("sft", "plain")])
+@pytest.mark.parametrize(
+    "family, precision, method, safeguard",
+    [
+        *itertools.product(("sd15", "sdxl"), ("no", "bf16"), PAIR_METHODS, ("safeguard",)),
+        *itertools.product(("sd15", "sdxl"), ("no", "bf16"), ("sft",), ("plain",)),
+        *itertools.product(("sd15",), ("bf16",), PAIR_METHODS, ("plain",)),
+    ],
+)
 def test_every_method_trains(arguments, tmp_path, family, precision, method, safeguard):
     flags = [f"--train_method={method}", f"--mixed_precision={precision}", "--dmpo_alpha=0.01", *SAFEGUARDS[safeguard]]
     train.main(arguments(*flags, family=family))
