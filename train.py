@@ -131,7 +131,8 @@ def build_dataset(run: Run, pairs: Pairs | CachedPairs, stream: str) -> PairData
         }
     options["max_unreadable"] = config.max_unreadable_images
     shape = run.family.latent_shape(run.resolution)
-    return PairDataset(pairs, transform, shape, run.seed, stream, run.plan.global_batch, **options)
+    seed = run.seed if stream == "train" else config.validation_seed
+    return PairDataset(pairs, transform, shape, seed, stream, run.plan.global_batch, **options)
 
 
 def announce(run: Run, notes: list[str], memory: dict[str, int]) -> None:

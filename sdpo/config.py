@@ -186,6 +186,9 @@ class TrainConfig:
     )
     validation_split: str | None = flag(None, "read the held-out pairs from this split of the data set instead")
     validation_data_dir: str | None = flag(None, "read the held-out pairs from this local folder instead")
+    validation_seed: Natural = flag(
+        0, "seed of what held-out errors are measured on: pairs, noise and timesteps, alike for runs of any --seed"
+    )
     validation_steps: Count = flag(100, "measure held-out errors every so many updates, and at the start and end")
     validation_prompts: str | None = flag(
         None, "text file with a prompt per line: sample an image of each whenever held-out errors are measured"
@@ -381,6 +384,7 @@ class TrainConfig:
             "ema_decay": (not self.use_ema, "without --use_ema"),
             "shared_flip": (self.no_hflip, "with --no_hflip"),
             "latent_cache_dtype": (not self.latent_cache, "without --latent_cache"),
+            "validation_seed": (not self.holds_out, "without held-out pairs"),
         }
         return {name: why for names, (idle, why) in reasons.items() for name in names.split() if idle}
 

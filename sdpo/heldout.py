@@ -15,6 +15,7 @@ from sdpo.data import PairDataset
 from sdpo.families import Family
 from sdpo.inputs import Inputs, make_inputs
 from sdpo.losses import sample_error
+from sdpo.pairs import as_prompts
 from sdpo.ranks import together
 
 log = logging.getLogger(__name__)
@@ -35,8 +36,8 @@ class HeldOutPairs:
         reference: nn.Module,
     ):
         self.accelerator, self.family, self.count = accelerator, family, len(dataset.pairs)
-        captions = [options[0] for options in dataset.pairs.captions()]
-        self.caption_ids = torch.from_numpy(np.unique(captions, return_inverse=True)[1])  # (pairs,)
+        prompts = [options[0] for options in as_prompts(dataset.pairs.captions())]
+        self.caption_ids = torch.from_numpy(np.unique(prompts, return_inverse=True)[1])  # (pairs,)
         self.shares: list[tuple[slice, Inputs, Tensor]] = []  # places, their inputs, errors (2B,) of the reference
         unreadable = together(lambda: self._encode(dataset, batch_size, reference))
         self.readable = accelerator.gather(unreadable[None]).sum(0).cpu() == 0  # (pairs,)

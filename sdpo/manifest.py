@@ -33,7 +33,7 @@ METRICS = {
 OFFICIAL_METRICS = ("PickScore", "HPSv2", "CLIP", "Aesthetics", "ImageReward")  # in the order of summary.json
 ABOUT_A_ROW = {"image", "prompt", "models", "sha256"}  # keys of a row of scores that are not metrics
 # Keys of an entry by which images of two runs should not differ
-MADE_WITH = ("seed", "guidance", "cfg", "steps", "noise", "dtype", "latents_dtype", "base")
+MADE_WITH = ("seed", "guidance", "cfg", "steps", "noise", "dtype", "latents_dtype", "base", "device", "height", "width")
 MAX_SCORE = 1e100
 log = logging.getLogger(__name__)
 

@@ -276,13 +276,18 @@ def as_number(label: object) -> float:
         return float("nan")
 
 
+def as_prompts(captions: list[list[str]]) -> list[tuple[str, ...]]:
+    """The captions of each pair as far as CLIP tells them apart, which ignores case and how wide spaces are."""
+    return [tuple(dict.fromkeys(" ".join(caption.lower().split()) for caption in options)) for options in captions]
+
+
 def split_by_prompt(pairs: Pairs, held_out: int, seed: int) -> tuple[Pairs, Pairs]:
-    """(training pairs, `held_out` pairs), no caption on both sides; raises InputError if none are left to train on.
+    """(training pairs, `held_out` pairs), no prompt on both sides; raises InputError if none are left to train on.
 
     Pairs of one caption are not independent, so each held-out pair has a caption of its own, unless training would lose
     more than MOST_ASIDE of the pairs with these: then captions of few pairs go first, and some give several.
     """
-    options = [frozenset(texts) for texts in pairs.captions()]
+    options = as_prompts(pairs.captions())
     by_caption: dict[str, list[int]] = {}
     for index, captions in enumerate(options):
         for caption in captions:
@@ -299,7 +304,7 @@ def split_by_prompt(pairs: Pairs, held_out: int, seed: int) -> tuple[Pairs, Pair
             break
         taken.add(names[number])
         aside.update(by_caption[names[number]])
-        whole += [index for index in by_caption[names[number]] if options[index] <= taken]
+        whole += [index for index in by_caption[names[number]] if taken.issuperset(options[index])]
     if len(whole) < held_out or len(aside) == len(pairs):
         raise InputError(
             f"--validation_pairs {held_out} leaves nothing to train on: {pairs.source} has {len(pairs)} pairs "
@@ -330,11 +335,11 @@ def prepare_pairs(config: TrainConfig, seed: int) -> tuple[Pairs, Pairs | None, 
     notes += more
     held_out = None
     if config.validation_split or config.validation_data_dir:
-        held_out, more = load_held_out(config, pairs, seed)
+        held_out, more = load_held_out(config, pairs)
         notes += more
     elif config.validation_pairs:
         everything = len(pairs)
-        pairs, held_out = split_by_prompt(pairs, config.validation_pairs, seed)
+        pairs, held_out = split_by_prompt(pairs, config.validation_pairs, config.validation_seed)
         unused = everything - len(pairs) - len(held_out)
         notes.append(
             f"held out {describe_size(held_out)}"
@@ -359,7 +364,7 @@ def check_before_labelling(config: TrainConfig) -> None:
         load_pairs(config, config.validation_split or "train", config.validation_data_dir)
 
 
-def load_held_out(config: TrainConfig, pairs: Pairs, seed: int) -> tuple[Pairs, list[str]]:
+def load_held_out(config: TrainConfig, pairs: Pairs) -> tuple[Pairs, list[str]]:
     """(held-out pairs of another split or folder, sentences); raises InputError where that is what is trained on."""
     split = config.validation_split or "train"
     trained, other = (
@@ -372,17 +377,19 @@ def load_held_out(config: TrainConfig, pairs: Pairs, seed: int) -> tuple[Pairs, 
             "or --validation_split, or use --validation_pairs"
         )
     held_out, notes = load_pairs(config, split, config.validation_data_dir)
-    held_out = draw_subset(held_out, config.validation_pairs or None, seed, "held-out")
+    held_out = draw_subset(held_out, config.validation_pairs or None, config.validation_seed, "held-out")
     notes.append(f"held out {describe_size(held_out)}")
-    trained_on = set(itertools.chain(*pairs.captions()))
-    if shared := sum(not trained_on.isdisjoint(options) for options in held_out.captions()):
+    trained_on = set(itertools.chain(*as_prompts(pairs.captions())))
+    if shared := sum(not trained_on.isdisjoint(options) for options in as_prompts(held_out.captions())):
         notes.append(f"CAUTION: {shared:,} of them have captions of pairs that are trained on")
+    if config.labels_path:
+        notes.append(f"CAUTION: their winners are the data's own, those of training are from {config.labels_path}")
     return held_out, notes
 
 
 def describe_size(pairs: Pairs) -> str:
     """How many pairs these are, and of how many captions, within which they are not independent."""
-    captions = len({options[0] for options in pairs.captions()})
+    captions = len({options[0] for options in as_prompts(pairs.captions())})
     counted = f"{captions:,} captions" if captions > 1 else "1 caption, so without standard errors"
     return f"{len(pairs):,} pairs of {counted}"
 

@@ -34,6 +34,8 @@ FREE = {
     "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "unet_init", "revision",
     "dataset_name", "dataset_config_name", "train_data_dir", "split", "labels_file",
 }  # fmt: skip
+# Flags that decide which pairs are not trained on
+HELD_OUT = ("validation_pairs", "validation_seed", "validation_split", "validation_data_dir")
 
 
 def resume(run: Run, checkpoint: Path) -> None:
@@ -53,6 +55,10 @@ def resume(run: Run, checkpoint: Path) -> None:
             "checkpoint with --resume_from_checkpoint, or choose another --output_dir"
         )
     log.info(f"resumed        {checkpoint}, after {run.step} updates")
+    then, now = read_state(checkpoint)["config"], vars(run.config)
+    set_aside = now["validation_pairs"] and not (now["validation_split"] or now["validation_data_dir"])
+    if run.step and set_aside and any(then.get(name) != now[name] for name in HELD_OUT):
+        log.warning(f"CAUTION: pairs that are held out now may be among those of the first {run.step} updates")
 
 
 def comparable(name: str, value: Any) -> Any:

@@ -209,7 +209,12 @@ def compare(a: ScoredRun, b: ScoredRun, *, ties: str = "half", pair_by: str = "p
         "pair": {"model_a": a.label, "model_b": b.label, "ties_policy": ties},
         "metrics": rows,
         "averages": averages,
-        "pairing": {"by": pair_by, **_dropped(a, b, pairs), "differing": _differing(a, b, pairs)},
+        "pairing": {
+            "by": pair_by,
+            **_dropped(a, b, pairs),
+            "differing": _differing(a, b, pairs),
+            "share_noise": _share_noise(a.entries) and _share_noise(b.entries),
+        },
         "bootstrap": {"resamples": RESAMPLES, "seed": seed},
     }
     return Comparison(summary, details)
@@ -281,6 +286,11 @@ def _differing(a: ScoredRun, b: ScoredRun, pairs: list[tuple[int, int]]) -> dict
     both = [(a.entries[i].made_with, b.entries[j].made_with) for i, j in pairs]
     counts = {name: sum(name in x and name in y and x[name] != y[name] for x, y in both) for name in MADE_WITH}
     return {name: count for name, count in counts.items() if count}
+
+
+def _share_noise(entries: Sequence[Entry]) -> bool:
+    """Whether several images began with one noise, as the official code has it, whose manifests do not say so."""
+    return len(entries) > 1 and all(entry.made_with.get("noise", "shared") == "shared" for entry in entries)
 
 
 # Several runs
@@ -359,13 +369,18 @@ def write_matrix(matrix: dict[str, Any], outdir: str | Path, now: datetime | Non
 
 
 def list_cautions(comparison: Comparison) -> list[str]:
-    """What a reader of the figures should know: repeated prompts, and settings by which the runs' images differ."""
+    """What a reader of the figures should know: repeated prompts, settings by which the images differ, shared noise."""
     results = next(iter(comparison.details.values()))["results"]
     cautions = []
     if (prompts := len({result["prompt"] for result in results})) < len(results):
         cautions.append(f"only {prompts} prompts are distinct, but intervals and p count pairs as independent")
     for name, count in comparison.summary["pairing"]["differing"].items():
         cautions.append(f"the images of {count} pairs were made with another {name} for A than for B")
+    if comparison.summary["pairing"]["share_noise"]:
+        cautions.append(
+            "all images of a run began with the same noise: intervals and p are over prompts, for this noise only, and "
+            "another seed may differ by more; make images with --noise per-prompt to speak of the model"
+        )
     return cautions
 
 

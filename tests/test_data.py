@@ -463,6 +463,18 @@ def test_held_out_captions_that_are_trained_on_are_counted(tmp_path):
     as_parquet(folder, make_rows((1.0, 0.0), caption=lambda i: f"{('caption', 'other')[i]} {DECIDED[0]}"), "validation")
     notes = prepare_pairs(settings(folder, validation_split="validation"), 0)[2]
     assert notes[-1] == "CAUTION: 1 of them have captions of pairs that are trained on"
+    as_parquet(folder, make_rows((1.0,), caption=lambda i: f"Caption  {DECIDED[0]} "), "validation")  # as CLIP reads it
+    notes = prepare_pairs(settings(folder, validation_split="validation"), 0)[2]
+    assert notes[-1] == "CAUTION: 1 of them have captions of pairs that are trained on"
+
+
+def test_runs_of_any_seed_are_measured_on_the_same_pairs(tmp_path):
+    folder = as_parquet(tmp_path / "pairs", make_rows([1.0] * 40))
+    held_out = [
+        prepare_pairs(settings(folder, validation_pairs=5, validation_seed=own), seed)[1].rows.tolist()
+        for own, seed in ((0, 1), (0, 2), (3, 1))
+    ]
+    assert held_out[0] == held_out[1] != held_out[2]
 
 
 # Transforms
@@ -682,7 +694,8 @@ def test_flags_reach_the_samples():
     assert [getattr(trained, name) for name in names] == [0.3, 0.1, 0.2, 7, 2]
     assert [getattr(held_out, name) for name in names] == [0.0, 0.0, 0.0, 7, 2]
     assert build("train", sft=True).members == 1
-    assert {(d.seed, d.global_batch, d.latent_shape) for d in (trained, held_out)} == {(5, 12, (4, 8, 8))}
+    assert {(d.global_batch, d.latent_shape) for d in (trained, held_out)} == {(12, (4, 8, 8))}
+    assert (trained.seed, held_out.seed, build("held-out", validation_seed=3).seed) == (5, 0, 3)
 
 
 # Held-out pairs
@@ -723,6 +736,13 @@ def test_split_by_prompt_with_lists_of_captions(seed):
     assert len(chosen) == 5
     assert len({*training.rows, *chosen.rows}) == len(training) + len(chosen)
     assert not captions_of(training) & captions_of(chosen)
+
+
+def test_captions_that_a_text_encoder_does_not_tell_apart_are_on_one_side():
+    captions = [text for i in range(20) for text in (f"a cat {i}", f"A  Cat {i}", f" a CAT\n{i} ")]
+    pairs = in_memory(60, lambda i: captions[i], jpg_0=lambda i: b"", jpg_1=lambda i: b"")
+    training, chosen = split_by_prompt(pairs, 2, 0)
+    assert len(training) == 54 and not {row // 3 for row in training.rows} & {row // 3 for row in chosen.rows}
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -1038,7 +1058,8 @@ def test_a_label_file_is_of_the_training_data_alone(tmp_path):
     folder, other = (as_parquet(tmp_path / name, make_rows([1.0] * 4)) for name in ("pairs", "more"))
     pq.write_table(pa.table({"label_0": [0.0] * 4}), tmp_path / "labels.parquet")
     config = settings(folder, labels_file=str(tmp_path / "labels.parquet"), validation_data_dir=str(other))
-    training, held_out, _ = prepare_pairs(config, 0)
+    training, held_out, notes = prepare_pairs(config, 0)
+    assert any("their winners are the data's own, those of training are from" in note for note in notes)
     assert contents(training) == [(f"caption {i}", loser(i), winner(i)) for i in range(4)]
     assert contents(held_out) == [(f"caption {i}", winner(i), loser(i)) for i in range(4)]
 

@@ -593,6 +593,18 @@ def test_resuming_with_a_change_must_be_meant(arguments, tmp_path, capsys, chang
     assert [step for step, _ in read_metrics(tmp_path / "run", "train_loss")] == [1, 2, 3]
 
 
+def test_pairs_that_were_trained_on_before_they_were_held_out_are_pointed_out(arguments, capsys):
+    train.main(arguments("--checkpointing_steps=1", "--max_train_steps=1"))
+    train.main(arguments("--max_train_steps=2", "--validation_pairs=4", "--resume_with_changes"))
+    said = "CAUTION: pairs that are held out now may be among those of the first 1 updates"
+    assert said in capsys.readouterr().err
+    train.main(
+        arguments("--max_train_steps=2", "--validation_pairs=4", "--checkpointing_steps=1", out="from the start")
+    )
+    train.main(arguments("--max_train_steps=3", "--validation_pairs=4", out="from the start"))
+    assert said not in capsys.readouterr().err
+
+
 def test_settings_that_sft_does_not_look_at_may_change(arguments, tmp_path):
     flags = ["--sft", "--use_winner_preserving", "--checkpointing_steps=1"]
     train.main(arguments(*flags, "--max_train_steps=1", "--winner_preserving_mu=0.5"))

@@ -17,6 +17,7 @@ from sdpo.command import InputError, Parser, parse_assignments, run_command, sho
 from sdpo.console import quiet_libraries
 from sdpo.families import Family, load_family
 from sdpo.files import parse_json, read_text, write_json, write_text
+from sdpo.heldout import clustered_error
 from sdpo.hub import load_weights
 from sdpo.metrics import read_metrics
 from sdpo.rng import normal
@@ -30,7 +31,7 @@ WEIGHTS = {  # file, prefix of its held-out metrics
 }
 ALIKE = (  # settings that runs to be compared have in common
     "pretrained_model_name_or_path", "unet_init", "dataset_name", "train_data_dir", "labels_file", "seed",
-    "validation_pairs", "global_batch", "steps",
+    "validation_pairs", "validation_seed", "global_batch", "steps",
 )  # fmt: skip
 
 
@@ -49,7 +50,7 @@ def evaluate(family: Family, weights: Path | None) -> tuple[dict[str, float], np
         load_weights(unet, weights)
     images, captions = sample_pictures(family, unet)
     scores = np.array([pictures.score(image, caption) for image, caption in zip(images, captions, strict=True)])
-    error = scores.std(ddof=1) / len(scores) ** 0.5
+    error = clustered_error(torch.from_numpy(scores), torch.from_numpy(np.unique(captions, return_inverse=True)[1]))
     return {"score": scores.mean(), "score_se": error, "all_correct": (scores == 1).mean()}, images
 
 
