@@ -336,16 +336,15 @@ def set_results_aside(folder: Path, logging_dir: str, anew: bool) -> None:
     if re.fullmatch(r"[\w-]+", logging_dir):  # a folder of the output folder's own
         names.append(logging_dir)
     results = [folder / name for name in names if (folder / name).exists()] + list_checkpoints(folder)
-    evaluated = sorted({path for pattern in EVALUATED for path in folder.glob(pattern)})
-    if anew and folder / "unet.pth" not in results:
+    if not results or (anew and folder / "unet.pth" not in results):
         return
+    evaluated = {path for pattern in EVALUATED for path in folder.glob(pattern)}
     number = next(number for number in itertools.count(1) if not (folder / f"earlier-{number}").exists())
     aside = folder / f"earlier-{number}"
-    for path in results + evaluated if results else ():
-        aside.mkdir(exist_ok=True)
+    aside.mkdir()
+    for path in (*results, *sorted(evaluated)):
         os.replace(path, aside / path.name)
-    if results:
-        log.warning(f"CAUTION: {folder} held the results of another run, which are now in {aside}")
+    log.warning(f"CAUTION: {folder} held the results of another run, which are now in {aside}")
 
 
 def set_aside(paths: list[Path], ending: str, why: str) -> None:

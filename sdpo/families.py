@@ -61,6 +61,26 @@ def hold_matmul_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
+def check_scheduler(scheduler: DDPMScheduler, source: str) -> None:
+    """Raises InputError for a noise schedule without betas in (0, 1] for every timestep, or for another prediction."""
+    config, betas = scheduler.config, scheduler.betas
+    if "beta_schedule" in config.get("_use_default_values", ()) and not config.trained_betas:
+        raise InputError(f"the scheduler of {source} has no betas: it is of another kind of diffusion model")
+    wrong = ""
+    if betas.dim() != 1:
+        wrong = "no list of trained_betas"
+    elif not ((betas > 0) & (betas <= 1)).all():
+        wrong = "betas outside (0, 1]"
+    elif len(betas) != config.num_train_timesteps:
+        wrong = f"{len(betas)} trained_betas for {config.num_train_timesteps} timesteps"
+    if wrong:
+        raise InputError(f"the scheduler of {source} has {wrong}: correct its scheduler_config.json")
+    if config.prediction_type not in ("epsilon", "v_prediction"):
+        raise InputError(
+            f"{source}: prediction_type {config.prediction_type!r} is not supported; epsilon and v_prediction are"
+        )
+
+
 class WeightlessVAE:
     """A VAE of which only the config is loaded."""
 
@@ -92,26 +112,10 @@ class Family(ABC):
         cache_dir: str | None = None,
         encoders: bool = True,
     ):
-        self.source, self.vae_source, self.cache_dir = source, vae, cache_dir
+        self.source, self.vae_source = source, vae
         self.options = {"revision": revision, "cache_dir": cache_dir}
         self.scheduler = self.load(DDPMScheduler, "scheduler")
-        defaults = self.scheduler.config.get("_use_default_values", ())
-        if "beta_schedule" in defaults and not self.scheduler.config.trained_betas:
-            raise InputError(f"the scheduler of {source} has no betas: it is of another kind of diffusion model")
-        if self.scheduler.betas.dim() != 1:
-            raise InputError(
-                f"the scheduler of {source} has no list of trained_betas: correct its scheduler_config.json"
-            )
-        if not ((self.scheduler.betas > 0) & (self.scheduler.betas <= 1)).all():
-            raise InputError(f"the scheduler of {source} has betas outside (0, 1]: correct its scheduler_config.json")
-        if len(self.scheduler.alphas_cumprod) != self.scheduler.config.num_train_timesteps:
-            raise InputError(
-                f"the scheduler of {source} has {len(self.scheduler.alphas_cumprod)} trained_betas for "
-                f"{self.scheduler.config.num_train_timesteps} timesteps: correct its scheduler_config.json"
-            )
-        kind = self.scheduler.config.prediction_type
-        if kind not in ("epsilon", "v_prediction"):
-            raise InputError(f"{self.source}: prediction_type {kind!r} is not supported; epsilon and v_prediction are")
+        check_scheduler(self.scheduler, source)
         self.tokenizers, self.text_encoders = [], []
         if encoders:
             self._load_text_parts()
@@ -130,9 +134,20 @@ class Family(ABC):
                 self.text_encoders.append(part)
         self._check_tokenizers()
 
+    def _place(self, name: str) -> tuple[str, str | None, dict[str, str | None]]:
+        """Source, subfolder and options of a part, by its subfolder in the base model."""
+        if name == "vae" and self.vae_source:
+            return self.vae_source, None, {"cache_dir": self.options["cache_dir"]}
+        return self.source, name, self.options
+
     def load(self, cls: type, name: str):
-        """One part of the base model, by its subfolder; raises InputError if it cannot be read."""
-        return load_part(cls, self.source, name, **self.options)
+        """One part, by its subfolder in the base model; raises InputError if it cannot be read."""
+        source, subfolder, options = self._place(name)
+        return load_part(cls, source, subfolder, **options)
+
+    def _hash(self, cls: type, name: str) -> str:
+        source, subfolder, options = self._place(name)
+        return hash_part(cls, source, subfolder, **options)
 
     def _check_tokenizers(self) -> None:
         for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
@@ -144,24 +159,14 @@ class Family(ABC):
                     f"{encoder.config.max_position_embeddings}: correct model_max_length in tokenizer_config.json"
                 )
 
-    @property
-    def _vae_place(self) -> tuple[str, str | None, dict[str, str | None]]:
-        if self.vae_source is None:
-            return self.source, "vae", self.options
-        return self.vae_source, None, {"cache_dir": self.cache_dir}
-
     def _load_vae(self, cls: type = AutoencoderKL) -> AutoencoderKL:
-        if self.vae_source is None:
-            return self.load(cls, "vae")
-        source, subfolder, options = self._vae_place
-        return load_part(cls, source, subfolder, **options)
+        return self.load(cls, "vae")
 
     def fingerprints(self) -> dict[str, str]:
         """SHA-256 over the files of the VAE, and over those of tokenizers and text encoders; none need be loaded."""
-        source, subfolder, options = self._vae_place
-        texts = [hash_part(cls, self.source, name, **self.options) for name, cls in self.text_parts.items()]
+        texts = [self._hash(cls, name) for name, cls in self.text_parts.items()]
         return {
-            "VAE": hash_part(AutoencoderKL, source, subfolder, **options),
+            "VAE": self._hash(AutoencoderKL, "vae"),
             "text encoders": hashlib.sha256("".join([MENDED, *texts]).encode()).hexdigest(),
         }
 
@@ -170,7 +175,7 @@ class Family(ABC):
             return self.source, "unet", self.options
         # the folder of the UNet itself, not of a run or a pipeline, where it is a folder beside another config.json
         bare = Path(init, "config.json").is_file() and not Path(init, "unet").is_dir()
-        return init, None if bare else "unet", {"cache_dir": self.cache_dir}
+        return init, None if bare else "unet", {"cache_dir": self.options["cache_dir"]}
 
     def fingerprint_unet(self, init: str = "") -> str:
         """SHA-256 over the files of the UNet that load_unet gives; it need not be loaded."""

@@ -20,14 +20,14 @@ from typing import Any
 from sdpo.command import InputError
 from sdpo.files import is_text, locked, parse_json, read_text, sha256, write_json, write_text
 
-# Name of a metric in files -> row of sdpo.scorers.SCORERS
+# Name of a metric in files -> row of sdpo.scorers.SCORERS; the official ones first, in the order of their console lines
 METRICS = {
     "PickScore": "pickscore",
     "HPSv2": "hpsv2",
-    "HPSv2.1": "hpsv21",
     "Aesthetics": "aesthetics",
     "CLIP": "clip",
     "ImageReward": "imagereward",
+    "HPSv2.1": "hpsv21",
     "Pixels": "pixels",
 }
 OFFICIAL_METRICS = ("PickScore", "HPSv2", "CLIP", "Aesthetics", "ImageReward")  # in the order of summary.json

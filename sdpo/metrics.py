@@ -110,13 +110,9 @@ class MetricsLog:
         if accelerator.is_main_process:
             if first_step and not self.path.exists() and any(self.path.parent.glob("checkpoint-*")):
                 log.warning(f"CAUTION: {self.path} is gone: it will lack the first {first_step} updates")
-            keep = [line for step, line in self._lines() if step <= first_step] if first_step else []
+            rows = read_rows(self.path) if first_step and self.path.exists() else ()
+            keep = [f"{line}\n" for line, row in rows if int(row["step"]) <= first_step]
             write_text(self.path, "".join(keep))  # what was logged after the checkpoint will be logged again
-
-    def _lines(self) -> Iterator[tuple[int, str]]:
-        """(step, line) of the lines that are whole."""
-        for line, row in read_rows(self.path) if self.path.exists() else ():
-            yield int(row["step"]), line + "\n"
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Log finished numbers under the number of updates made so far; nothing where there are none."""

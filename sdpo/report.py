@@ -21,7 +21,8 @@ import numpy as np
 
 from sdpo.command import InputError
 from sdpo.files import write_text
-from sdpo.winrates import Comparison, ScoredRun, list_cautions, mean_and_error, show_row
+from sdpo.summary import summarise
+from sdpo.winrates import Comparison, ScoredRun, list_cautions, show_row
 
 TEMPLATE = Path(__file__).with_name("report.html")
 BINS = 30  # of a histogram
@@ -119,12 +120,11 @@ def _table(caption: str, head: Iterable[str], rows: Iterable[Sequence[str]]) -> 
 
 
 def _summary(runs: Sequence[ScoredRun]) -> str:
+    order = _metrics(runs)
     rows = []
-    for metric in _metrics(runs):
-        for run in (run for run in runs if metric in run.scores):
-            mean, error = mean_and_error(run.scores[metric])
-            shown = "-" if error is None else f"{error:.4f}"
-            rows.append((run.label, metric, f"{mean:.4f}", shown, str(len(run.entries))))
+    for row in sorted(summarise(runs), key=lambda row: order.index(row["metric"])):
+        error = "-" if row["standard_error"] is None else f"{row['standard_error']:.4f}"
+        rows.append((row["group"], row["metric"], f"{row['mean']:.4f}", error, str(row["n"])))
     table = _table("Scores per run and metric", ["run", "metric", "mean", "standard error", "n"], rows)
     return f'<section id="scores"><h2>Scores</h2><div class="panel">{table}</div></section>'
 

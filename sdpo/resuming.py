@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from sdpo.checkpoint import read_state
 from sdpo.command import InputError, is_out_of_memory
+from sdpo.config import TrainConfig
 from sdpo.files import brief
 from sdpo.hub import load_fitting_state
 from sdpo.optimizers import OPTIMIZERS, optimizer_name
@@ -55,10 +56,14 @@ def resume(run: Run, checkpoint: Path) -> None:
             "checkpoint with --resume_from_checkpoint, or choose another --output_dir"
         )
     log.info(f"resumed        {checkpoint}, after {run.step} updates")
-    then, now = read_state(checkpoint)["config"], vars(run.config)
-    set_aside = now["validation_pairs"] and not (now["validation_split"] or now["validation_data_dir"])
-    if run.step and set_aside and any(then.get(name) != now[name] for name in HELD_OUT):
+    if run.step and holds_out_otherwise(run.config, read_state(checkpoint)["config"]):
         log.warning(f"CAUTION: pairs that are held out now may be among those of the first {run.step} updates")
+
+
+def holds_out_otherwise(config: TrainConfig, then: dict[str, Any]) -> bool:
+    """Whether other pairs of the training data are held out than with the settings that a checkpoint says."""
+    from_training = config.validation_pairs and not (config.validation_split or config.validation_data_dir)
+    return bool(from_training) and any(then.get(name) != getattr(config, name) for name in HELD_OUT)
 
 
 def comparable(name: str, value: Any) -> Any:

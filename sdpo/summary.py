@@ -8,17 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sdpo.files import write_json, write_text
+from sdpo.manifest import METRICS
 from sdpo.winrates import ScoredRun, in_order, mean_and_error
 
 OFFICIAL_NAMES = {"Aesthetics": "AesScore", "CLIP": "CLIPScore"}  # as the official console lines spell them
-CONSOLE_ORDER = ("PickScore", "HPSv2", "Aesthetics", "CLIP", "ImageReward")  # of the official console lines
 
 
 def summarise(groups: Sequence[ScoredRun]) -> list[dict]:
     """A row {group, metric, mean, standard_error, n} per group and metric, official metrics first, in their order."""
     rows = []
     for group in groups:
-        for metric in in_order(group.scores, CONSOLE_ORDER):
+        for metric in in_order(group.scores, list(METRICS)):
             mean, error = mean_and_error(group.scores[metric])
             n = len(group.entries)
             rows.append({"group": group.label, "metric": metric, "mean": mean, "standard_error": error, "n": n})

@@ -225,6 +225,7 @@ def _detail(a: ScoredRun, b: ScoredRun, pairs: list[tuple[int, int]], metric: st
     results = []
     for index, (i, j) in enumerate(pairs):
         entry_a, entry_b, score_a, score_b = a.entries[i], b.entries[j], a.scores[metric][i], b.scores[metric][j]
+        winner = "tie" if score_a == score_b else a.label if score_a > score_b else b.label
         result = {
             "pair_index": index,
             "prompt": entry_a.prompt,
@@ -232,10 +233,8 @@ def _detail(a: ScoredRun, b: ScoredRun, pairs: list[tuple[int, int]], metric: st
             "image_b": entry_b.image,
             "score_a": float(score_a),
             "score_b": float(score_b),
-            "winner": a.label if score_a > score_b else b.label,
+            "winner": winner,
         }
-        if score_a == score_b:
-            result["winner"] = "tie"
         if entry_a.prompt != entry_b.prompt:
             result["prompt_b"] = entry_b.prompt
         results.append(result)
@@ -274,11 +273,11 @@ def _summary_row(metric: str, detail: dict[str, Any], seed: int) -> dict[str, An
 
 def _dropped(a: ScoredRun, b: ScoredRun, pairs: list[tuple[int, int]]) -> dict[str, list[str]]:
     """Prompts of entries that have no partner, in file order."""
-    dropped = {}
-    for name, run, places in zip(("dropped_a", "dropped_b"), (a, b), zip(*pairs, strict=True), strict=True):
-        used = set(places)
-        dropped[name] = [entry.prompt for place, entry in enumerate(run.entries) if place not in used]
-    return dropped
+    used_a, used_b = (set(places) for places in zip(*pairs, strict=True))
+    return {
+        "dropped_a": [entry.prompt for i, entry in enumerate(a.entries) if i not in used_a],
+        "dropped_b": [entry.prompt for j, entry in enumerate(b.entries) if j not in used_b],
+    }
 
 
 def _differing(a: ScoredRun, b: ScoredRun, pairs: list[tuple[int, int]]) -> dict[str, int]:
