@@ -141,7 +141,11 @@ def parse_flags(cls: type, description: str, command: str, arguments: list[str] 
     _, unknown = parser.parse_known_args(arguments)
     if unknown:  # before what is missing is complained of
         parser.error(f"unknown flag {unknown[0]}")
-    return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)[0]
+    config = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)[0]
+    for name, value in vars(config).items():
+        if isinstance(value, str) and value.startswith("~/"):  # else a folder called ~ would be made
+            raise InputError(f"--{name}={value}: shells do not expand ~ there; write --{name} {value}")
+    return config
 
 
 def parse_assignments(texts: Sequence[str], flag: str) -> dict[str, str]:

@@ -223,14 +223,16 @@ class Family(ABC):
             )
         return unet.float()
 
-    def _check_prediction(self, pipeline: Path) -> None:
-        """Raises InputError where a folder is that of a pipeline whose UNet predicts something else than the base's."""
+    def _check_prediction(self, folder: Path) -> None:
+        """Raises InputError where a folder is in a pipeline whose UNet predicts something else than the base's."""
         kind = self.scheduler.config.prediction_type
-        path = pipeline / "scheduler" / "scheduler_config.json"
-        scheduler = parse_json(read_text(path), path, "download it again") if path.is_file() else {}
+        within = (folder, *folder.absolute().parents[:2]) if folder.exists() else ()  # itself, a part, a checkpoint
+        paths = [place / "scheduler" / "scheduler_config.json" for place in within]
+        path = next(filter(Path.is_file, paths), None)
+        scheduler = parse_json(read_text(path), path, "download it again") if path else {}
         if isinstance(scheduler, dict) and (other := scheduler.get("prediction_type", kind)) != kind:
             raise InputError(
-                f"{pipeline} makes {other} predictions, {self.source} {kind} ones: give the base model it was trained "
+                f"{folder} makes {other} predictions, {self.source} {kind} ones: give the base model it was trained "
                 "from"
             )
 

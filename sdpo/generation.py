@@ -173,6 +173,11 @@ def locate_unet(config: EvalConfig) -> tuple[str, Path]:
     reference = RELEASED.get(config.unet_path, config.unet_path)
     path = Path(reference)
     hub_folder = Path("output/eval")
+    if config.unet_path in (*RELEASED, "base") and Path(config.unet_path).exists():
+        raise InputError(
+            f"--unet_path {config.unet_path} names a published model, and there is a folder or file of that name here: "
+            f"write ./{config.unet_path} for that, or rename it"
+        )
     if reference == "base":
         return "", hub_folder / f"base-{Path(config.pretrain_path).name}"
     if path.is_dir():

@@ -155,7 +155,8 @@ def load_labels(
     if columns != IMAGES:
         return np.ones(len(table))
     if path:
-        return read_label_file(path, column(table, config.caption_column), source)
+        images = hash_images(table, IMAGES, np.arange(len(table)))
+        return read_label_file(path, column(table, config.caption_column), source, images)
     return read_labels(column(table, "label_0"), source)
 
 
@@ -225,10 +226,11 @@ def read_labels(labels: list, source: str) -> np.ndarray:
     return values
 
 
-def read_label_file(path: Path, captions: list, source: str) -> np.ndarray:
+def read_label_file(path: Path, captions: list, source: str, images: str | None = None) -> np.ndarray:
     """Labels (rows,) that `python -m sdpo.relabel` wrote for rows with these captions, as far as the file says it.
 
-    Raises InputError for a file of other data or none at all.
+    `images` is hash_images of all rows; where it is given, it has to be what the file says too. Raises InputError for a
+    file of other data or none at all.
     """
     try:
         table = pq.read_table(path)
@@ -253,6 +255,11 @@ def read_label_file(path: Path, captions: list, source: str) -> np.ndarray:
         raise InputError(
             f"{path} was made for other captions, or another order of them, than {source} has: "
             "make it again from this data with python -m sdpo.relabel"
+        )
+    if images and about.get("images") not in (None, images):
+        raise InputError(
+            f"{path} was made for other images than {source} has: make it again from this data with python -m "
+            "sdpo.relabel"
         )
     if not intact:
         raise InputError(

@@ -154,7 +154,9 @@ def refuse_cut_off(file: str) -> None:
         content.seek(max(0, size - len(STREAM_END)))
         end = content.read()
     if begin != b"ARROW1" and end != STREAM_END:  # the other format cannot be read without its footer
-        raise InputError(f"{file} has no end, so it may be cut off: fetch or write it again")
+        raise InputError(
+            f"{file} has no end, so it may be cut off: fetch or write it again, or delete it if it is a copy"
+        )
 
 
 def check_shards(folder: Path, files: list[str], in_splits: Iterable[str]) -> None:
@@ -232,7 +234,10 @@ def read_split(source: str, name: str | None, split: str, cache_dir: str | None)
         check_shards(Path(source), files, itertools.chain(*splits.values()))
         copy = identify(files)
     with showing_progress(files if builder.name == "parquet" else [], cache_dir):
-        return datasets.load_dataset(builder.name, copy, data_files={split: files}, split=split, cache_dir=cache_dir)
+        table = datasets.load_dataset(builder.name, copy, data_files={split: files}, split=split, cache_dir=cache_dir)
+    for file in table.cache_files:  # a loss of power may have cut off the copy
+        refuse_cut_off(file["filename"])
+    return table
 
 
 def identify(files: list[str]) -> str:

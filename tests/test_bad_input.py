@@ -197,6 +197,7 @@ def safetensors(folder):
 
 TRAIN_FLAGS = {
     "--pretrained_model_name_or_path=": r"--pretrained_model_name_or_path is missing: give a hub id or a local",
+    "--output_dir=~/runs": r"--output_dir=~/runs: shells do not expand ~ there; write --output_dir ~/runs",
     "--train_data_dir=": r"no data: give --dataset_name .* or --train_data_dir",
     "--dataset_name=pairs": r"--dataset_name and --train_data_dir exclude each other: give one of them",
     "--dataset_name=owner/none --train_data_dir=": r"cannot read pairs from 'owner/none' \(.*\); give a local folder",

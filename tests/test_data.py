@@ -851,6 +851,17 @@ def test_an_arrow_file_that_was_cut_off_between_two_batches_is_named(tmp_path, s
         load(path.parent)
 
 
+def test_a_copy_that_was_cut_off_is_named(tmp_path):
+    """As a loss of power may leave it."""
+    folder = as_parquet(tmp_path / "pairs")
+    load(folder)
+    (copy,) = tmp_path.rglob("*.arrow")
+    copy.write_bytes(copy.read_bytes()[:-8])
+    assert pa.ipc.open_stream(copy.read_bytes()).read_all().num_rows == len(make_rows())  # Arrow misses nothing
+    with pytest.raises(InputError, match=f"{copy} has no end, so it may be cut off: .* or delete it if it is a copy"):
+        load(folder)
+
+
 def test_files_that_are_not_read_are_named(tmp_path, caplog):
     as_parquet(tmp_path, split="train-00000-of-00003-b66ac786bf6fb553")
     as_parquet(tmp_path, split="test-00000-of-00001")

@@ -538,6 +538,16 @@ def test_a_hub_reference_is_read_from_the_cache(tmp_path):
         assert Path(found) == file and folder == Path("output/eval/AIDC-AI--Diffusion-SDPO--sd1.5--dspo")
 
 
+@pytest.mark.parametrize("name", ["base", "sdpo-sdxl-dmpo"])
+def test_a_folder_that_is_called_like_a_published_model_is_not_taken_for_it(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "unet.pth").touch()
+    with pytest.raises(InputError, match=f"--unet_path {name} names a published model, .* write ./{name} for that"):
+        locate_unet(EvalConfig(name, "model"))
+    assert locate_unet(EvalConfig(f"./{name}", "model"))[0].endswith("unet.pth")
+
+
 def wide_vae(bases, tmp_path):
     config = AutoencoderKL.load_config(bases["sd15", "epsilon"] / "vae")
     AutoencoderKL.from_config({**config, "latent_channels": 8}).save_pretrained(tmp_path / "wide")

@@ -256,6 +256,11 @@ def test_label_files_of_other_data_or_none_are_refused(pairs_folder, tmp_path):
     pq.write_table(table.take(list(range(119, -1, -1))), tmp_path / "turned" / "train.parquet")
     with pytest.raises(InputError, match=r"labels\.parquet was made for other captions, or another order of them"):
         load_pairs(config(tmp_path / "turned", labels_file=str(out)), "train")
+    names = {"jpg_0": "jpg_1", "jpg_1": "jpg_0"}
+    exchanged = table.rename_columns([names.get(name, name) for name in table.column_names])
+    pq.write_table(exchanged, tmp_path / "turned" / "train.parquet")
+    with pytest.raises(InputError, match=r"labels\.parquet was made for other images than"):
+        load_pairs(config(tmp_path / "turned", labels_file=str(out)), "train")
 
 
 def test_single_images_need_no_labels(pairs_folder, tmp_path):

@@ -475,9 +475,10 @@ def test_dropout_is_refused(arguments, bases, tmp_path):
         train.main([*arguments(), f"--pretrained_model_name_or_path={base}"])
 
 
-def test_a_start_that_predicts_something_else_is_refused(arguments, bases):
+@pytest.mark.parametrize("part", ["", "unet", "unet/diffusion_pytorch_model.safetensors"])
+def test_a_start_that_predicts_something_else_is_refused(arguments, bases, part):
     with pytest.raises(InputError, match=r"makes v_prediction predictions, .* epsilon ones: give the base"):
-        train.main(arguments(f"--unet_init={bases['sd15', 'v_prediction']}"))
+        train.main(arguments(f"--unet_init={bases['sd15', 'v_prediction'] / part}"))
 
 
 def test_an_optimizer_whose_package_is_missing_is_named(arguments, monkeypatch):
