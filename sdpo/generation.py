@@ -173,9 +173,9 @@ def locate_unet(config: EvalConfig) -> tuple[str, Path]:
     reference = RELEASED.get(config.unet_path, config.unet_path)
     path = Path(reference)
     hub_folder = Path("output/eval")
-    if config.unet_path in (*RELEASED, "base") and Path(config.unet_path).exists():
+    if config.unet_path in (*RELEASED, "base") and Path(config.unet_path, "unet.pth").is_file():
         raise InputError(
-            f"--unet_path {config.unet_path} names a published model, and there is a folder or file of that name here: "
+            f"--unet_path {config.unet_path} names a published model, and a folder of that name holds a run: "
             f"write ./{config.unet_path} for that, or rename it"
         )
     if reference == "base":
