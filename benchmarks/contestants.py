@@ -121,6 +121,7 @@ AUTO = {"gradient_checkpointing": "auto"}
 CHANNELS_LAST = {"channels_last": True}
 GRAPHS = {"latent_cache": "of random pairs", "cuda_graphs": True}
 FAST = {"flags": AUTO | CHANNELS_LAST, "on_gpu": AUTO | GRAPHS}
+FULL = {"gradient_checkpointing": "full"}
 COMPILED = {name: flags | CHANNELS_LAST | {"compile": True} for name, flags in FAST.items()}
 VARIANTS = {
     "baseline": Variant(),  # of which only the flags count
@@ -129,6 +130,10 @@ VARIANTS = {
     "fast, known reference": Variant(changes=(cache_latents, know_reference, choose_activations), **FAST),
     "fast, compiled": Variant(changes=(cache_latents, choose_activations), **COMPILED),
     "fast, compiled, lean": Variant(changes=(cache_latents, choose_activations), lean=True, **COMPILED),
+    # the same graphs in little memory
+    "compiled, full checkpointing": Variant(
+        changes=(cache_latents,), **{name: flags | FULL for name, flags in COMPILED.items()}
+    ),
     # one change each
     "cached latents": Variant(changes=(cache_latents,)),
     "known reference": Variant(changes=(know_reference,)),
@@ -142,7 +147,7 @@ VARIANTS = {
     "Adafactor": Variant({"optimizer": "adafactor"}),
     "AdamW in 8 bits": Variant({"optimizer": "adamw8bit"}),
     "averaged weights": Variant({"use_ema": True}),
-    "full checkpointing": Variant({"gradient_checkpointing": "full"}),
+    "full checkpointing": Variant(FULL),
 }
 
 

@@ -13,6 +13,7 @@ import io
 import itertools
 import os
 import statistics
+import subprocess
 import sys
 import time
 import traceback
@@ -370,6 +371,17 @@ class BaseBenchmark:
 # Everything
 
 
+def fill_compilers_cache(bases: dict[str, Base], device: torch.device) -> None:
+    """Compile the blocks of one base in this process, or of several in a process each, for later runs to read."""
+    if len(bases) > 1:
+        processes = [subprocess.Popen([sys.executable, *sys.argv, "--bases", name]) for name in bases]
+        sys.exit(max([process.wait() for process in processes]))
+    for base in bases.values():
+        contestant = build(base, "compiled, full checkpointing", device)
+        contestant.take_micro_steps(1)
+        contestant.update()
+
+
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     cuda = torch.cuda.is_available()
@@ -380,6 +392,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--mixed_precision", choices=("no", "bf16"), help="bf16 on a GPU and no on a CPU by default")
     compiled = {"action": argparse.BooleanOptionalAction, "default": cuda}
     parser.add_argument("--compile", help="measure compiled blocks too; minutes on a CPU", **compiled)
+    parser.add_argument("--only_compile", action="store_true", help="fill the compiler's cache on disk and stop")
     parser.add_argument("--pairs", type=int, help="pairs per micro-step, in place of the base's own number")
     parser.add_argument("--accumulation", type=int, help="micro-steps per update, in place of the base's own number")
     parser.add_argument("--rounds", type=int, default=5, help="turns of every contestant at most")
@@ -404,6 +417,10 @@ def main() -> None:
     device, until = torch.device(args.device), time.monotonic() + 60 * args.minutes
     os.environ["ACCELERATE_USE_CPU"] = str(device.type == "cpu").lower()
     torch.backends.cuda.matmul.allow_tf32 = True  # as the official recipe has it
+    bases = {name: dataclasses.replace(BASES[name], flags=BASES[name].flags | flags) for name in args.bases}
+    if args.only_compile:
+        fill_compilers_cache(bases if args.compile else {}, device)
+        return
     results = environment(device, "diffusers", "transformers", "accelerate") | {"bases": {}}
     stem = "-".join(filter(None, (device.type, args.mixed_precision, results["date"][:10])))
     path = args.out / f"{stem}.json"
@@ -412,10 +429,8 @@ def main() -> None:
         write_json(path, results)
         write_text(path.with_suffix(".md"), markdown(results))
 
-    benchmarks = {}
-    for name in args.bases:
-        base = dataclasses.replace(BASES[name], flags=BASES[name].flags | flags)
-        benchmarks[name] = BaseBenchmark(base, device, args.compile, args.rounds, args.seconds, save)
+    options = (device, args.compile, args.rounds, args.seconds, save)
+    benchmarks = {name: BaseBenchmark(base, *options) for name, base in bases.items()}
     left = sum(benchmark.base.share for benchmark in benchmarks.values())
     for name, benchmark in benchmarks.items():
         print(name, flush=True)

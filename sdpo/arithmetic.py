@@ -102,9 +102,26 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
     torch._functorch.config.ban_recompute_materialized_backward = False
     warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")  # of diffusers, harmless
     for block in model.modules():
+        for norm in block.children() if type(block) in COMPILED else ():
+            if isinstance(norm, nn.GroupNorm) and norm.weight.device.type != "cpu":  # where torch's keeps the format
+                norm.forward = types.MethodType(group_norm, norm)
         for method in COMPILED.get(type(block), ()):
             block.requires_grad_(True)  # decides the graph; outputs of what is frozen are detached
             _track(block, method, torch.compile(getattr(block, method), backend=backend, fullgraph=True, dynamic=False))
+
+
+def group_norm(self: nn.GroupNorm, x: Tensor) -> Tensor:
+    """The norm's forward pass, keeping the memory format: (N, C, H, W) in any precision to that of the weights.
+
+    On CUDA torch's own leaves channels last, and a compiled backward pass copies what convolutions take in, and their
+    gradients, back into it.
+    """
+    groups = x.float().unflatten(1, (self.num_groups, -1))  # (N, G, C / G, H, W)
+    weight, bias = (parameter.view(*groups.shape[1:3], 1, 1) for parameter in (self.weight, self.bias))
+    variance, mean = torch.var_mean(groups, (2, 3, 4), correction=0, keepdim=True)
+    scale = weight * torch.rsqrt(variance + self.eps)  # (N, G, C / G, 1, 1): all gradients come of sums by channel
+    out = groups * scale + (bias - mean * scale)
+    return out.flatten(1, 2).to(self.weight.dtype)
 
 
 def _track(module: nn.Module, method: str, run: Callable) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from sdpo import families
-from sdpo.arithmetic import compile_blocks, fuses_attention, to_channels_last
+from sdpo.arithmetic import compile_blocks, fuses_attention, group_norm, to_channels_last
 from sdpo.batch import collate
 from sdpo.command import InputError
 from sdpo.families import FAMILIES, hold_matmul_weights, load_family
@@ -404,6 +405,39 @@ def test_compiled_blocks_hold_norms_upsampling_and_products_of_pixels(bases, las
     assert sides == ({3} if last else {1, 3})
     assert {F.layer_norm, F.interpolate} <= operations
     assert norms == {1e-5, 1e-6}  # the epsilons of residual blocks and of transformers
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_group_norm_is_torchs_and_keeps_the_memory_format(last):
+    """Of gradients too, which torch's own on CUDA leaves in the usual format, for convolutions to copy back."""
+    norm, memory_format = torch.nn.GroupNorm(4, 12, eps=1e-3), torch.channels_last if last else torch.contiguous_format
+    norm.weight.data, norm.bias.data = torch.linspace(-1, 2, 12), torch.linspace(3, -1, 12)
+    x, upstream = (1 + torch.randn(2, 12, 6, 8).to(memory_format=memory_format) for _ in range(2))
+    results = []
+    for forward in (norm, partial(group_norm, norm)):
+        x = x.detach().requires_grad_()
+        out = forward(x)
+        results.append([out, *torch.autograd.grad(out, (x, norm.weight, norm.bias), upstream)])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-4)
+    assert all(tensor.is_contiguous(memory_format=memory_format) for tensor in results[1][:2])
+    assert group_norm(norm, x.bfloat16()).dtype == torch.float32  # as under autocast on a GPU, where weights are fp32
+    assert group_norm(norm.bfloat16(), x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_compiled_norms_keep_the_memory_format_where_torchs_do_not(device):
+    def note(graph, _):
+        operations.update(node.target for node in graph.graph.nodes)
+        return graph
+
+    operations, last = set(), {"memory_format": torch.channels_last}
+    with torch.device(device):
+        block, x = ResnetBlock2D(in_channels=32, temb_channels=None), torch.ones(2, 32, 8, 8).to(**last)
+    assert block.norm1(x).is_contiguous(**last) == (device == "cpu")
+    compile_blocks(block, note)
+    assert block.norm1(x).is_contiguous(**last)
+    block(x, None)
+    assert {F.group_norm, torch.rsqrt} & operations == {F.group_norm if device == "cpu" else torch.rsqrt}
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
