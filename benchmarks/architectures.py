@@ -96,7 +96,6 @@ class Base:
     stored: int  # side of the images on file, pixels
     against_baseline: tuple[str, ...] = AGAINST_BASELINE
     changes: tuple[str, ...] = CHANGES
-    lean: float | None = None  # GiB of activations that the contestant which saves memory keeps on a GPU
     share: float = 1.0  # of the time, beside others'
 
     def config(self, **flags: Any) -> TrainConfig:
@@ -156,10 +155,8 @@ BASES = {
         SD15,
         batch_of(8, 512, accumulation=8),
         stored=768,
-        against_baseline=(*AGAINST_BASELINE, "fast, compiled, lean"),
         changes=tuple(name for name in CHANGES if name not in SD15_LACKS),
-        lean=6.0,
-        share=1.5,
+        share=1.25,
     ),
     "sdxl": Base(
         SDXL,

@@ -113,7 +113,6 @@ class Variant:
     flags: dict[str, Any] = field(default_factory=dict)
     changes: tuple[Callable[[Run, Batch], Batch], ...] = ()
     on_gpu: dict[str, Any] | None = None  # flags there, if they are others
-    lean: bool = False  # on a GPU, keeps as few activations as the base says
 
 
 CPU_GIB = 4.0  # of activations, where there is no device memory to go by
@@ -129,7 +128,6 @@ VARIANTS = {
     "fast": Variant(changes=(cache_latents, choose_activations), **FAST),
     "fast, known reference": Variant(changes=(cache_latents, know_reference, choose_activations), **FAST),
     "fast, compiled": Variant(changes=(cache_latents, choose_activations), **COMPILED),
-    "fast, compiled, lean": Variant(changes=(cache_latents, choose_activations), lean=True, **COMPILED),
     # the same graphs in little memory
     "compiled, full checkpointing": Variant(
         changes=(cache_latents,), **{name: flags | FULL for name, flags in COMPILED.items()}
@@ -217,7 +215,7 @@ def build(base: Base, name: str, device: torch.device) -> OurLoop | OfficialLoop
     on_gpu = device.type == "cuda" and variant.on_gpu is not None
     flags = dict(variant.on_gpu if on_gpu else variant.flags)
     if flags.get("gradient_checkpointing") == "auto":  # within a budget, or else what is free on the GPU
-        flags["activation_memory"] = base.lean if variant.lean else CPU_GIB if device.type == "cpu" else None
+        flags["activation_memory"] = CPU_GIB if device.type == "cpu" else None
     config, family = base.config(**flags), base.build(device)
     if name == "baseline":
         return OfficialLoop(config, family, make_batch(family, config))

@@ -48,7 +48,6 @@ from sdpo.losses import pair_terms
 from sdpo.rng import draw, normal
 
 ONLY_ON_GPU = {
-    "fast, compiled, lean",  # shows in peak memory
     "CUDA graphs",
     "reference in fp32",  # where the training precision is lower
     "figures fetched",  # where the host waits for a device

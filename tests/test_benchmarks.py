@@ -290,10 +290,7 @@ def test_the_gpu_suite_runs_without_packages_that_training_does_not_need(tmp_pat
             assert result[f"ratio_to_{other}"]["median"] > 0
             assert result["parts_ms"]["backward"] > 0
     table = path.with_suffix(".md").read_text()
-    assert (
-        "| baseline |" in table
-        and "by `OMP_NUM_THREADS=1 python benchmarks/train.py --minutes 8.5 --seconds 1 --out" in table
-    )
+    assert "| baseline |" in table and "by `OMP_NUM_THREADS=1 python benchmarks/train.py --minutes " in table
     assert "1.0000 of the count" in table
 
 
