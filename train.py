@@ -33,6 +33,7 @@ from sdpo.families import FAMILIES, Family, load_family
 from sdpo.files import write_json
 from sdpo.heldout import HeldOutPairs
 from sdpo.hub import check_precision
+from sdpo.inputs import make_inputs
 from sdpo.memory import choose_checkpointing, planned_memory
 from sdpo.metrics import MetricsLog
 from sdpo.optimizers import OPTIMIZERS, optimizer_name
@@ -199,8 +200,8 @@ def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
     run.data = fingerprint
     run.base = on_main(accelerator, lambda: family.describe(config.unet_init))
     run.prompts = prompts
-    try_out(run)
     dataset = build_dataset(run, pairs, "train")
+    try_out(run, dataset)
     memory = planned_memory(run)
     announce(run, notes, memory)
     caution(run, memory)
@@ -225,11 +226,15 @@ def try_flags(config: TrainConfig, processes: int, family: Family) -> None:
 
 
 @torch.compiler.set_stance("force_eager")  # for an image of another size than those trained on
-def try_out(run: Run) -> None:
+def try_out(run: Run, dataset: PairDataset) -> None:
     """Raises InputError, before training, for a base whose parts do not work together."""
-    if run.family.text_encoders:  # else a latent cache stands for them
-        with run.accelerator.autocast():
-            run.family.try_out(run.policy)
+    family = run.family
+    with run.accelerator.autocast():
+        if family.text_encoders:
+            family.try_out(run.policy)
+        else:  # a latent cache stands for them and the VAE
+            inputs = make_inputs(family, collate([dataset[0, 0]]).to(run.accelerator.device))
+            family.try_prediction(run.policy, inputs.noisy, inputs.timesteps, inputs.conditioning)
 
 
 def hold_out(run: Run, pairs: Pairs | CachedPairs | None) -> HeldOutPairs | None:

@@ -249,8 +249,12 @@ def refuse_unreadable(unreadable: dict[str, str], limit: int, pairs: Pairs | Non
 
 
 def fill(config: TrainConfig, accelerator: Accelerator, works: list[Work]) -> None:
-    """Make the missing rows, after saying how large they are; raises InputError where the disk is too small."""
+    """Make the missing rows, after saying how large they are.
+
+    Raises InputError where the disk is too small, or the base's parts do not work together.
+    """
     family = load_family(**config.base).to(accelerator.device, DTYPES[config.mixed_precision])
+    family.try_out(family.load_unet(config.unet_init).to(accelerator.device))
     sizes = [len(work.names) * work.row_bytes(family) / 2**30 for work in works]  # GiB
     for work, size in zip(works, sizes, strict=True):
         unit = "pairs" if work.pairs else "texts"

@@ -11,6 +11,8 @@ import hashlib
 import json
 import shutil
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -32,6 +34,7 @@ from sdpo.hub import check_vocabulary, fetch, find_weights, hash_part, is_weight
 
 Conditioning = dict[str, Tensor]  # every tensor has one row per sample
 MENDED = "captions mended by ftfy"  # part of what identifies tokens and embeddings
+MISFIT_FIX = "its config files do not go with its weights; download it again"
 
 
 def read_pipeline_class(source: str, **options: str | None) -> str:
@@ -361,29 +364,44 @@ class Family(ABC):
     def try_out(self, unet: nn.Module) -> None:
         """Encode, predict and decode a small image; raises InputError where that fails or numbers are not finite."""
         side = self.image_size(8)
-        draw = torch.full((1,), 0.5, device=self.device)
-        wrong = f"{self.source} cannot encode, predict and decode an image"
-        fix = "its config files do not go with its weights; download it again"
-        try:
+        with self._refusing_misfits():
             with torch.autocast(self.device.type, enabled=False):  # as in training: a VAE in fp32 overflows in fp16
                 moments = self.encode_moments(torch.zeros(1, 3, side, side, device=self.device))
             latents = self.sample_posterior(moments, torch.ones_like(moments[:, 0]))
-            noisy, target = self.add_noise(latents, torch.ones_like(latents), self.timesteps(draw))
-            texts = {name: value.to(unet.dtype) for name, value in self.encode_captions([""], side).items()}
-            prediction = self.predict(unet, noisy.to(unet.dtype), self.timesteps(draw), texts)
+            timesteps = self.timesteps(torch.full((1,), 0.5, device=self.device))
+            noisy, target = self.add_noise(latents, torch.ones_like(latents), timesteps)
+            texts = self.encode_captions([""], side)
             pixels = self.decode_latents(latents)
-        except Exception as error:  # every wrong setting has one of its own
-            if is_out_of_memory(error) or "CUDA error" in str(error):
-                raise
-            raise InputError(f"{wrong} ({brief(error)}): {fix}") from error
         for name, value in {"latents": noisy, "target": target, "pixels": pixels}.items():
             if not value.isfinite().all():
-                raise InputError(f"{wrong} (its {name} have numbers that are not finite): {fix}")
+                raise InputError(f"{self._misfit} (its {name} have numbers that are not finite): {MISFIT_FIX}")
+        self.try_prediction(unet, noisy, timesteps, texts)
+
+    @torch.no_grad()
+    def try_prediction(self, unet: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> None:
+        """Raises InputError where a prediction fails or is not finite."""
+        with self._refusing_misfits():
+            conditioning = {name: value.to(unet.dtype) for name, value in conditioning.items()}
+            prediction = self.predict(unet, noisy.to(unet.dtype), timesteps, conditioning)
         if not prediction.isfinite().all():
             raise InputError(
                 f"the UNet's prediction for {self.source} is not finite: use bf16 or fp32 instead of fp16, or other "
                 "weights"
             )
+
+    @property
+    def _misfit(self) -> str:
+        return f"{self.source} cannot encode, predict and decode an image"
+
+    @contextmanager
+    def _refusing_misfits(self) -> Iterator[None]:
+        """InputError for what parts that do not go together raise."""
+        try:
+            yield
+        except Exception as error:  # every wrong setting has one of its own
+            if is_out_of_memory(error) or "CUDA error" in str(error):
+                raise
+            raise InputError(f"{self._misfit} ({brief(error)}): {MISFIT_FIX}") from error
 
     @property
     def parts(self) -> list[str]:

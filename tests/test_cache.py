@@ -640,3 +640,28 @@ def test_pairs_held_out_of_the_training_data_are_cached_with_them(flags):
     training, held_out = open_cache(given)
     assert len(held_out) == 5 and not {*training.rows} & {*held_out.rows}
     assert training.images is held_out.images and held_out.load(0, 2)
+
+
+def test_a_base_that_does_not_fit_together_is_refused_before_anything_is_cached(flags, bases, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(bases["sd15", "epsilon"], broken)
+    config = json.loads((broken / "vae" / "config.json").read_text())
+    (broken / "vae" / "config.json").write_text(json.dumps(config | {"scaling_factor": 0}))
+    with pytest.raises(InputError, match=r"broken cannot encode, predict and decode an image \(its pixels have"):
+        cache.main(flags(f"--pretrained_model_name_or_path={broken}"))
+    assert not files(tmp_path / "cache")
+    with pytest.raises(InputError, match=r"none.pth"):
+        cache.main(flags(f"--unet_init={tmp_path / 'none.pth'}"))
+    assert not files(tmp_path / "cache")
+
+
+def test_a_unet_that_does_not_fit_the_cached_captions_is_refused(flags, bases, tmp_path):
+    """Its VAE and text encoders are those that the cache was made with, and are not loaded again."""
+    open_cache(flags())
+    other = tmp_path / "other"
+    shutil.copytree(bases["sd15", "epsilon"], other)
+    unet = UNet2DConditionModel.from_pretrained(other, subfolder="unet")
+    wider = UNet2DConditionModel.from_config(unet.config, cross_attention_dim=2 * unet.config.cross_attention_dim)
+    wider.save_pretrained(other / "unet")
+    with pytest.raises(InputError, match=r"other cannot encode, predict and decode an image \(mat1 and mat2"):
+        train.main(flags(f"--pretrained_model_name_or_path={other}"))
