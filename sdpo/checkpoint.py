@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -317,8 +317,11 @@ def tidy_output(run: Run, checkpoint: Path | None) -> None:
         remove_older(config, checkpoint)
 
 
-def check_places(folder: str | Path, parts: Iterable[str]) -> None:
-    """Raises InputError where a file has the name of one of the pipeline's folders, or a folder that of a file."""
+def check_places(folder: str | Path, parts: list[str]) -> None:
+    """Raises InputError where the model cannot be written: over a part of another one, or where names are taken."""
+    own = Path(folder).resolve()
+    if own.name in parts and (own.parent / "model_index.json").is_file():
+        raise InputError(f"--output_dir {folder} is a part of the model in {own.parent}: name another folder")
     places = [Path(folder, name) for name in parts]
     in_the_way = [place for place in places if place.exists() and not place.is_dir()]
     in_the_way += [place for name in MODEL_FILES if (place := Path(folder, name)).is_dir()]

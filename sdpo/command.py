@@ -85,6 +85,14 @@ def show(text: str) -> None:
 class FlagErrors:
     """Mixed into an argument parser: raises InputError for flags that do not fit."""
 
+    def parse_known_args(self, args: list[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """As the parser's own, after a look for what a shell was to expand: else a folder called ~ would be made."""
+        for argument in sys.argv[1:] if args is None else args:
+            name, _, value = argument.partition("=")
+            if value.startswith("~/"):
+                raise InputError(f"{argument}: shells do not expand ~ there; write {name}=$HOME{value[1:]}")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         """Instead of printing the usage and leaving."""
         raise InputError(f"{message}; `{self.prog} --help` lists the flags")
@@ -141,11 +149,7 @@ def parse_flags(cls: type, description: str, command: str, arguments: list[str] 
     _, unknown = parser.parse_known_args(arguments)
     if unknown:  # before what is missing is complained of
         parser.error(f"unknown flag {unknown[0]}")
-    config = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)[0]
-    for name, value in vars(config).items():
-        if isinstance(value, str) and value.startswith("~/"):  # else a folder called ~ would be made
-            raise InputError(f"--{name}={value}: shells do not expand ~ there; write --{name} {value}")
-    return config
+    return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)[0]
 
 
 def parse_assignments(texts: Sequence[str], flag: str) -> dict[str, str]:

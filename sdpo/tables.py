@@ -84,7 +84,8 @@ def find_fix(cause: Exception, path: Path, split: str, cache_dir: str | None) ->
     number = getattr(cause, "errno", None)
     place = os.path.abspath(getattr(cause, "filename", None) or path)
     about_copy = os.path.commonpath([place, os.path.abspath(copy)]) in (place, os.path.abspath(copy))
-    if number in (*NO_ROOM, errno.EROFS) or (number in (errno.EACCES, errno.ENOENT) and about_copy):
+    unusable = (errno.EACCES, errno.ENOENT, errno.ENOTDIR, errno.EEXIST)
+    if number in (*NO_ROOM, errno.EROFS) or (number in unusable and about_copy):
         return f"their copy is made in {copy}: name a folder that can be written, with room, as --cache_dir"
     if path.is_dir() and not any(path.iterdir()):
         return "it is empty: give the folder that holds them"

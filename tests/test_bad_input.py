@@ -197,7 +197,7 @@ def safetensors(folder):
 
 TRAIN_FLAGS = {
     "--pretrained_model_name_or_path=": r"--pretrained_model_name_or_path is missing: give a hub id or a local",
-    "--output_dir=~/runs": r"--output_dir=~/runs: shells do not expand ~ there; write --output_dir ~/runs",
+    "--output_dir=~/runs": r"--output_dir=~/runs: shells do not expand ~ there; write --output_dir=.HOME/runs",
     "--train_data_dir=": r"no data: give --dataset_name .* or --train_data_dir",
     "--dataset_name=pairs": r"--dataset_name and --train_data_dir exclude each other: give one of them",
     "--dataset_name=owner/none --train_data_dir=": r"cannot read pairs from 'owner/none' \(.*\); give a local folder",
@@ -375,6 +375,7 @@ GENERATE_FLAGS = {
 }  # fmt: skip
 
 VERSUS_FLAGS = {
+    "--outdir=~/out": r"--outdir=~/out: shells do not expand ~ there; write --outdir=.HOME/out",
     "--label_a=x/y": r"label 'x/y' cannot name an output folder; use up to 60",
     "--label_a=..\\c": r"label .* cannot name an output folder; use up to 60",
     "--label_b=..": r"label '\.\.' cannot name an output folder; use up to 60",
@@ -975,6 +976,18 @@ def test_a_list_in_place_of_scores_is_not_overwritten(refused, tmp_path):
     (tmp_path / "B" / "scores.jsonl").write_text('[{"image": "0.png"}]')
     check(refused("eval_vs"), r'B/scores.jsonl, line 1: not an object with "image" and "prompt"; delete')
     assert (tmp_path / "B" / "scores.jsonl").read_text() == '[{"image": "0.png"}]'
+
+
+def test_a_part_of_a_model_is_not_written_over(refused, tmp_path):
+    shutil.copytree(compare.BASE, tmp_path / "base")
+    message = r"--output_dir .*/base/unet is a part of the model in .*/base: name another folder"
+    check(refused("train", "--output_dir={f}/base/unet"), message)
+    assert not (tmp_path / "base" / "unet" / "metrics.jsonl").exists()
+
+
+def test_a_file_in_place_of_the_folder_of_copies(refused, tmp_path):
+    (tmp_path / "copies").write_text("")
+    check(refused("train", "--cache_dir={f}/copies"), r"their copy is made in .*/copies: name a folder that can be")
 
 
 @pytest.mark.parametrize("name", ["labels_file", "latent_cache", "reference_cache", "validation_data_dir"])
