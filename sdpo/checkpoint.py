@@ -273,7 +273,7 @@ def choose_checkpoint(config: TrainConfig) -> Path | None:
 
 
 def start_from(checkpoint: Path | None) -> str:
-    """What to do with a folder that is no checkpoint, if it holds weights at least."""
+    """What to do with a folder that is not a checkpoint, if it holds weights at least."""
     weights = checkpoint / "unet.pth" if checkpoint else None
     return f", or start a new run from its weights with --unet_init {weights}" if weights and weights.is_file() else ""
 
@@ -292,7 +292,7 @@ def newest_whole(folder: str | Path) -> Path | None:
         newest = found[-1]
         raise InputError(
             f"--resume_from_checkpoint latest: none of the {len(found)} checkpoints in {folder} is whole "
-            f"({newest.name}: {wrong[newest]}); delete them to start anew, or choose another --output_dir"
+            f"({newest.name}: {wrong[newest]}); delete them to start again, or choose another --output_dir"
             f"{start_from(newest)}"
         )
     return None
@@ -301,7 +301,7 @@ def newest_whole(folder: str | Path) -> Path | None:
 def tidy_output(run: Run, checkpoint: Path | None) -> None:
     """Move what is of another run in the output folder out of the way, and finish the removals that a killed run began.
 
-    `checkpoint` is what the run goes on from, None if it begins anew.
+    `checkpoint` is what the run goes on from, None if it starts from the base.
     """
     config = run.config
     if not run.accelerator.is_main_process:
@@ -332,8 +332,8 @@ def check_places(folder: str | Path, parts: list[str]) -> None:
 def set_results_aside(folder: Path, logging_dir: str, anew: bool) -> None:
     """Move what a run left in a folder, and what evaluations of its weights left beside them, into earlier-N there.
 
-    The other parts of its pipeline stay, to be written over. Where the next run begins `anew`, that is done only if
-    this one had ended.
+    The other parts of its pipeline stay, to be written over. Where the next run starts from the base (`anew`), that is
+    done only if this one had ended.
     """
     names = ["unet.pth", "unet_ema.pth", "unet", "config.json", "metrics.jsonl", "validation"]
     if re.fullmatch(r"[\w-]+", logging_dir):  # a folder of the output folder's own

@@ -189,7 +189,9 @@ class TrainConfig:
     validation_seed: Natural = flag(
         0, "seed of what held-out errors are measured on: pairs, noise and timesteps, alike for runs of any --seed"
     )
-    validation_steps: Count = flag(100, "measure held-out errors every so many updates, and at the start and end")
+    validation_steps: Count = flag(
+        100, "updates between measurements of held-out errors, besides those at the start and end"
+    )
     validation_prompts: str | None = flag(
         None, "text file with a prompt per line: sample an image of each whenever held-out errors are measured"
     )
@@ -201,8 +203,8 @@ class TrainConfig:
         "tensorboard", "tracker; all is every one that is installed"
     )
     tracker_project_name: str = flag("tuning", "project name given to the trackers")
-    logging_steps: Count = flag(1, "log every so many updates; metrics are averaged over them")
-    checkpointing_steps: Natural = flag(500, "write a checkpoint every so many updates; 0 writes none")
+    logging_steps: Count = flag(1, "updates between log lines; metrics are averaged over them")
+    checkpointing_steps: Natural = flag(500, "updates between checkpoints; 0 writes none")
     checkpoints_total_limit: Count | None = flag(None, "keep this many newest checkpoints")
     resume_from_checkpoint: str | None = flag(
         "latest", "'latest', a checkpoint folder, or 'none' to begin in a folder without checkpoints"
@@ -413,7 +415,7 @@ class TrainConfig:
         return accumulation
 
     def cautions(self, loss: str, steps: int) -> list[str]:
-        """A sentence for every combination that is known to be inert or harmful in a run of so many updates.
+        """A sentence for every combination that is known to be inert or harmful in a run of `steps` updates.
 
         `loss` is the row of PAIR_LOSSES.
         """

@@ -34,7 +34,6 @@ from sdpo.hub import check_vocabulary, fetch, find_weights, hash_part, is_weight
 
 Conditioning = dict[str, Tensor]  # every tensor has one row per sample
 MENDED = "captions mended by ftfy"  # part of what identifies tokens and embeddings
-MISFIT_FIX = "its config files do not go with its weights; download it again"
 
 
 def read_pipeline_class(source: str, **options: str | None) -> str:
@@ -374,7 +373,7 @@ class Family(ABC):
             pixels = self.decode_latents(latents)
         for name, value in {"latents": noisy, "target": target, "pixels": pixels}.items():
             if not value.isfinite().all():
-                raise InputError(f"{self._misfit} (its {name} have numbers that are not finite): {MISFIT_FIX}")
+                raise self._misfit(f"its {name} have numbers that are not finite")
         self.try_prediction(unet, noisy, timesteps, texts)
 
     @torch.no_grad()
@@ -389,10 +388,6 @@ class Family(ABC):
                 "weights"
             )
 
-    @property
-    def _misfit(self) -> str:
-        return f"{self.source} cannot encode, predict and decode an image"
-
     @contextmanager
     def _refusing_misfits(self) -> Iterator[None]:
         """InputError for what parts that do not go together raise."""
@@ -401,7 +396,13 @@ class Family(ABC):
         except Exception as error:  # every wrong setting has one of its own
             if is_out_of_memory(error) or "CUDA error" in str(error):
                 raise
-            raise InputError(f"{self._misfit} ({brief(error)}): {MISFIT_FIX}") from error
+            raise self._misfit(brief(error)) from error
+
+    def _misfit(self, reason: str) -> InputError:
+        return InputError(
+            f"{self.source} cannot encode, predict and decode an image ({reason}): its config files do not go with its "
+            "weights; download it again"
+        )
 
     @property
     def parts(self) -> list[str]:

@@ -135,7 +135,7 @@ def load_tensors(path: str | Path) -> Any:
 
 
 def recognise(path: str | Path) -> str | None:
-    """What a file is that is no .pth: what downloads leave in place of weights, or weights of another name."""
+    """What a file is that is not a .pth: what downloads leave in place of weights, or weights of another name."""
     with suppress(OSError), open(path, "rb") as file:
         beginning = file.read(64)
         if beginning[8:9] == b"{" and not str(path).endswith(".safetensors"):

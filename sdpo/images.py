@@ -45,7 +45,7 @@ def decode(value: bytes | str | dict | Image.Image, min_side: int = 0) -> Image.
     if isinstance(value, Image.Image):
         return to_rgb(value)
     if not isinstance(value, bytes | str):
-        raise TypeError(f"{value!r:.40} is no image")
+        raise TypeError(f"{value!r:.40} is not an image")
     with open_image(io.BytesIO(value) if isinstance(value, bytes) else value) as image:
         if min_side:
             image.draft(None, (min_side, min_side))  # other formats ignore it

@@ -247,7 +247,7 @@ def append_scores(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def compact_scores(path: str | Path) -> None:
-    """Write a score file anew with one row per image, whole or not at all; others that append wait."""
+    """Rewrite a score file with one row per image, whole or not at all; others that append wait."""
     path = Path(path)
     with locked(path):
         write_text(path, "".join(json.dumps(row) + "\n" for row in read_scores(path).values()))

@@ -129,5 +129,5 @@ def parse_prompt(row: Any, where: str) -> Prompt:
     if not isinstance(prompt.metadata, dict):
         raise InputError(f'{where}: "metadata" must be an object')
     if not is_text(prompt.text):
-        raise InputError(f"{where}: the prompt holds an unpaired surrogate, which is no character; correct it")
+        raise InputError(f"{where}: the prompt holds an unpaired surrogate, which is not a character; correct it")
     return prompt

@@ -26,7 +26,7 @@ def join_ranks(**options: Any) -> Accelerator:
     fix = "start with torchrun, accelerate or our launchers, or unset what they have left"
     for name in numbers:
         if not os.environ.get(name, "0").isdecimal():
-            raise InputError(f"{name}={os.environ[name]} in the environment is no number: {fix}")
+            raise InputError(f"{name}={os.environ[name]} in the environment is not a number: {fix}")
     rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     if rank >= ranks:
         raise InputError(f"RANK={rank} in the environment is not below WORLD_SIZE={ranks}: {fix}")

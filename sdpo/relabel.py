@@ -173,7 +173,7 @@ def read_about(path: Path) -> dict | None:
 def refuse_others(out: Path, then: dict | None, scored: dict) -> None:
     """Raises InputError unless a label file, made from `then`, holds scores like these."""
     if not isinstance(then, dict) or "margin" not in then:
-        raise InputError(f"--out {out} is there already and is no label file: name another one")
+        raise InputError(f"--out {out} is there already and is not a label file: name another one")
     if changes := [name for name, value in scored.items() if then.get(name) != value]:
         raise InputError(
             f"--out {out} holds labels by {then.get('metric')} made from something else (other {', '.join(changes)}): "

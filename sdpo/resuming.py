@@ -145,14 +145,14 @@ def refuse_other_optimizer(run: Run, own: list[dict], checkpoint: Path) -> None:
 def check_restored(run: Run) -> None:
     """Raises ValueError for state that accelerate puts back without a look, and that would end the process later."""
     if type(run.schedule.scheduler.last_epoch) is not int:
-        raise ValueError("the schedule's epoch is no number")
+        raise ValueError("the schedule's epoch is not a number")
     moments = OPTIMIZERS[optimizer_name(run.config, run.family)].moments
     for parameter, state in run.optimizer.state.items():
         for name in moments if state else ():
             if not is_like(state.get(name), parameter):
                 raise ValueError(f"{name} of the optimizer does not have the shape of its parameter")
         if state and isinstance(state.get("step"), Tensor) and state["step"].numel() != 1:
-            raise ValueError("the optimizer's step is no number")
+            raise ValueError("the optimizer's step is not a number")
 
 
 def is_like(value: Any, parameter: Tensor) -> bool:

@@ -71,7 +71,7 @@ class Shards:
             if about["key"] != self.mark:
                 raise InputError(f"{path} was made from something else than the files beside it: delete it")
             if path.stem != self._name_file(about["names"]):
-                raise InputError(f"{path} is damaged (its name is not that of its rows): delete it to make it anew")
+                raise InputError(f"{path} is damaged (its name is not that of its rows): delete it to make it again")
             places |= {name: (number, row) for row, name in enumerate(about["names"])}
             notes |= about["notes"]
             checksums.append(np.array(about["crc32"], np.uint32))
@@ -98,7 +98,7 @@ class Shards:
         if checksum(tensors) != self.checksums[number][row]:
             raise InputError(
                 f"{self.files[number]} is damaged (CRC-32 of row {row}): delete it and run the same command again, "
-                "which makes it anew"
+                "which makes it again"
             )
         return tensors
 
@@ -153,7 +153,7 @@ def read_about(path: Path) -> dict:
         return {name: about[name] for name in ("names", "notes", "crc32", "sha256", "key", "header")}
     except (OSError, SafetensorError, TypeError, LookupError, ValueError, OverflowError) as error:
         raise InputError(
-            f"{path} is damaged ({brief(error)}): delete it and run the same command again, which makes it anew"
+            f"{path} is damaged ({brief(error)}): delete it and run the same command again, which makes it again"
         ) from error
 
 

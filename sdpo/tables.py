@@ -331,7 +331,7 @@ def read_pair_file(file: Path, caption_column: str) -> datasets.Dataset:
         if missing:
             raise InputError(
                 f"{where}: {', '.join(missing)} missing; every row needs {', '.join(columns)} "
-                f"(move {file.name} away if it is no list of pairs)"
+                f"(move {file.name} away if it is not a list of pairs)"
             )
         if None in record:  # where csv puts what has no column
             raise InputError(f"{where}: more values than columns; put captions that hold commas in double quotes")
@@ -362,7 +362,7 @@ def read_records(file: Path) -> list[tuple[int, dict]]:
             names = Counter(reader.fieldnames or ())
             rows = list(enumerate(reader, 1))
         except csv.Error as error:
-            raise InputError(f"{file} is not valid CSV ({error}); write it anew, or as JSONL") from error
+            raise InputError(f"{file} is not valid CSV ({error}); write it again, or as JSONL") from error
         if twice := [name for name, count in names.items() if name and count > 1]:
             raise InputError(f"{file} has more than one column {twice[0]!r}: keep one")
         return rows

@@ -154,7 +154,7 @@ def test_a_file_that_is_no_label_file_is_not_written_over(pairs_folder, tmp_path
     path = tmp_path / "train.parquet"
     shutil.copy(pairs_folder / "train.parquet", path)
     before = path.read_bytes()
-    with pytest.raises(InputError, match=r"train\.parquet is there already and is no label file: name another one"):
+    with pytest.raises(InputError, match=r"train\.parquet is there already and is not a label file: name another one"):
         made(pairs_folder, path)
     assert path.read_bytes() == before
 
