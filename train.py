@@ -228,13 +228,13 @@ def try_flags(config: TrainConfig, processes: int, family: Family) -> None:
 @torch.compiler.set_stance("force_eager")  # for an image of another size than those trained on
 def try_out(run: Run, dataset: PairDataset) -> None:
     """Raises InputError, before training, for a base whose parts do not work together."""
-    family = run.family
-    with run.accelerator.autocast():
-        if family.text_encoders:
-            family.try_out(run.policy)
-        else:  # a latent cache stands for them and the VAE
-            inputs = make_inputs(family, collate([dataset[0, 0]]).to(run.accelerator.device))
-            family.try_prediction(run.policy, inputs.noisy, inputs.timesteps, inputs.conditioning)
+    if run.family.text_encoders:
+        with run.accelerator.autocast():
+            run.family.try_out(run.policy)
+    else:  # a latent cache stands for them and the VAE
+        inputs = make_inputs(run.family, collate([dataset[0, 0]]).to(run.accelerator.device))
+        with run.accelerator.autocast():
+            run.family.try_prediction(run.policy, inputs.noisy, inputs.timesteps, inputs.conditioning)
 
 
 def hold_out(run: Run, pairs: Pairs | CachedPairs | None) -> HeldOutPairs | None:
