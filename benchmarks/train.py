@@ -374,7 +374,7 @@ def fill_compilers_cache(bases: dict[str, Base], device: torch.device) -> None:
     """Compile the blocks of one base in this process, or of several in a process each, for later runs to read."""
     if len(bases) > 1:
         processes = [subprocess.Popen([sys.executable, *sys.argv, "--bases", name]) for name in bases]
-        sys.exit(max([process.wait() for process in processes]))
+        sys.exit(any([process.wait() for process in processes]))
     for base in bases.values():
         contestant = build(base, "compiled, full checkpointing", device)
         contestant.take_micro_steps(1)

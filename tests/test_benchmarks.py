@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from torch._subclasses.fake_tensor import FakeTensor
 
 from benchmarks.architectures import BASES, SDXL, Base, batch_of
 from benchmarks.baseline import OfficialLoop
@@ -26,6 +27,7 @@ from benchmarks.train import (
     check_baseline,
     compare,
     expected_flops,
+    fill_compilers_cache,
     main,
     measure_round,
     safeguard_cost,
@@ -140,6 +142,28 @@ def test_every_contestant_makes_updates(name):
     contestant.update()
     assert name == "baseline" or contestant.first_margin == 0
     assert len(clipped) == 1  # in the official loop too, where Adafactor is not asked for by a flag of its own
+
+
+def test_the_compilers_cache_is_filled_with_the_blocks_that_are_measured(monkeypatch):
+    """By their graphs' inputs; compiling itself takes minutes."""
+
+    def compile_nothing(forward, **_):
+        def call(*inputs, **options):
+            tensors = [value for value in (*inputs, *options.values()) if isinstance(value, torch.Tensor)]
+            seen = [(x.shape, x.stride(), x.dtype, x.requires_grad) for x in tensors]
+            if not any(isinstance(x, FakeTensor) for x in tensors):  # of what only counts activations
+                called.add((type(forward.__self__), *seen))
+            return forward(*inputs, **options)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    called = set()
+    build(MICRO_XL, "fast, compiled", CPU).update()
+    measured = set(called)
+    called.clear()
+    fill_compilers_cache({"micro": MICRO_XL}, CPU)
+    assert called == measured and len(called) > 3
 
 
 def test_speed_counts_the_pairs_of_all_micro_steps(monkeypatch):
