@@ -10,7 +10,7 @@ from itertools import combinations
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
-from sdpo.command import Parser, parse_assignments, run_command, show
+from sdpo.command import InputError, Parser, parse_assignments, run_command, show
 from sdpo.report import write_report
 from sdpo.scoring import add_flags, check_models, complete_scores, plan_scores, read_flags
 from sdpo.winrates import (
@@ -50,6 +50,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     named = [(args.label_a, args.json_a), (args.label_b, args.json_b), *parse_assignments(args.more, "--more").items()]
     check_labels([label for label, _ in named])
+    if not args.outdir:
+        raise InputError("--outdir is empty: name a folder or leave the flag out")
     options = read_flags(args)
     # what cannot be scored, paired or written is found before hours of scoring
     pending = {label: plan_scores(manifest, options) for label, manifest in named}

@@ -2,9 +2,13 @@
 # this machine or on the CPU. DATA=FOLDER trains on other pairs, GPUS=2 uses two GPUs; PYTHON=... names the interpreter.
 # For several machines use `accelerate launch` with its own config file.
 set -euo pipefail
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+ROOT=$(CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PYTHON=${PYTHON:-$([ -x "$ROOT/.venv/bin/python" ] && echo "$ROOT/.venv/bin/python" || echo python)}
 command -v "$PYTHON" >/dev/null || { echo "error: PYTHON=$PYTHON is not a program: name a Python interpreter" >&2; exit 2; }
+"$PYTHON" -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ("torch", "diffusers", "datasets"))))' || {
+  echo "error: $PYTHON lacks what requirements.txt lists: run bash $ROOT/scripts/setup.sh, or name another with PYTHON=..." >&2
+  exit 2
+}
 if [[ -n "${GPUS:-}" && ! "$GPUS" =~ ^[1-9][0-9]*$ ]]; then
   echo "error: GPUS=$GPUS is not a number of GPUs: give how many to use, or leave it out for all" >&2
   exit 2
@@ -31,10 +35,7 @@ tiny_pairs() {
 
 on_gpus() { # SCRIPT FLAGS...: on every GPU of this machine, or on the CPU where there is none
   local gpus
-  gpus=${GPUS:-$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null)} || {
-    echo "error: $PYTHON cannot import torch: run bash $ROOT/scripts/setup.sh, or name another with PYTHON=..." >&2
-    exit 2
-  }
+  gpus=${GPUS:-$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')}
   if [ "$gpus" -gt 1 ]; then
     # seconds that ranks have, after a signal, to finish an update and write a checkpoint; 30 by default
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-900}

@@ -117,8 +117,8 @@ class TrainConfig:
     )
     official_reference_errors: bool = flag(
         False,
-        "form the reference's errors in --mixed_precision, not in fp32: margins of equal models then spread, by 1.4 in "
-        "bf16 at beta 5000, and are not 0",
+        "form the reference's errors and their difference in --mixed_precision, not in fp32: margins of equal models "
+        "then spread, by 1.4 in bf16 at beta 5000, and are not 0",
     )
     reference_cache: str | None = flag(
         None,

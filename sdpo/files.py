@@ -42,9 +42,18 @@ def read_text(path: str | Path) -> str:
 def parse_json(text: str | bytes, where: str | Path, fix: str) -> Any:
     """The value of a JSON text; raises InputError, saying where and what to do, if it is none."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_refuse_doubles)
     except (ValueError, RecursionError) as error:  # of JSON, of UTF-8, of too many digits; of nesting
         raise InputError(f"{where}: not valid JSON ({brief(error)}); {fix}") from None
+
+
+def _refuse_doubles(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, of which Python would keep the last value of a key; raises ValueError for a key twice."""
+    value = dict(items)
+    if len(value) < len(items):
+        names = [name for name, _ in items]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} comes twice")
+    return value
 
 
 def is_text(value: Any) -> bool:

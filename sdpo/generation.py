@@ -133,6 +133,8 @@ class EvalConfig:
     def _conflicts(self) -> Iterator[tuple[object, str]]:
         """Pairs (is wrong, what to do about it)."""
         yield not self.unet_path, "--unet_path is missing: give a unet.pth, or base for the base model itself"
+        yield self.output_path == "", "--output_path is empty: name a folder or leave the flag out"
+        yield "" in self.test_json, "--test_json is empty: name a file with prompts or leave the flag out"
         yield not self.pretrain_path, "--pretrain_path is missing: give the base model, a hub id or a diffusers folder"
         for group in self.groups:
             yield group not in GROUPS, f"--groups {group}: known are {', '.join(GROUPS)}; give files with --test_json"

@@ -140,6 +140,8 @@ def recognise(path: str | Path) -> str | None:
         beginning = file.read(64)
         if beginning[8:9] == b"{" and not str(path).endswith(".safetensors"):
             return "it is a safetensors file: let its name end so"
+        if beginning.startswith(b"PK") and str(path).endswith(".safetensors"):
+            return "it is a file of torch.save: let its name end in .pth"
         beginning = beginning.lstrip()
         if beginning.startswith(b"version https://git-lfs"):
             return "it is a pointer of git-lfs: fetch its content with `git lfs pull`"

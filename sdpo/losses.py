@@ -45,7 +45,7 @@ def check_shape(name: str, x: Tensor, expected: Sequence[int], like: str) -> Non
 
 def check_pairs(prediction: Tensor, reference: Tensor | None, target: Tensor, reference_error: Tensor | None) -> None:
     """Raises ValueError unless these are arguments of pair_terms for one or more pairs."""
-    if prediction.dim() < 2 or len(prediction) < 2 or len(prediction) % 2:
+    if prediction.dim() < 2 or not prediction.numel() or len(prediction) % 2:
         raise ValueError(f"prediction has shape {tuple(prediction.shape)}, but must hold B winners, then B losers")
     check_shape("target", target, prediction.shape, "prediction")
     if reference is not None:
@@ -74,12 +74,14 @@ def winner_preserving_scale(
     residual_w, residual_l: (B, ...) prediction minus target. Returns lambda without gradient: () for the micro-batch as
     a whole (the official rule) or (B,) with per_pair, which does not depend on how the batch is split. `eps` is added
     to the inner product of the gradients g = 2 e / N (N elements share one lambda), hence eps N^2 / 4 to that of the
-    residuals. Raises ValueError for mu outside [0, 1] and for residuals of different shapes.
+    residuals. Raises ValueError for mu outside [0, 1], and for residuals that are empty or of different shapes.
     Source: arXiv 2511.03317, winner-preserving condition.
     """
     if not 0 <= mu <= 1:
         raise ValueError(f"mu must lie in [0, 1], got {mu}")
     check_shape("residual_l", residual_l, residual_w.shape, "residual_w")
+    if not residual_w.numel():
+        raise ValueError(f"residual_w has shape {tuple(residual_w.shape)}, but must hold B winners")
     residual_w, residual_l = residual_w.detach().float(), residual_l.detach().float()
     rows = len(residual_w) if per_pair else 1
     flat_w, flat_l = residual_w.reshape(rows, -1), residual_l.reshape(rows, -1)  # (rows, N)
@@ -103,10 +105,11 @@ def pair_terms(
     """Residuals, errors, loser scale and margin of B pairs.
 
     prediction, reference, target: (2B, C, H, W), winners first; the targets of the two members need not be equal. Where
-    `reference_error` (2B,) is known, the prediction of the reference is needed for the drift alone. The loser's
-    gradient is scaled by the winner-preserving rule where `mu` is given, else by `constant` (1 is the plain method, 0
-    trains on winners only). Raises ValueError for shapes that do not fit, for scales outside [0, 1] or set twice, and
-    where nothing is known of the reference.
+    `reference_error` (2B,) is known, the prediction of the reference is needed for the drift alone; the difference of
+    such errors is formed in the precision in which they are given. The loser's gradient is scaled by the
+    winner-preserving rule where `mu` is given, else by `constant` (1 is the plain method, 0 trains on winners only).
+    Raises ValueError for shapes that do not fit, for scales outside [0, 1] or set twice, and where nothing is known of
+    the reference.
     """
     check_pairs(prediction, reference, target, reference_error)
     if not 0 <= constant <= 1 or (mu is not None and constant != 1):
@@ -121,20 +124,20 @@ def pair_terms(
         drift_w = prediction.chunk(2)[0] - reference.chunk(2)[0]
     if reference_error is None:
         reference_error = sample_error(reference, target)
-    reference_error_w, reference_error_l = reference_error.float().chunk(2)
+    reference_error_w, reference_error_l = reference_error.detach().chunk(2)
     scale = (
         error_l.new_full((), constant) if mu is None else winner_preserving_scale(residual_w, residual_l, mu, per_pair)
     )
     error_l = scale_gradient(error_l, scale)
-    margin = -beta / 2 * ((error_w - error_l) - (reference_error_w - reference_error_l))
+    margin = -beta / 2 * ((error_w - error_l) - (reference_error_w - reference_error_l).float())
     return PairTerms(
         residual_w=residual_w,
         residual_l=residual_l,
         drift_w=drift_w,
         error_w=error_w,
         error_l=error_l,
-        reference_error_w=reference_error_w,
-        reference_error_l=reference_error_l,
+        reference_error_w=reference_error_w.float(),
+        reference_error_l=reference_error_l.float(),
         loser_scale=scale,
         margin=margin,
         beta=beta,

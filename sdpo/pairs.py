@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from sdpo.tables import (
     hash_captions,
     hash_images,
     measure_images,
+    read_sample,
     read_table,
 )
 
@@ -178,18 +180,36 @@ def check_columns(
         check_images(table, name, source)
 
 
-def check_rows_have_images(pairs: Pairs, limit: int) -> None:
-    """Raises InputError if more than `limit` of the pairs' rows have no image or an empty one in one of the columns."""
-    for name in pairs.columns:
-        sizes = np.concatenate([measure_images(block[name]) for block in blocks(pairs.table, [name])])
-        rows = pairs.rows[sizes[pairs.rows] <= 0]
-        if len(rows) > limit:
-            path = image_source(pairs.table[int(rows[0])][name])
+def check_rows_have_images(
+    table: datasets.Dataset, columns: Iterable[str], rows: np.ndarray, source: str, limit: int
+) -> None:
+    """Raises InputError if more than `limit` of these rows have no image or an empty one in one of the columns."""
+    for name in columns:
+        sizes = np.concatenate([measure_images(block[name]) for block in blocks(table, [name])])
+        lacking = rows[sizes[rows] <= 0]
+        if len(lacking) > limit:
+            path = image_source(table[int(lacking[0])][name])
             what = f"{path:.200} is {'empty' if os.path.isfile(path) else 'not a file'}" if path else "is empty"
             raise InputError(
-                f"{pairs.source} row {rows[0]}: {name} {what}; {len(rows)} such row(s) in all, more than "
+                f"{source} row {lacking[0]}: {name} {what}; {len(lacking)} such row(s) in all, more than "
                 f"--max_unreadable_images {limit}: fill them in or remove them"
             )
+
+
+def caution_of_content(pairs: Pairs) -> Iterator[str]:
+    """Sentences on captions that are empty, and on pairs of a sample whose two images are one."""
+    options = pairs.captions()
+    if blank := sum(not "".join(captions).strip() for captions in options):
+        yield f"CAUTION: {blank:,} of {len(pairs):,} captions in {pairs.source} are empty"
+    if pairs.columns != IMAGES:
+        return
+    sample = read_sample(pairs.table, IMAGES, pairs.rows)
+    same = [first == second != b"" for first, second in sample]  # empty where it cannot be read
+    if any(same):
+        yield (
+            f"CAUTION: in {sum(same)} of {len(same)} pairs looked at in {pairs.source}, {' and '.join(IMAGES)} are one "
+            "image, from which nothing is learned"
+        )
 
 
 def name_dreamlike(table: datasets.Dataset, name: str, source: str) -> np.ndarray:
@@ -355,7 +375,8 @@ def prepare_pairs(config: TrainConfig, seed: int) -> tuple[Pairs, Pairs | None, 
     pairs = draw_subset(pairs, config.max_train_samples, seed, "max-train-samples")
     for part in (pairs, held_out):
         if part is not None:
-            check_rows_have_images(part, config.max_unreadable_images)
+            check_rows_have_images(part.table, part.columns, part.rows, part.source, config.max_unreadable_images)
+            notes += caution_of_content(part)
     return pairs, held_out, notes
 
 

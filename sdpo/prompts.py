@@ -5,6 +5,7 @@ A file is a JSON list or JSON lines of prompts or objects with `prompt`, or a te
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -110,7 +111,17 @@ def _read_jsonl(path: Path, text: str) -> Iterator[tuple[str, Any]]:
 
 
 def _read_txt(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    if _is_json(text) or _is_json(text.strip().partition("\n")[0]):
+        raise InputError(f"{path} holds JSON: let its name end in .json, or in .jsonl for an object per line")
     yield from ((where, line.strip()) for where, line in _read_lines(path, text))
+
+
+def _is_json(text: str) -> bool:
+    """Whether a text is a JSON object or list."""
+    try:
+        return isinstance(json.loads(text), dict | list)
+    except (ValueError, RecursionError):
+        return False
 
 
 READERS = {".json": _read_json, ".jsonl": _read_jsonl, ".txt": _read_txt}
@@ -128,6 +139,10 @@ def parse_prompt(row: Any, where: str) -> Prompt:
         raise InputError(f'{where}: "neg_prompt" and "raw_image_path" must be text')
     if not isinstance(prompt.metadata, dict):
         raise InputError(f'{where}: "metadata" must be an object')
+    try:
+        json.dumps(prompt.metadata, allow_nan=False)
+    except ValueError:
+        raise InputError(f'{where}: "metadata" holds NaN or Infinity, which are not JSON; write null') from None
     if not is_text(prompt.text):
         raise InputError(f"{where}: the prompt holds an unpaired surrogate, which is not a character; correct it")
     return prompt

@@ -39,8 +39,8 @@ from sdpo.console import start_console
 from sdpo.files import alone, brief, identify_source, parse_json, read_text, write_file, write_text
 from sdpo.images import image_source
 from sdpo.manifest import check_score
-from sdpo.pairs import IMAGES, LABELS_ABOUT, check_columns, hash_labels
-from sdpo.scorers import check_device, load_scorers, score_rows
+from sdpo.pairs import IMAGES, LABELS_ABOUT, check_columns, check_rows_have_images, hash_labels
+from sdpo.scorers import check_device, check_parts, load_scorers, score_rows
 from sdpo.tables import as_list, column, hash_captions, hash_images, read_table
 
 SCORES = ("score_0", "score_1")  # columns of a label file
@@ -127,6 +127,7 @@ def relabel(config: RelabelConfig) -> str:
     source = f"{config.dataset_name or config.train_data_dir} ({config.split})"
     table = read_table(config, config.split)
     check_columns(table, [config.caption_column, *IMAGES], config.caption_column, IMAGES, source)
+    check_parts(config.sources, [CHOICE_MODELS[config.metric]])
     scored = describe_scores(config, table)
     out = Path(config.out)
     kept = out.with_name(out.name + ".scores.jsonl")
@@ -137,6 +138,7 @@ def relabel(config: RelabelConfig) -> str:
         if then["margin"] == config.margin:
             return f"labels by {config.metric} reused from {out}"
     else:
+        check_rows_have_images(table, IMAGES, np.arange(len(table)), source, config.max_unreadable_images)
         out.parent.mkdir(parents=True, exist_ok=True)
         with alone(out.with_name(f".{out.name}.lock"), f"another command makes {out}: wait until it ends"):
             scores = score_table(config, table, scored, kept)
@@ -210,6 +212,8 @@ def score_table(config: RelabelConfig, table: datasets.Dataset, about: dict, kep
     name = CHOICE_MODELS[config.metric]
     images = iterate_images(table, config.caption_column, len(scores))
     scorers = load_scorers([name], config.sources)
+    captions = column(table, config.caption_column)
+    scorers[name].check((as_list(caption)[0] for caption in captions), None)
     results = score_rows(images, scorers, batch_size=config.batch_size, device=device, tolerant=True)
     progress = tqdm(desc=config.metric, unit="pair", initial=len(scores), total=len(table))
     with progress, kept.open("a") as file, within_memory("use a smaller --batch_size; scores made so far are kept"):

@@ -366,7 +366,7 @@ def check_parts(sources: Mapping[str, str], metrics: Collection[str] = SCORERS) 
     check_names(sources, official)
     for name in sources:
         if name.partition(".")[0] not in metrics:
-            raise InputError(f"{name} belongs to a metric that is not scored: add that to --metrics, or drop the flag")
+            raise InputError(f"{name} belongs to a metric that is not scored: score that too, or drop it")
     for name, source in sources.items():
         if ":" in official[name]:  # a file, not a folder
             check_file(source)

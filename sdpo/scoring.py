@@ -275,6 +275,8 @@ def _compute(
 
     device = check_device(options.device)  # before weights are fetched
     scorers = options.load(metrics)
+    for scorer in scorers.values():
+        scorer.check([entry.prompt for _, entry in entries], None)
     images = ((entry.path, entry.prompt) for _, entry in entries)
     rows = score_rows(images, scorers, device=device, batch_size=options.batch_size)
     models = {metric: options.model(metric) for metric in metrics}

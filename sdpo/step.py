@@ -198,9 +198,11 @@ def compute_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     mu = config.winner_preserving_mu if config.use_winner_preserving else None
     scaling = {"mu": mu, "per_pair": config.winner_preserving_per == "pair", "constant": config.constant_loser_scale}
     reference_error = batch.reference_error
-    if config.official_reference_errors and reference is not None:
+    if config.official_reference_errors:
         low = DTYPES[config.mixed_precision]
-        reference_error = sample_error(reference.to(low), inputs.target.to(low))
+        reference_error = (
+            sample_error(reference.to(low), inputs.target.to(low)) if reference is not None else reference_error.to(low)
+        )
     terms = pair_terms(
         prediction, reference, inputs.target, config.beta_dpo, reference_error=reference_error, **scaling
     )

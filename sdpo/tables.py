@@ -55,12 +55,17 @@ def read_table(config: TrainConfig, split: str, folder: str | None = None) -> da
         path = Path(source)
     if not path.exists() and (folder or not config.dataset_name):
         raise InputError(f"data folder {source} does not exist")
-    if path.suffix == ".parquet" and path.is_file():
-        raise InputError(f"{source} is a file: give the folder that holds it")
     pair_file = find_pair_file(path)
     if pair_file:
         refuse_split(pair_file, split)
+        if shards := list_shards(path):
+            log.warning(
+                f"CAUTION: {pair_file} is read, and {len(shards)} Parquet or Arrow files beside it are not, the first "
+                f"{shards[0]}"
+            )
         return read_pair_file(pair_file, config.caption_column)
+    if path.is_file():
+        raise InputError(f"{source} is a file, but neither .jsonl nor .csv: give the folder that holds it")
     try:
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             return undecoded(read_saved(path, split))
@@ -69,8 +74,9 @@ def read_table(config: TrainConfig, split: str, folder: str | None = None) -> da
         raise
     except Exception as error:  # datasets, pyarrow and the hub each have errors of their own
         cause = error.__cause__ or error
+        reason = brief(cause).partition(" with any supported extension")[0]  # of which a long list follows
         raise InputError(
-            f"cannot read pairs from {source!r} ({brief(cause)}); {find_fix(cause, path, split, config.cache_dir)}"
+            f"cannot read pairs from {source!r} ({reason}); {find_fix(cause, path, split, config.cache_dir)}"
         ) from error
 
 
@@ -79,6 +85,10 @@ def find_fix(cause: Exception, path: Path, split: str, cache_dir: str | None) ->
     copy = cache_dir or datasets.config.HF_DATASETS_CACHE
     if configs := CONFIGS.search(str(cause)):
         return f"give one of its configs as --dataset_config_name: {configs[1]:.300}"
+    if type(cause).__module__.startswith("yaml."):
+        return f"{path / 'README.md'} does not begin with valid YAML: correct or remove it"
+    if type(cause) is FileNotFoundError and not cause.errno and (path / "README.md").is_file():
+        return f"{path / 'README.md'} chooses files that are not there: correct or remove it"
     if not path.exists():
         return "give a local folder, or a hub data set where the hub can be reached"
     number = getattr(cause, "errno", None)
@@ -466,11 +476,17 @@ def measure_images(values: pa.ChunkedArray) -> np.ndarray:
 def hash_images(table: datasets.Dataset, columns: Iterable[str], rows: np.ndarray) -> str:
     """SHA-256 over the content of the images of SAMPLED of these rows, spread evenly, or of all if there are fewer."""
     digest = hashlib.sha256()
+    for contents in read_sample(table, columns, rows):
+        for content in contents:
+            digest.update(content)
+    return digest.hexdigest()
+
+
+def read_sample(table: datasets.Dataset, columns: Iterable[str], rows: np.ndarray) -> Iterator[list[bytes]]:
+    """The encoded images of SAMPLED of these rows, spread evenly, or of all if there are fewer, by column."""
     for place in np.linspace(0, len(rows) - 1, min(SAMPLED, len(rows))).astype(int):
         values = table[int(rows[place])]
-        for name in columns:
-            digest.update(read_content(values[name]))
-    return digest.hexdigest()
+        yield [read_content(values[name]) for name in columns]
 
 
 def hash_captions(captions: list) -> str:

@@ -368,11 +368,16 @@ def write_matrix(matrix: dict[str, Any], outdir: str | Path, now: datetime | Non
 
 
 def list_cautions(comparison: Comparison) -> list[str]:
-    """What a reader of the figures should know: repeated prompts, settings by which the images differ, shared noise."""
+    """What a reader of the figures should know: repeated prompts, mere ties, other settings, shared noise."""
     results = next(iter(comparison.details.values()))["results"]
     cautions = []
     if (prompts := len({result["prompt"] for result in results})) < len(results):
         cautions.append(f"only {prompts} prompts are distinct, but intervals and p count pairs as independent")
+    for side in "ab":
+        if (images := len({result[f"image_{side}"] for result in results})) < len(results):
+            cautions.append(f"the images of {side.upper()} are only {images} different ones")
+    if all(detail["ties"] == detail["total_pairs"] for detail in comparison.details.values()):
+        cautions.append("every pair is a tie in every metric: make sure that A and B are not the same images")
     for name, count in comparison.summary["pairing"]["differing"].items():
         cautions.append(f"the images of {count} pairs were made with another {name} for A than for B")
     if comparison.summary["pairing"]["share_noise"]:

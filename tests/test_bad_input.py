@@ -202,7 +202,7 @@ TRAIN_FLAGS = {
     "--dataset_name=pairs": r"--dataset_name and --train_data_dir exclude each other: give one of them",
     "--dataset_name=owner/none --train_data_dir=": r"cannot read pairs from 'owner/none' \(.*\); give a local folder",
     "--train_data_dir=/nowhere": r"data folder /nowhere does not exist",
-    "--train_data_dir={pairs}/train.parquet": r"train.parquet is a file: give the folder",
+    "--train_data_dir={pairs}/train.parquet": r"train.parquet is a file, but neither .jsonl nor .csv: give the folder",
     "--split=test": r"no split 'test'; it has train, validation: choose",
     "--split=": r"no split ''",
     "--validation_split=nope": r"no split 'nope'; it has train, validation: choose",
@@ -324,6 +324,7 @@ RELABEL_FLAGS = {
     "--caption_column=text": r"column text missing \(it has caption",
     "--weights pixels": r"--weights pixels: expected NAME=VALUE",
     "--weights pixels.x=y": r"there is no 'pixels.x'; choose from",
+    "--weights imagereward.tokenizer=a/b": r"imagereward.tokenizer belongs to a metric that is not scored: score that",
     "--device=tpu9": r"--device tpu9 cannot be used \(.*\); give cpu",
     "--device=cuda:99": r"--device cuda:99 cannot be used \(.*\); give cpu",
     "--out=": r"--out '' is not the name of a file; give one",
@@ -366,6 +367,8 @@ GENERATE_FLAGS = {
     "--metrics CLIP --weights clip": r"--weights clip: expected NAME=VALUE",
     "--metrics PickScore --weights pickscore.model=/no": r"there is no folder /no; give one, or owner/repository",
     "--metrics CLIP --weights clip.x=y": r"there is no 'clip.x'; choose from",
+    "--output_path=": r"--output_path is empty: name a folder or leave the flag out",
+    "--test_json=": r"--test_json is empty: name a file with prompts",
     "--output_path={f}/few.json": r"few.json/.* cannot be used \(Not a directory\): correct the path",
     "--output_path=/proc/nowhere": r"/proc/nowhere cannot be used \(.*\): correct the path",
     "--test_json=/nowhere.json": r"/nowhere.json cannot be read .*; groups known by name: papv2",
@@ -402,6 +405,7 @@ VERSUS_FLAGS = {
     f"--device=meta {UNFETCHED}": r"--device meta cannot be used \(.*\); give cpu",
     f"--device=hpu {UNSCORED}": r"--device hpu cannot be used \(.*\); give cpu",
     f"--device=tpu9 {UNSCORED}": r"--device tpu9 cannot be used \(.*\); give cpu",
+    "--outdir=": r"--outdir is empty: name a folder",
     "--outdir={f}/few.json": r"few.json cannot be used \(File exists\): correct the path",
     "--outdir=/proc/nowhere": r"/proc/nowhere cannot be used \(.*\): correct the path",
 }  # fmt: skip
@@ -428,7 +432,10 @@ DATA = {  # pairs: (what writes them, flags of train.py, message)
     "no rows": (parquet(caption=[], jpg_0=[], jpg_1=[], label_0=[]), "", r"cannot read pairs from .*data"),
     "nothing dreamlike": (parquet(model_0=["x"] * 4, model_1=["x"] * 4), DREAM, r"no pair is left .*4 pairs that"),
     "model null": (parquet(model_0=["dream"] * 4, model_1=["x", None] * 2), DREAM, r"row 1: model_1 is None; .* drop"),
-    "a text": (text("pairs.txt", "x"), "--train_data_dir={f}/data/pairs.txt", r"cannot read pairs from .*pairs.txt"),
+    "a text": (text("pairs.txt", "x"), "--train_data_dir={f}/data/pairs.txt", r"pairs.txt is a file, but neither .jsonl nor .csv"),
+    "readme of no YAML": (both(parquet(), text("README.md", "---\nconfigs: [\n---\n")), "", r"README.md does not begin with valid YAML: correct"),
+    "readme of files not there": (both(parquet(), text("README.md", "---\nconfigs:\n- config_name: a\n  data_files: b.parquet\n---\n")), "", r"b.parquet'\); .*README.md chooses files that are not there"),
+    "a key twice": (jsonl(ROW, '{"caption": "x", "winner": "a.png", "winner": "b.png", "loser": "c.png"}'), "", r"row 2: not valid JSON \(the key 'winner' comes twice\); write"),
     "empty folder": (NOTHING, "", r"cannot read pairs from .*data' \(.*\); it is empty: give the folder that holds them"),
     "parquet of nothing": (text("train.parquet", b""), "", r"cannot read pairs from .*data"),
     "parquet of text": (text("train.parquet", b"PAR1 this is no parquet file"), "", r"cannot read pairs from .*data"),
@@ -607,6 +614,11 @@ UNETS = {  # weights of the UNet: (what writes them, file, message)
         "unet.pth",
         r"unet.pth cannot be read .*\(it is a safetensors file: let its name end so\)",
     ),
+    "torch's format by another name": (
+        both(state(), lambda folder: (folder / "unet.pth").rename(folder / "u.safetensors")),
+        "u.safetensors",
+        r"u.safetensors cannot be read .*\(it is a file of torch.save: let its name end in .pth\)",
+    ),
     "numbered": (state(lambda s: dict(enumerate(s.values()))), "unet.pth", r"unet.pth is not a state dict: expected"),
     "code": (malicious("unet.pth"), "unet.pth", r"unet.pth cannot be read as weights \(it holds Python objects or code"),
     "lacks a tensor": (state(less), "unet.pth", r"unet.pth belongs to another architecture: 1 tensors missing"),
@@ -684,6 +696,10 @@ PROMPTS = {  # prompts of eval_generate.py: (file, its content, message)
     "half a surrogate": ("p.json", ["\ud83c"], r"p.json, entry 0 .* surrogate, which is not a character; correct it"),
     "line broken": ("p.jsonl", '"cat"\n{"prompt"', r"p.jsonl, line 2: not valid JSON"),
     "line too deep": ("p.jsonl", '"cat"\n' + DEEP, r"p.jsonl, line 2: not valid JSON"),
+    "metadata not finite": ("p.json", '["cat", {"prompt": "x", "metadata": {"x": NaN}}]', r"entry 1 .* NaN or Infinity, which are"),
+    "a key twice": ("p.json", '[{"prompt": "x", "prompt": "y"}]', r"p.json: not valid JSON \(the key 'prompt' comes twice\)"),
+    "JSON as text": ("p.txt", '[\n"a cat"\n]', r"p.txt holds JSON: let its name end in .json"),
+    "JSON lines as text": ("p.txt", '{"prompt": "a"}\n{"prompt": "b"}\n', r"p.txt holds JSON: .* in .jsonl for an object per"),
     "blank lines": ("p.txt", "\n \n", r"p.txt holds no prompts"),
     "UTF-16": ("p.txt", "cat".encode("utf-16"), r"p.txt is not UTF-8 text .* save it as UTF-8"),
     "Latin-1": ("p.json", '["café"]'.encode("latin-1"), r"p.json is not UTF-8 text .* save it as UTF-8"),
@@ -730,6 +746,7 @@ SCORES = {  # scores.jsonl of run B: (its second line, message)
     "models of text": (score('0.1, "models": "x"'), r'B/scores.jsonl, line 2: "models" is not an object .*; delete'),
     "digest a list": (score('0.1, "sha256": ["x"]'), r'line 2: "sha256" is not a text; delete'),
     "models of numbers": (score('0.1, "models": {"CLIP": 1}'), r'line 2: "models" is not an object .*; delete'),
+    "a key twice": (score('0.1, "CLIP": 0.9'), r"line 2: not valid JSON \(the key 'CLIP' comes twice\); delete the line"),
     "NaN": (score("NaN"), r"B/scores.jsonl, line 2: CLIP of 0.png is nan, not a finite number; .*scored again"),
     "infinite": (score("-Infinity"), r"B/scores.jsonl, line 2: CLIP of 0.png is -inf, not a finite"),
     "large": (score("1e300"), r"B/scores.jsonl, line 2: CLIP of 0.png is 1e\+300, not a finite"),
@@ -1056,6 +1073,20 @@ def test_markup_in_captions_is_text(command, tmp_path):
     (page,) = (tmp_path / "out").rglob("report.html")
     assert "alert(1)" in page.read_text() and "<script>alert" not in page.read_text()
     assert "&lt;b&gt;A" in page.read_text() and "<b>A" not in page.read_text()
+
+
+@pytest.mark.parametrize("gpus", ["", "1"])
+@pytest.mark.parametrize(
+    "launcher", ["train/tiny_dspo.sh", "train/sdxl_dmpo.sh", "eval/test_tiny.sh", "eval/test_vs.sh"]
+)
+def test_launchers_say_that_nothing_is_installed(tmp_path, launcher, gpus):
+    text("python", f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')(tmp_path)  # without installed packages
+    (tmp_path / "python").chmod(0o755)
+    environment = os.environ | {"PYTHON": str(tmp_path / "python"), "GPUS": gpus}
+    command = ["bash", ROOT / "scripts" / launcher, "base"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    check(sentence(done.stderr), r"/python lacks what requirements.txt lists: run bash .*scripts/setup.sh, or name")
+    assert done.returncode == 2 and sorted(tmp_path.iterdir()) == [tmp_path / "python"]
 
 
 @pytest.fixture(scope="module", autouse=True)

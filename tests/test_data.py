@@ -458,6 +458,17 @@ def test_held_out_pairs_come_from_another_split_or_folder(tmp_path):
     assert len(captions_of(held_out) & everything) == len(held_out) == 2
 
 
+def test_empty_captions_and_pairs_of_one_image_are_counted(tmp_path):
+    rows = make_rows([1.0, 0.0] * 50, caption=lambda i: "" if i < 3 else f"caption {i}")
+    folder = as_parquet(
+        tmp_path / "pairs", [row | {"jpg_1": row["jpg_0"]} if i % 2 else row for i, row in enumerate(rows)]
+    )
+    notes = prepare_pairs(settings(folder), 0)[2]
+    assert f"CAUTION: 3 of 100 captions in {folder} (train) are empty" in notes
+    assert f"CAUTION: in 33 of 64 pairs looked at in {folder} (train), jpg_0 and jpg_1 are one image" in notes[-1]
+    assert not any("CAUTION" in note for note in prepare_pairs(settings(as_parquet(tmp_path / "good")), 0)[2])
+
+
 def test_held_out_captions_that_are_trained_on_are_counted(tmp_path):
     folder = as_parquet(tmp_path / "pairs")
     as_parquet(folder, make_rows((1.0, 0.0), caption=lambda i: f"{('caption', 'other')[i]} {DECIDED[0]}"), "validation")
@@ -872,6 +883,14 @@ def test_files_that_are_not_read_are_named(tmp_path, caplog):
     as_parquet(tmp_path, split="more")
     load(tmp_path)
     assert f"2 files in {tmp_path} are not read, the first {tmp_path / 'more.parquet'}: by their" in caplog.text
+
+
+def test_shards_beside_a_pair_file_are_named(tmp_path, caplog):
+    folder = as_parquet(as_jsonl(tmp_path / "pairs"))
+    load(folder / "pairs.jsonl")
+    assert "CAUTION" not in caplog.text
+    load(folder)
+    assert f"{folder / 'pairs.jsonl'} is read, and 1 Parquet or Arrow files beside it are not, the first" in caplog.text
 
 
 def test_images_of_several_types_are_refused(tmp_path):

@@ -173,7 +173,7 @@ def test_weights_of_no_metric_are_refused_where_all_scores_exist(tmp_path):
     eval_vs.main([*command, f"--outdir={tmp_path / 'out'}"])
     for flag, message in {
         "hpsv2.weights=x": r"there is no 'hpsv2\.weights'; choose from",
-        "hpsv2.checkpoint=x": r"hpsv2\.checkpoint belongs to a metric that is not scored: add that",
+        "hpsv2.checkpoint=x": r"hpsv2\.checkpoint belongs to a metric that is not scored: score that too",
     }.items():
         with pytest.raises(InputError, match=message):
             eval_vs.main([*command, f"--outdir={tmp_path / 'again'}", "--weights", flag])
@@ -254,7 +254,11 @@ def test_scores_are_computed_as_asked_and_kept_under_their_names(tmp_path, monke
         asked.update(device=str(device), batch_size=batch_size)
         return ({"hpsv2": 10.0 + i, "clip": 20.0 + i} for i, _ in enumerate(rows))
 
-    monkeypatch.setattr(scorers, "load_scorers", lambda names, sources, dtype: asked.update(names=names, dtype=dtype))
+    def load_scorers(names, sources, dtype):
+        asked.update(names=names, dtype=dtype)
+        return {}
+
+    monkeypatch.setattr(scorers, "load_scorers", load_scorers)
     monkeypatch.setattr(scorers, "score_rows", score_rows)
     options = ScoringOptions(["HPSv2", "CLIP"], dtype="bf16", device="cpu", batch_size=5)
     entries, scores = score_manifests({"run": picture_run(tmp_path / "run", 0)}, options)["run"]
@@ -305,7 +309,7 @@ def test_a_manifest_is_scored_and_summed_up_by_itself(tmp_path, capsys):
 
 def test_weights_are_loaded_once_for_all_manifests_and_an_image_named_twice_is_scored_once(tmp_path, monkeypatch):
     loaded, scored = [], []
-    monkeypatch.setattr(scorers, "load_scorers", lambda names, *_: loaded.append(names))
+    monkeypatch.setattr(scorers, "load_scorers", lambda names, *_: loaded.append(names) or {})
 
     def score_rows(rows, *_, **__):
         for row in rows:

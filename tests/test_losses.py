@@ -56,6 +56,20 @@ def test_known_errors_of_the_reference_stand_for_its_prediction(method):
     assert all(map(torch.equal, computed, read))
 
 
+def test_known_errors_in_low_precision_are_subtracted_in_it():
+    """As the official code does, whose reference's errors are bf16 tensors."""
+    prediction, _, target = pairs(3)
+    known = torch.tensor([0.1, 0.2, 0.3, 1.7, 2.9, 0.75]).bfloat16().requires_grad_()
+    error_w, error_l = sample_mean((prediction - target).square()).chunk(2)
+    difference = (known[:3] - known[3:]).detach().float()  # of bf16 numbers, so bf16
+    assert not difference.equal(known[:3].float() - known[3:].float())
+    terms = pair_terms(prediction.requires_grad_(), None, target, 5000.0, reference_error=known)
+    assert torch.equal(terms.margin, -2500 * ((error_w - error_l) - difference))
+    assert terms.margin.dtype == terms.reference_error_w.dtype == torch.float32
+    terms.margin.sum().backward()
+    assert known.grad is None
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['id']}-{case['method']}-{case['kind']}")
 def test_official_cases(case, golden):
     tensor = {
@@ -171,6 +185,7 @@ MISUSE = {
         {},
         r"prediction has shape \(3, 2, 3, 3\), but must hold B winners",
     ),
+    "no numbers": ((PAIR[:, :0], PAIR[:, :0], PAIR[:, :0]), {}, "must hold B winners, then B losers"),
     "no pair": ((PAIR[:0], PAIR[:0], PAIR[:0]), {}, "must hold B winners, then B losers"),
     "one number per sample": ((PAIR[:, 0, 0, 0],) * 3, {}, "must hold B winners, then B losers"),
     "one target": (
@@ -197,6 +212,9 @@ def test_arguments_that_would_broadcast_or_mean_nothing_are_refused(misuse):
 def test_other_shapes_are_refused_by_every_public_function():
     with pytest.raises(ValueError, match="residual_l has shape"):
         winner_preserving_scale(PAIR, PAIR[:1], 0.5)
+    for per_pair in (False, True):
+        with pytest.raises(ValueError, match=r"residual_w has shape .*, but must hold B winners"):
+            winner_preserving_scale(PAIR[:0], PAIR[:0], 0.5, per_pair)
     with pytest.raises(ValueError, match="target has shape"):
         sft(PAIR, PAIR[:1])
     terms = pair_terms(PAIR, None, PAIR, 10.0, reference_error=torch.ones(4))

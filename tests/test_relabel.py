@@ -206,6 +206,24 @@ def test_rows_with_unreadable_images_are_named_and_count_as_ties(pairs_folder, t
     assert made(data, out, "--margin=1")["score_1"].to_pylist()[1] is None
 
 
+def test_rows_without_images_and_captions_that_cannot_be_scored_are_found_before_any_is(
+    pairs_folder, tmp_path, monkeypatch
+):
+    def score_rows(*_, **__):
+        raise AssertionError("no image is to be scored")
+
+    monkeypatch.setattr(module, "score_rows", score_rows)
+    rows = pq.read_table(pairs_folder / "train.parquet").to_pylist()
+    for name, last, flag, message in (
+        ("image", {"jpg_1": b""}, "--max_unreadable_images=0", r"row 119: jpg_1 is empty; 1 such row\(s\) in all"),
+        ("caption", {"caption": "a cat"}, "--margin=0", r"'a cat' is not a caption of the tiny pictures"),
+    ):
+        (tmp_path / name).mkdir()
+        pq.write_table(pa.Table.from_pylist([*rows[:-1], rows[-1] | last]), tmp_path / name / "train.parquet")
+        with pytest.raises(InputError, match=message):
+            made(tmp_path / name, tmp_path / f"{name}.parquet", flag)
+
+
 # Training on them
 
 
@@ -350,8 +368,8 @@ def test_labels_are_scored_with_the_weights_given(pairs_folder, tmp_path, monkey
         raise InputError(f"{names} {sources}")
 
     monkeypatch.setattr(module, "load_scorers", load_scorers)
-    flags = [f"--train_data_dir={pairs_folder}", "--metric=hps", "--weights=hpsv2.checkpoint=a.pt"]
-    with pytest.raises(InputError, match=r"^\['hpsv2'\] {'hpsv2.checkpoint': 'a.pt'}$"):
+    flags = [f"--train_data_dir={pairs_folder}", "--metric=hps", "--weights=hpsv2.checkpoint=a/b:a.pt"]
+    with pytest.raises(InputError, match=r"^\['hpsv2'\] {'hpsv2.checkpoint': 'a/b:a.pt'}$"):
         module.main([*flags, f"--out={tmp_path / 'labels.parquet'}"])
 
 

@@ -313,7 +313,11 @@ def test_the_references_errors_may_be_rounded_as_the_official_code_does(argument
         with torch.no_grad(), run.accelerator.autocast():
             prediction = run.family.predict(run.reference, inputs.noisy, inputs.timesteps, inputs.conditioning)
         rounded = (prediction.bfloat16() - inputs.target.bfloat16()).pow(2).mean((1, 2, 3))  # in bf16 throughout
+    error_w, error_l = (prediction.float() - inputs.target).pow(2).mean((1, 2, 3)).chunk(2)
+    rounded_w, rounded_l = rounded.chunk(2)
+    margins = -2500 * ((error_w - error_l) - (rounded_w - rounded_l).float())
     assert figures[False]["rewards/margins"] == 0 != figures[True]["rewards/margins"]
+    assert figures[True]["rewards/margins"].item() == pytest.approx(margins.mean().item(), rel=1e-4)
     assert figures[True]["ref_mse_unaccumulated"] == pytest.approx(rounded.float().mean().item(), rel=1e-6)
     assert figures[True]["model_mse_unaccumulated"] == figures[False]["model_mse_unaccumulated"]
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import datetime
 from itertools import product
 from math import comb
@@ -568,6 +569,15 @@ def test_repeated_prompts_are_pointed_out():
     assert "CAUTION: only 2 prompts are distinct" in format_comparison(comparison)
     comparison = compare(make_run("a", "xy", [1.0, 2.0]), make_run("b", "xy", [0.0, 0.0]))
     assert "are distinct" not in format_comparison(comparison)
+
+
+def test_mere_ties_and_images_that_entries_share_are_pointed_out():
+    a, b = make_run("a", "xy", [1.0, 2.0]), make_run("b", "xy", [1.0, 0.0])
+    same = replace(b, entries=[replace(entry, image="x.png") for entry in b.entries])
+    assert "every pair is a tie" in format_comparison(compare(a, replace(a, label="b")))
+    assert "the images of B are only 1 different ones" in format_comparison(compare(a, same))
+    said = format_comparison(compare(a, b))
+    assert "every pair is a tie" not in said and "different ones" not in said
 
 
 @pytest.mark.parametrize("noise, shared", [("shared", True), (None, True), ("per-prompt", False)])
