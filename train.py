@@ -11,6 +11,7 @@ import logging
 import secrets
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 from sdpo import checkpoint as checkpoints
 from sdpo.batch import collate
 from sdpo.cache import CachedPairs, open_cache
-from sdpo.command import InputError, parse_flags, run_command, within_memory
+from sdpo.command import InputError, parse_flags, refuse, run_command, within_memory
 from sdpo.config import Plan, TrainConfig
 from sdpo.console import start_console
 from sdpo.data import PairDataset, Transform, train_batches
@@ -79,31 +80,46 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
+def engine_conflicts(config: TrainConfig, accelerator: Accelerator) -> Iterator[tuple[object, str]]:
+    """Pairs (is wrong, what to do about it) of settings that the engine does not support."""
+    engine = accelerator.distributed_type
+    optimizer = optimizer_name(config, FAMILIES[config.base["name"]])
+    yield (
+        engine in SHARDING and not OPTIMIZERS[optimizer].shards,
+        f"--optimizer {optimizer} does not go with FSDP2 or DeepSpeed: use --optimizer adamw",
+    )
+    alone = engine == DistributedType.NO and accelerator.device.type == "cuda"
+    yield config.cuda_graphs and not alone, "--cuda_graphs runs on one GPU in one process: drop it"
+    if engine == DistributedType.FSDP:
+        yield (
+            not accelerator.is_fsdp2,
+            "FSDP 1 is not supported: write fsdp_version: 2, as in configs/accelerate/fsdp2.yaml",
+        )
+        yield (
+            config.channels_last,
+            "--channels_last does not go with FSDP2, which takes no weights of that format: drop it",
+        )
+    if engine == DistributedType.DEEPSPEED:
+        yield (
+            config.mixed_precision != "no",
+            f"--mixed_precision {config.mixed_precision} under DeepSpeed would round the policy otherwise than the "
+            "reference: use configs/accelerate/fsdp2.yaml, or --mixed_precision no with --allow_tf32",
+        )
+        flag = "--use_ema" if config.use_ema else "--skip_grad_norm_above"
+        yield (
+            config.use_ema or config.skip_grad_norm_above,
+            f"{flag} does not go with DeepSpeed: use configs/accelerate/fsdp2.yaml or ddp.yaml",
+        )
+
+
 def settle_engine(config: TrainConfig, accelerator: Accelerator) -> None:
     """Make FSDP2 or DeepSpeed compute what a single process does; InputError for settings they do not support."""
-    optimizer = optimizer_name(config, FAMILIES[config.base["name"]])
-    if accelerator.distributed_type in SHARDING and not OPTIMIZERS[optimizer].shards:
-        raise InputError(f"--optimizer {optimizer} does not go with FSDP2 or DeepSpeed: use --optimizer adamw")
-    alone = accelerator.distributed_type == DistributedType.NO and accelerator.device.type == "cuda"
-    if config.cuda_graphs and not alone:
-        raise InputError("--cuda_graphs runs on one GPU in one process: drop it")
+    refuse(engine_conflicts(config, accelerator))
     if accelerator.distributed_type == DistributedType.FSDP:
-        if not accelerator.is_fsdp2:
-            raise InputError("FSDP 1 is not supported: write fsdp_version: 2, as in configs/accelerate/fsdp2.yaml")
-        if config.channels_last:
-            raise InputError("--channels_last does not go with FSDP2, which takes no weights of that format: drop it")
         accelerator.state.fsdp_plugin.mixed_precision_policy = None  # autocast casts, as it does for the reference
         # else every rank would hold whole gradients between the micro-steps of an update
         accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        if config.mixed_precision != "no":
-            raise InputError(
-                f"--mixed_precision {config.mixed_precision} under DeepSpeed would round the policy otherwise than the "
-                "reference: use configs/accelerate/fsdp2.yaml, or --mixed_precision no with --allow_tf32"
-            )
-        if config.use_ema or config.skip_grad_norm_above:
-            flag = "--use_ema" if config.use_ema else "--skip_grad_norm_above"
-            raise InputError(f"{flag} does not go with DeepSpeed: use configs/accelerate/fsdp2.yaml or ddp.yaml")
         unset_hf_deepspeed_config()  # encoders and reference are loaded whole, also where the policy is shared out
 
 

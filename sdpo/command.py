@@ -7,7 +7,7 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any, NoReturn, get_args, get_type_hints
@@ -24,6 +24,13 @@ class InputError(ValueError):
         if message.startswith("Caught InputError "):  # by a data loader, which puts its worker's traceback before it
             message = message.split(f"\n{__name__}.InputError: ")[-1].strip()
         super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))  # input may hold anything
+
+
+def refuse(conflicts: Iterable[tuple[object, str]]) -> None:
+    """Raises InputError for the first of (is wrong, what to do about it) that is wrong."""
+    for wrong, message in conflicts:
+        if wrong:
+            raise InputError(message)
 
 
 def run_command(main: Callable[[], Any]) -> Any:

@@ -10,7 +10,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from sdpo.command import Count, Decay, InputError, Natural, NotNegative, Positive, Share, Side, check_limits, flag
+from sdpo.command import (
+    Count,
+    Decay,
+    InputError,
+    Natural,
+    NotNegative,
+    Positive,
+    Share,
+    Side,
+    check_limits,
+    flag,
+    refuse,
+)
 from sdpo.files import is_text
 from sdpo.manifest import METRICS
 
@@ -222,9 +234,7 @@ class TrainConfig:
         for name in PLACES:
             if getattr(self, name) == "":  # of a shell variable that is not set
                 raise InputError(f"--{name} is empty: give its value or leave the flag out")
-        for wrong, message in self._conflicts():
-            if wrong:
-                raise InputError(message)
+        refuse(self._conflicts())
 
     def _conflicts(self) -> Iterator[tuple[object, str]]:
         """Pairs (is wrong, what to do about it) of what is missing or does not go together."""

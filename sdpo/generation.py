@@ -34,7 +34,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import CLIPTokenizer, PreTrainedModel
 
-from sdpo.command import InputError, Natural, Size, check_limits, flag, parse_assignments, within_memory
+from sdpo.command import InputError, Natural, Size, check_limits, flag, parse_assignments, refuse, within_memory
 from sdpo.families import MENDED, RELEASED, Family, load_family
 from sdpo.files import brief, is_text, write_file, write_json
 from sdpo.hub import DTYPES, WEIGHT_SUFFIXES, fetch, find_weights
@@ -126,9 +126,7 @@ class EvalConfig:
 
     def __post_init__(self):
         check_limits(self)
-        for wrong, message in self._conflicts():
-            if wrong:
-                raise InputError(message)
+        refuse(self._conflicts())
 
     def _conflicts(self) -> Iterator[tuple[object, str]]:
         """Pairs (is wrong, what to do about it)."""
