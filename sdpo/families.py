@@ -139,7 +139,8 @@ class Family(ABC):
     def _place(self, name: str) -> tuple[str, str | None, dict[str, str | None]]:
         """Source, subfolder and options of a part, by its subfolder in the base model."""
         if name == "vae" and self.vae_source:
-            return self.vae_source, None, {"cache_dir": self.options["cache_dir"]}
+            within = Path(self.vae_source, "vae", "config.json").is_file()  # of another pipeline
+            return self.vae_source, "vae" if within else None, {"cache_dir": self.options["cache_dir"]}
         return self.source, name, self.options
 
     def load(self, cls: type, name: str):

@@ -53,10 +53,14 @@ def load_part(cls, source: str, subfolder: str | None = None, **options):
     is_model = issubclass(cls, nn.Module)
     if subfolder:
         options["subfolder"] = subfolder
-    if is_model:
-        options["output_loading_info"] = True
     try:
+        if is_model and hasattr(cls, "load_config"):  # of diffusers
+            check_class(cls, cls.load_config(source, **options), part)
+        if is_model:
+            options["output_loading_info"] = True
         loaded = cls.from_pretrained(source, **options)
+    except InputError:
+        raise
     except Exception as error:  # files, JSON, weights and connections each have errors of their own
         raise InputError(
             f"cannot load {part} ({brief(error)}); "
@@ -72,6 +76,12 @@ def load_part(cls, source: str, subfolder: str | None = None, **options):
         raise InputError(f"{part} has {len(unknown)} tensors that its config.json has no place for (e.g. {unknown[0]})")
     check_finite(model.state_dict(), part)
     return model
+
+
+def check_class(cls: type[nn.Module], config: Mapping[str, Any], part: str) -> None:
+    """Raises InputError where the config of a part names another class of models."""
+    if (held := config.get("_class_name", cls.__name__)) != cls.__name__:
+        raise InputError(f"{part} is of the class {held}, not {cls.__name__}: name another folder")
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, source: str) -> None:

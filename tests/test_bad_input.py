@@ -632,6 +632,7 @@ UNETS = {  # weights of the UNet: (what writes them, file, message)
     "safetensors of text": (text("u.safetensors", "x"), "u.safetensors", UNREADABLE),
     "unknown ending": (text("u.ckpt", "x"), "u.ckpt", r"u.ckpt cannot be read as weights \(.*\); download"),
     "empty folder": (text("u/readme", ""), "u", r"cannot load unet of .*u' \(.*\); give a local"),
+    "a VAE": (lambda folder: shutil.copytree(compare.BASE / "vae", folder / "u"), "u", r"u' is of the class AutoencoderKL, not UNet2DConditionModel: name another"),
     "config alone": (text("u/config.json", {}), "u", r"cannot load .*u' \(.*\); give a local"),
 }  # fmt: skip
 

@@ -303,6 +303,9 @@ def test_the_saved_pipeline_has_the_vae_trained_with(bases, tmp_path):
     assert same(saved.text_encoder.state_dict(), own.text_encoders[0].state_dict())
     assert same(saved.vae.state_dict(), load_family("sd15", str(base), vae=str(tmp_path / "vae")).vae.state_dict())
     assert not same(saved.vae.state_dict(), own.vae.state_dict())
+    of_pipeline = load_family("sd15", str(base), vae=str(tmp_path / "saved"))  # a pipeline in place of its VAE
+    assert same(of_pipeline.vae.state_dict(), saved.vae.state_dict())
+    assert of_pipeline.fingerprints()["VAE"] != own.fingerprints()["VAE"]
 
 
 @pytest.mark.parametrize("linear", [False, True])  # as SDXL has it
