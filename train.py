@@ -160,6 +160,8 @@ def announce(run: Run, notes: list[str], memory: dict[str, int]) -> None:
         log.info(line)
     precision = "fp32" if config.mixed_precision == "no" else config.mixed_precision
     beta = "" if config.method == "sft" else f", beta {config.beta_dpo:g}"
+    start = f", UNet of {config.unet_init}" if config.unet_init else ""
+    log.info(f"base           {config.pretrained_model_name_or_path}{start}; output in {config.output_dir}")
     log.info(f"method         {config.method}{beta}, {precision}, seed {run.seed}")
     if config.method != "sft":
         log.info(f"loser scale    {config.describe_loser_scale()}")
@@ -257,6 +259,7 @@ def hold_out(run: Run, pairs: Pairs | CachedPairs | None) -> HeldOutPairs | None
     """Encode the held-out pairs and say what measuring on them costs."""
     if pairs is None:
         return None
+    log.info(f"held out       encoding {len(pairs):,} pairs")
     began = time.monotonic()
     samples = build_dataset(run, pairs, "held-out")
     held_out = HeldOutPairs(run.accelerator, run.family, samples, run.config.train_batch_size, run.reference)
@@ -372,7 +375,7 @@ def log_held_out(run: Run, figures: dict[str, float]) -> None:
                 figures[f"{name}/{key}"] for key in ("winner_error_change", "loser_error_change", "margin_accuracy")
             )
             log.info(
-                f"{name:14} after {run.step} updates: error of winners {winner:+.3g}, of losers {loser:+.3g}, "
+                f"{name:14} after {run.step} updates: change of winners' error {winner:+.3g}, losers' {loser:+.3g}, "
                 f"margin accuracy {accuracy:.3f}"
             )
 

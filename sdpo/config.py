@@ -354,7 +354,8 @@ class TrainConfig:
         """What scales the loser's gradient, for the console."""
         if self.use_winner_preserving:
             return f"winner-preserving, mu {self.winner_preserving_mu:g}, per {self.winner_preserving_per}"
-        return f"constant, {self.constant_loser_scale:g}"
+        plain = ", the plain method" if self.constant_loser_scale == 1 else ""
+        return f"constant, {self.constant_loser_scale:g}{plain}"
 
     @property
     def labels_path(self) -> Path | None:
@@ -388,7 +389,7 @@ class TrainConfig:
             "dspo_form": (self.method != "dspo", f"on {self.method}"),
             "official_reference_errors": (
                 self.method == "sft" or self.mixed_precision == "no",
-                "on sft or with --mixed_precision no",
+                "on sft" if self.method == "sft" else "with --mixed_precision no",
             ),
             "adam_beta1 adam_beta2 adam_epsilon": (optimizer == "adafactor", "on Adafactor"),
             "lr_warmup_steps": (self.lr_scheduler == "constant", "with --lr_scheduler constant"),

@@ -17,7 +17,6 @@ import os
 import zipfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -193,14 +192,22 @@ def locate_unet(config: EvalConfig) -> tuple[str, Path]:
     return str(fetch(repository, name, cache_dir=config.cache_dir)) if name else reference, folder
 
 
-def caution_other_vae(unet: str, vae: str | None) -> None:
-    """Warn where the run of train.py that left a UNet's file was trained with another VAE than images are made with."""
+def caution_other_parts(unet: str, config: EvalConfig) -> None:
+    """Warn where the run of train.py that left a UNet's file had another base or VAE than images are made with."""
     path = Path(unet).parent / "config.json"
-    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):  # of another program, or none
-        trained = json.loads(path.read_text(encoding="utf-8"))["config"]["pretrained_vae_model_name_or_path"] or None
-        if trained != vae:
-            own, other = (place or "the base's own" for place in (vae, trained))
-            log.warning(f"CAUTION: {unet} was trained with VAE {other}, images are made with {own}: see --vae_path")
+    try:
+        trained = json.loads(path.read_text(encoding="utf-8"))["config"]
+        base, vae = (str(trained.get(f"pretrained_{name}model_name_or_path") or "") for name in ("", "vae_"))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):  # of another program, or none
+        return
+    if base and os.path.realpath(base) != os.path.realpath(config.pretrain_path):
+        log.warning(
+            f"CAUTION: {unet} was trained from {base}, images are made with the other parts of {config.pretrain_path}: "
+            "see --pretrain_path"
+        )
+    if vae != (config.vae_path or ""):
+        own, other = (f"VAE {place}" if place else "the VAE of its base" for place in (config.vae_path, vae))
+        log.warning(f"CAUTION: {unet} was trained with {other}, images are made with {own}: see --vae_path")
 
 
 def results_folder(folder: Path, name: str = "unet.pth") -> Path:
@@ -329,7 +336,7 @@ def load_run(config: EvalConfig, accelerator: Accelerator) -> EvalRun:
     family = load_family(None, config.pretrain_path, **options)
     unet = family.load_unet(source).requires_grad_(False).eval()
     if source:
-        caution_other_vae(source, options["vae"])
+        caution_other_parts(source, config)
     if config.steps > (most := family.scheduler.config.num_train_timesteps):
         raise InputError(f"--steps must be at most {most} for {config.pretrain_path}, got {config.steps}")
     try:

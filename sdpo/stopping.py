@@ -170,6 +170,8 @@ class Skips:
     def _conclude(self) -> str:
         """Write a checkpoint, or see to it that none holds broken weights; returns what that means and what to do."""
         run, fix = self.run, "lower --learning_rate, or try --mixed_precision bf16 or no"
+        if run.config.skip_grad_norm_above:
+            fix = f"raise --skip_grad_norm_above, {fix}"
         if self._weights_are_sound():
             folder = save_checkpoint(run, prune=False)
             return f"{folder} holds the last good state. Look at these pairs, {fix}; then --resume_with_changes"
@@ -203,7 +205,7 @@ class Skips:
         """Say at the end what was skipped since the start or the last resume."""
         if self.in_all:
             last = f", the last {self.in_a_row} among them: the one before may have broken the weights"
-            ending = last if self.in_a_row else ""
+            ending = last if self.in_a_row and self.last_made else ""
             tried = self.run.step - self.began_at
             log.warning(f"CAUTION: {self.in_all} of {tried} updates were skipped{ending}")
 
@@ -216,5 +218,7 @@ class Skips:
         ]
         rows = ", ".join(str(self.dataset.row(place)) for place in places[:SHOWN_ROWS])
         more = f" and {len(places) - SHOWN_ROWS} more" if len(places) > SHOWN_ROWS else ""
+        limit = self.run.config.skip_grad_norm_above
+        above = f" (--skip_grad_norm_above is {limit:g})" if limit and not bad else ""
         losses = f"losses of {len(bad)} micro-batches not finite" if bad else "losses finite"
-        return f"gradient norm {skipped.grad_norm:g}, {losses}, rows {rows}{more} of {self.dataset.pairs.source}"
+        return f"gradient norm {skipped.grad_norm:g}{above}, {losses}, rows {rows}{more} of {self.dataset.pairs.source}"

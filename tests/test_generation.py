@@ -658,12 +658,20 @@ def test_a_unet_that_was_trained_with_another_vae_or_prediction_is_noticed(argum
     base, other = bases["sd15", "epsilon"], bases["sd15", "v_prediction"]
     run.mkdir()
     torch.save(other_unet(bases).state_dict(), run / "unet.pth")
-    settings = {"pretrained_vae_model_name_or_path": str(base / "vae")}
+    settings = {
+        "pretrained_model_name_or_path": os.path.relpath(base),
+        "pretrained_vae_model_name_or_path": str(base / "vae"),
+    }
     (run / "config.json").write_text(json.dumps({"config": settings}))
     eval_generate.main(arguments(unet=run))
-    assert f"was trained with VAE {base / 'vae'}, images are made with the base's own: see" in capsys.readouterr().err
+    assert (
+        f"was trained with VAE {base / 'vae'}, images are made with the VAE of its base: see" in capsys.readouterr().err
+    )
     eval_generate.main(arguments(f"--vae_path={base / 'vae'}", unet=run, out="again"))
-    assert "was trained with VAE" not in capsys.readouterr().err
+    assert "was trained" not in capsys.readouterr().err
+    (run / "config.json").write_text(json.dumps({"config": settings | {"pretrained_model_name_or_path": "a/base"}}))
+    eval_generate.main(arguments(f"--vae_path={base / 'vae'}", unet=run, out="again"))
+    assert f"was trained from a/base, images are made with the other parts of {base}: see" in capsys.readouterr().err
     shutil.copytree(other / "scheduler", run / "scheduler")
     with pytest.raises(InputError, match=r"trained makes v_prediction predictions, .* epsilon ones: give the base"):
         eval_generate.main(arguments(unet=run))

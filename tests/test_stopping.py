@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -210,6 +211,7 @@ def test_what_was_trained_is_kept_where_data_end_the_run(arguments, tmp_path, mo
 
 LOST_DATA = """
 import os
+import re
 import train
 from sdpo.command import InputError
 from sdpo.data import PairDataset
@@ -718,11 +720,16 @@ def test_a_signal_while_the_model_is_saved_does_not_cost_it(arguments, tmp_path,
 
 
 def test_skipped_updates_are_summed_up(arguments, capsys):
-    train.main(arguments("--skip_grad_norm_above=1e-9"))
-    assert (
-        "CAUTION: 3 of 3 updates were skipped, the last 3 among them: the one before may have"
-        in capsys.readouterr().err
+    train.main(arguments("--skip_grad_norm_above=1e-9", "--checkpointing_steps=0"))
+    said = capsys.readouterr().err
+    assert re.search(
+        r"update 1 skipped: gradient norm \S+ \(--skip_grad_norm_above is 1e-09\), losses finite, rows", said
     )
+    assert "CAUTION: 3 of 3 updates were skipped\n" in said
+    train.main(arguments("--checkpointing_steps=1", "--max_train_steps=1", out="resumed"))
+    train.main(arguments("--skip_grad_norm_above=1e-9", "--resume_with_changes", out="resumed"))
+    said = capsys.readouterr().err
+    assert "CAUTION: 2 of 2 updates were skipped, the last 2 among them: the one before may have" in said
 
 
 def test_the_switch_of_dspo_depends_on_the_micro_batch(arguments):
@@ -822,7 +829,7 @@ def skips(scale=None, rank=0):
     scaler = None if scale is None else SimpleNamespace(get_scale=lambda: scale)
     accelerator = SimpleNamespace(scaler=scaler, process_index=rank)
     plan = SimpleNamespace(global_batch=8, processes=2, accumulation=2)
-    config = SimpleNamespace(max_skipped_updates=100)
+    config = SimpleNamespace(max_skipped_updates=100, skip_grad_norm_above=None)
     dataset = SimpleNamespace(row=lambda place: f"{place[0]}-{place[1]}", pairs=SimpleNamespace(source="pairs"))
     return Skips(SimpleNamespace(accelerator=accelerator, plan=plan, config=config, step=3), dataset)
 

@@ -279,8 +279,9 @@ def test_the_console_says_what_the_run_is_about(arguments, capsys):
     train.main(arguments(*guarded, "--max_train_samples=3", "--max_train_steps=2"))
     said = capsys.readouterr().err
     assert "loser scale    winner-preserving, mu 0.9, per batch" in said
+    assert re.search(r"base +\S+; output in \S+/run\n", said)
     assert re.search(
-        r"heldout +after 2 updates: error of winners [+-]\d\S*, of losers [+-]\d\S*, margin accuracy \d", said
+        r"heldout +after 2 updates: change of winners' error [+-]\d\S*, losers' [+-]\d\S*, margin accuracy \d", said
     )
     assert re.search(r"saved +\S*run/checkpoint-2\n", said)
     assert "an update takes 4 pairs and the data has 3, which repeat" in said
