@@ -32,7 +32,7 @@ from sdpo.console import start_console
 from sdpo.data import PairDataset, Transform, train_batches
 from sdpo.families import FAMILIES, Family, load_family
 from sdpo.files import write_json
-from sdpo.heldout import HeldOutPairs
+from sdpo.heldout import HELD_OUT, PREFIXES, HeldOutPairs
 from sdpo.hub import check_precision
 from sdpo.inputs import make_inputs
 from sdpo.memory import choose_checkpointing, planned_memory
@@ -386,10 +386,15 @@ def validate(run: Run, held_out: HeldOutPairs | None) -> dict[str, float]:
     figures: dict[str, float] = {}
     unet = run.accelerator.unwrap_model(run.policy)
     if held_out:
-        figures |= held_out.measure(unet, run.config.beta_dpo, "heldout")
+        errors = {"policy": held_out.measure(unet)}
         if run.average:
             with run.average.in_place():
-                figures |= held_out.measure(unet, run.config.beta_dpo, "heldout_ema")
+                errors["average"] = held_out.measure(unet)
+        for model, values in errors.items():
+            found = held_out.figures(values, run.config.beta_dpo)
+            figures |= {f"{PREFIXES[model]}/{name}": value for name, value in found.items()}
+        if run.accelerator.is_main_process:
+            held_out.write(Path(run.config.output_dir, HELD_OUT), run.step, errors)
     if run.prompts and (run.accelerator.is_main_process or run.sharded):
         sample_prompts(run, unet)
     return figures

@@ -335,7 +335,7 @@ def set_results_aside(folder: Path, logging_dir: str, anew: bool) -> None:
     The other parts of its pipeline stay, to be written over. Where the next run starts from the base (`anew`), that is
     done only if this one had ended.
     """
-    names = ["unet.pth", "unet_ema.pth", "unet", "config.json", "metrics.jsonl", "validation"]
+    names = ["unet.pth", "unet_ema.pth", "unet", "config.json", "metrics.jsonl", "heldout.parquet", "validation"]
     if re.fullmatch(r"[\w-]+", logging_dir):  # a folder of the output folder's own
         names.append(logging_dir)
     results = [folder / name for name in names if (folder / name).exists()] + list_checkpoints(folder)

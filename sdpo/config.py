@@ -210,7 +210,7 @@ class TrainConfig:
 
     # Output
     output_dir: str = flag("sd-model-finetuned", "folder for checkpoints, metrics and the trained model")
-    logging_dir: str = flag("logs", "tracker folder inside output_dir")
+    logging_dir: str = flag("logs", "folder of the tracker's files, inside output_dir unless it is an absolute path")
     report_to: Literal["tensorboard", "wandb", "comet_ml", "all", "none"] = flag(
         "tensorboard", "tracker; all is every one that is installed"
     )
@@ -398,6 +398,10 @@ class TrainConfig:
             "shared_flip": (self.no_hflip, "with --no_hflip"),
             "latent_cache_dtype": (not self.latent_cache, "without --latent_cache"),
             "validation_seed": (not self.holds_out, "without held-out pairs"),
+            "validation_steps": (
+                not (self.holds_out or self.validation_prompts),
+                "without held-out pairs and --validation_prompts",
+            ),
         }
         return {name: why for names, (idle, why) in reasons.items() for name in names.split() if idle}
 

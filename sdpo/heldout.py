@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -13,11 +17,16 @@ from torch import Tensor, nn
 from sdpo.batch import collate
 from sdpo.data import PairDataset
 from sdpo.families import Family
+from sdpo.files import write_file
 from sdpo.inputs import Inputs, make_inputs
 from sdpo.losses import sample_error
 from sdpo.pairs import as_prompts
 from sdpo.ranks import together
 
+HELD_OUT = "heldout.parquet"  # in a run's output folder: the errors measured last, a row per pair
+STEP = b"sdpo_step"  # key of its metadata: updates made when they were
+MEMBERS = ("winner", "loser")
+PREFIXES = {"policy": "heldout", "average": "heldout_ema"}  # model -> prefix of its figures in metrics.jsonl
 log = logging.getLogger(__name__)
 
 
@@ -36,16 +45,17 @@ class HeldOutPairs:
         reference: nn.Module,
     ):
         self.accelerator, self.family, self.count = accelerator, family, len(dataset.pairs)
-        prompts = [options[0] for options in as_prompts(dataset.pairs.captions())]
-        self.caption_ids = torch.from_numpy(np.unique(prompts, return_inverse=True)[1])  # (pairs,)
-        self.shares: list[tuple[slice, Inputs, Tensor]] = []  # places, their inputs, errors (2B,) of the reference
-        unreadable = together(lambda: self._encode(dataset, batch_size, reference))
+        self.prompts = [options[0] for options in as_prompts(dataset.pairs.captions())]
+        self.shares: list[tuple[slice, Inputs]] = []  # places among the pairs, and their inputs
+        errors, unreadable = together(lambda: self._encode(dataset, batch_size, reference))
+        self.reference_errors = self._gather(errors)  # (pairs, 2)
         self.readable = accelerator.gather(unreadable[None]).sum(0).cpu() == 0  # (pairs,)
 
-    def _encode(self, dataset: PairDataset, batch_size: int, reference: nn.Module) -> Tensor:
-        """Fill this rank's shares; 1 where one of its pairs is unreadable, else 0, (pairs,)."""
+    def _encode(self, dataset: PairDataset, batch_size: int, reference: nn.Module) -> tuple[list[Tensor], Tensor]:
+        """Fill this rank's shares; returns the reference's errors (2B,) on each, and (pairs,) 1 where unreadable."""
         device, ranks = self.accelerator.device, self.accelerator.num_processes
         starts = range(0, self.count, batch_size)
+        errors = []
         unreadable = torch.zeros(self.count, dtype=torch.long, device=device)
         # Every rank makes as many passes, because ranks that share out the weights gather them together
         for number in range(self.accelerator.process_index, math.ceil(len(starts) / ranks) * ranks, ranks):
@@ -57,8 +67,9 @@ class HeldOutPairs:
                     log.error(f"unreadable, not measured on: {sample['unreadable'][0]}")
                     unreadable[index] = 1
             inputs = make_inputs(self.family, collate(samples).to(device))
-            self.shares.append((places, inputs.to("cpu"), self._errors(reference, inputs)))
-        return unreadable
+            self.shares.append((places, inputs.to("cpu")))
+            errors.append(self._errors(reference, inputs))
+        return errors, unreadable
 
     @torch.no_grad()
     @torch.compiler.set_stance("force_eager")  # for a last batch of another shape, and alike for averaged weights
@@ -67,33 +78,59 @@ class HeldOutPairs:
             prediction = self.family.predict(unet, inputs.noisy, inputs.timesteps, inputs.conditioning)
         return sample_error(prediction, inputs.target)  # (2B,)
 
-    def measure(self, unet: nn.Module, beta: float, name: str) -> dict[str, float]:
-        """Mean change of winner and loser error against the reference's, margin and margin accuracy, by metric name.
+    def _gather(self, errors: list[Tensor]) -> Tensor:
+        """Errors (2B,) on every rank's shares as (pairs, 2) of winner and loser, float64 on the CPU."""
+        values = torch.full((self.count, 2), torch.nan, device=self.accelerator.device)  # nan where it has no share
+        for (places, _), error in zip(self.shares, errors, strict=True):
+            values[places] = torch.stack(error.chunk(2), 1)
+        ranks = self.accelerator.gather(values[None])  # (processes, pairs, 2)
+        return ranks.nanmedian(0).values.cpu().double()  # a pair that several ranks measured has one value
 
-        Where there are several captions, with standard errors clustered by them. A margin of exactly 0 counts one half.
-        """
-        # change of (winner, loser) error; nan where this rank has no share
-        values = torch.full((self.count, 2), torch.nan, device=self.accelerator.device)
-        for places, inputs, reference in self.shares:
-            change = self._errors(unet, inputs.to(self.accelerator.device)) - reference
-            values[places] = torch.stack(change.chunk(2), 1)
-        ranks = self.accelerator.gather(values[None])  # (processes, pairs, 2), nan where a rank has no share
-        change = ranks.nanmedian(0).values.cpu().double()  # a pair that several ranks measured has one value
-        change = change[self.readable]
-        margin = -beta / 2 * (change[:, 0] - change[:, 1])
-        accuracy = torch.where(margin.isnan(), margin, (margin > 0).double() + (margin == 0).double() / 2)
-        figures = {
-            "winner_error_change": change[:, 0],
-            "loser_error_change": change[:, 1],
-            "margin": margin,
-            "margin_accuracy": accuracy,
-        }
-        result = {}
-        for key, value in figures.items():
-            result[f"{name}/{key}"] = value.mean().item()
-            if (error := clustered_error(value, self.caption_ids[self.readable])) is not None:
-                result[f"{name}/{key}_se"] = error
-        return result
+    def measure(self, unet: nn.Module) -> Tensor:
+        """Errors of a UNet on winner and loser of every pair, (pairs, 2) float64 on the CPU; every rank calls this."""
+        return self._gather([self._errors(unet, inputs.to(self.accelerator.device)) for _, inputs in self.shares])
+
+    def figures(self, errors: Tensor, beta: float) -> dict[str, float]:
+        """What `figures_of` says of errors (pairs, 2) minus the reference's, on the pairs that could be read."""
+        prompts = [prompt for prompt, there in zip(self.prompts, self.readable, strict=True) if there]
+        return figures_of((errors - self.reference_errors)[self.readable], prompts, beta)
+
+    def write(self, path: Path, step: int, errors: dict[str, Tensor]) -> None:
+        """Write errors (pairs, 2) by model and those of the reference as parquet, a row per pair that could be read."""
+        there = self.readable
+        columns = {"pair": torch.arange(self.count)[there].numpy()}
+        columns["prompt"] = [prompt for prompt, readable in zip(self.prompts, there, strict=True) if readable]
+        for name, values in {"reference": self.reference_errors, **errors}.items():
+            for member, error in zip(MEMBERS, values[there].unbind(1), strict=True):
+                columns[f"{name}_{member}_error"] = error.numpy()
+        table = pa.table(columns).replace_schema_metadata({STEP: str(step)})
+        write_file(path, lambda partial: pq.write_table(table, partial))
+
+
+def figures_of(change: Tensor, prompts: Sequence[str], beta: float) -> dict[str, float]:
+    """Mean change (pairs, 2) of winner and loser error against the reference's, margin and margin accuracy.
+
+    Where there are several prompts, with standard errors clustered by them. A margin of exactly 0 counts one half.
+    """
+    margin = -beta / 2 * (change[:, 0] - change[:, 1])
+    accuracy = torch.where(margin.isnan(), margin, (margin > 0).double() + (margin == 0).double() / 2)
+    values = {
+        "winner_error_change": change[:, 0],
+        "loser_error_change": change[:, 1],
+        "margin": margin,
+        "margin_accuracy": accuracy,
+    }
+    figures = {}
+    for name, value in values.items():
+        figures |= mean_of(name, value, prompts)
+    return figures
+
+
+def mean_of(name: str, values: Tensor, prompts: Sequence[str]) -> dict[str, float]:
+    """Mean of values (pairs,) as `name` and, where there are several prompts, its error clustered by them as _se."""
+    clusters = torch.from_numpy(np.unique(list(prompts), return_inverse=True)[1])
+    error = clustered_error(values, clusters)
+    return {name: values.mean().item(), **({} if error is None else {f"{name}_se": error})}
 
 
 def clustered_error(values: Tensor, clusters: Tensor) -> float | None:

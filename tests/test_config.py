@@ -275,6 +275,7 @@ WITHOUT_EFFECT = {
     "--ema_decay=0.9": "without --use_ema",
     "--shared_flip --no_hflip": "with --no_hflip",
     "--latent_cache_dtype=fp32": "without --latent_cache",
+    "--validation_steps=5": "without held-out pairs and --validation_prompts",
 }
 
 
@@ -295,6 +296,7 @@ def test_flags_without_effect_say_so(flags):
         "--adam_epsilon=1e-6 --adam_beta1=0.8 --adam_beta2=0.9 --lr_warmup_steps=5",
         "--num_train_epochs=1 --max_train_steps=0 --use_ema --ema_decay=0.9 --shared_flip",
         "--latent_cache=x --latent_cache_dtype=fp32 --checkpoints_total_limit=2",
+        "--validation_steps=5 --validation_pairs=2",
     ),
 )
 def test_flags_with_an_effect_do_not_say_so(flags):

@@ -3,6 +3,7 @@
 import io
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -123,30 +124,27 @@ def test_scores_are_those_of_the_weights_given(tmp_path, monkeypatch):
 def test_the_reading_states_the_tables_own_figures(tmp_path):
     def row(method, weights, score, winner=0.0):
         errors = {"winner_error_change": winner, "loser_error_change": 0.003}
-        return {"method": method, "weights": weights, "score": score, "all_correct": 0.5, **errors}
+        return {"run": method, "weights": weights, "score": score, "all_correct": 0.5, **errors}
 
     rows = [row("base", "", 0.9), row("plain", "raw", 0.7, 0.002), row("plain", "averaged", 0.8, 0.001)]
     text = " ".join(compare.reading(rows).split())
     assert "plain: winner error +2.00e-3, loser error +3.00e-3, sample score changed by -0.200." in text
     assert "lowered the winner's error in 1 of 1 runs" in text
-    table = compare.write_table(rows, tmp_path / "table.md").split("\n")
-    assert table[3] == "| plain | raw | +2.00 | +3.00 |  |  | 0.700 | 0.50 |"
+    columns = {"Δ winner error x 1e3": ("winner_error_change", 1e3, 2), **compare.SCORES}
+    table = compare.write_table(rows, tmp_path / "table.md", columns).split("\n")
+    assert table[3] == "| plain | raw | +2.00 | 0.700 | 0.50 |"
 
 
 def test_runs_of_other_pairs_or_bases_are_not_compared(tmp_path):
-    settings = {"config": {"seed": 0, "unet_init": "", "beta_dpo": 200}, "plan": {"steps": 100}}
-    runs = {}
-    for name, changes in {"a": {}, "b": {"beta_dpo": 300}, "c": {"seed": 1, "unet_init": "x"}}.items():
-        runs[name] = tmp_path / name
-        runs[name].mkdir()
-        content = settings | {"config": settings["config"] | changes}
-        (runs[name] / "config.json").write_text(json.dumps(content))
-    compare.refuse_unlike({name: runs[name] for name in "ab"})
+    settings = {"seed": 0, "unet_init": "", "beta_dpo": 200, "steps": 100}
+    changes = {"a": {}, "b": {"beta_dpo": 300}, "c": {"seed": 1, "unet_init": "x"}}
+    runs = {name: SimpleNamespace(label=name, folder=tmp_path, settings=settings | changes[name]) for name in changes}
+    with pytest.raises(InputError, match="is no run that ended"):
+        compare.refuse_unlike([runs["a"]])
+    (tmp_path / "unet.pth").touch()
+    compare.refuse_unlike([runs["a"], runs["b"]])
     with pytest.raises(InputError, match="a and c differ in unet_init, seed: compare runs that do not"):
-        compare.refuse_unlike(runs)
-    (runs["c"] / "config.json").write_text('{"config": []}')
-    with pytest.raises(InputError, match="does not have the settings and plan of a run"):
-        compare.refuse_unlike(runs)
+        compare.refuse_unlike(list(runs.values()))
 
 
 def test_runs_are_compared(tmp_path, monkeypatch, capsys):
@@ -165,16 +163,21 @@ def test_runs_are_compared(tmp_path, monkeypatch, capsys):
     }
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "metrics.jsonl").write_text('{"step": 1, "train_loss": 0.1}\n')
-    for run, message in {f"plain={tmp_path / 'other'}": "is no run that ended", "plain": "expected NAME=VALUE"}.items():
+    for run, message in {
+        f"plain={tmp_path / 'other'}": "is no run that measured held-out pairs",
+        "plain": "expected NAME=VALUE",
+    }.items():
         monkeypatch.setattr("sys.argv", ["compare", run, "--out", str(tmp_path / "out")])
         with pytest.raises(InputError, match=message):
             compare.main()
     monkeypatch.setattr("sys.argv", ["compare", f"plain={tmp_path / 'run'}", "--out", str(tmp_path / "out")])
     compare.main()
     rows = json.loads((tmp_path / "out" / "table.json").read_text())
-    assert [(row["method"], row["weights"]) for row in rows] == [("base", ""), ("plain", "raw"), ("plain", "averaged")]
+    assert [(row["run"], row["weights"]) for row in rows] == [("base", ""), ("plain", "raw"), ("plain", "averaged")]
     for row, prefix in ((rows[1], "heldout"), (rows[2], "heldout_ema")):
-        assert row["winner_error_change"] == read_metrics(tmp_path / "run", f"{prefix}/winner_error_change")[-1][1]
+        assert row["winner_error_change"] == pytest.approx(
+            read_metrics(tmp_path / "run", f"{prefix}/winner_error_change")[-1][1]
+        )
         assert row["lambda"] == 1
     for file in ("errors.png", "samples.png"):
         Image.open(tmp_path / "out" / file).verify()

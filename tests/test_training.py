@@ -362,7 +362,7 @@ def test_held_out_figures_are_those_of_the_saved_weights(arguments, tmp_path):
     run, _, held_out = set_up([*arguments(*flags, out="again"), "--train_batch_size=1"])
     models = run.family.load_unet(str(tmp_path / "run" / "unet.pth")), run.family.load_unet()
     changes = []
-    for _, x, _ in held_out.shares:  # winner, loser of one pair
+    for _, x in held_out.shares:  # winner, loser of one pair
         with torch.no_grad():
             outputs = [model(x.noisy, x.timesteps, **x.conditioning).sample for model in models]
         trained, base = ((output - x.target).square().mean((1, 2, 3)) for output in outputs)
@@ -399,8 +399,8 @@ def test_pairs_of_one_caption_are_not_independent():
 
 def test_a_held_out_error_that_is_not_finite_is_no_wrong_margin(arguments):
     run, _, held_out = set_up(arguments("--validation_pairs=6"))
-    held_out.shares[0][2][0] = torch.nan  # the reference's error of a winner
-    assert math.isnan(held_out.measure(run.policy, 100.0, "heldout")["heldout/margin_accuracy"])
+    held_out.reference_errors[0, 0] = torch.nan  # of a winner
+    assert math.isnan(held_out.figures(held_out.measure(run.policy), 100.0)["margin_accuracy"])
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
@@ -415,14 +415,14 @@ def test_held_out_standard_errors_go_by_the_captions_of_readable_pairs(arguments
     with torch.no_grad():
         for parameter in run.policy.parameters():
             parameter.mul_(1.1)
-    held_out.caption_ids = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 3, 3])
-    number, means = torch.arange(10), []
-    for caption in (1, 2, 3):
-        held_out.readable = held_out.caption_ids == caption
-        means.append(held_out.measure(run.policy, 100.0, "heldout")["heldout/winner_error_change"])
-    held_out.readable = number >= 4
-    figures = held_out.measure(run.policy, 100.0, "heldout")
-    assert figures["heldout/winner_error_change_se"] == pytest.approx(np.std(means, ddof=1) / 3**0.5, rel=1e-5)
+    held_out.prompts = list("aaaabbccdd")
+    errors, means = held_out.measure(run.policy), []
+    for prompt in "bcd":
+        held_out.readable = torch.tensor([name == prompt for name in held_out.prompts])
+        means.append(held_out.figures(errors, 100.0)["winner_error_change"])
+    held_out.readable = torch.arange(10) >= 4
+    figures = held_out.figures(errors, 100.0)
+    assert figures["winner_error_change_se"] == pytest.approx(np.std(means, ddof=1) / 3**0.5, rel=1e-5)
     assert not held_out._errors(run.policy, held_out.shares[0][1]).requires_grad
 
 
@@ -451,9 +451,9 @@ def test_held_out_pairs_are_dealt_out_and_what_any_rank_cannot_read_is_left_out(
     monkeypatch.setattr(heldout, "make_inputs", lambda family, batch: inputs)
     family = SimpleNamespace(predict=lambda *given: torch.ones(4, 1, 1, 1))
     pairs = HeldOutPairs(rank, family, FivePairs(), 2, None)
-    assert [(places.start, places.stop) for places, _, _ in pairs.shares] == [(2, 4), (0, 2)]  # as many as rank 0 has
+    assert [(places.start, places.stop) for places, _ in pairs.shares] == [(2, 4), (0, 2)]  # as many as rank 0 has
     assert pairs.readable.tolist() == [True, True, True, False, True]
-    assert pairs.caption_ids.tolist() == [0, 1, 1, 2, 0]  # the first one is what they are measured with
+    assert pairs.prompts == ["a", "b", "b", "c", "a"]  # the first one is what they are measured with
 
 
 def test_validation_prompts_are_sampled(arguments, tmp_path):
@@ -529,10 +529,10 @@ def test_held_out_pairs_that_cannot_be_read_are_left_out(arguments, pairs_folder
                 parameter.mul_(1.1)
         if out == "whole":
             held_out.readable[0] = False
-        figures[out] = held_out.measure(run.policy, 100.0, "heldout")
+        figures[out] = held_out.figures(held_out.measure(run.policy), 100.0)
         rows[0]["jpg_0"] = b"no image"
     assert figures["broken"] == figures["whole"]
-    assert figures["broken"]["heldout/winner_error_change_se"] > 0
+    assert figures["broken"]["winner_error_change_se"] > 0
     said = capsys.readouterr().err
     assert said.count("unreadable, not measured on: ") == 1 and "row 0" in said
     for row in rows:
@@ -583,8 +583,9 @@ def test_averaged_weights_have_held_out_figures_of_their_own(arguments, tmp_path
     run, _, held_out = set_up(arguments(*flags, out="again"))
     for file, prefix in (("unet.pth", "heldout"), ("unet_ema.pth", "heldout_ema")):
         unet = run.family.load_unet(str(tmp_path / "run" / file))
-        for name, value in held_out.measure(unet, run.config.beta_dpo, prefix).items():
-            assert read_metrics(tmp_path / "run", name)[-1] == (3, pytest.approx(value, rel=1e-3, abs=1e-6)), name
+        for name, value in held_out.figures(held_out.measure(unet), run.config.beta_dpo).items():
+            last = read_metrics(tmp_path / "run", f"{prefix}/{name}")[-1]
+            assert last == (3, pytest.approx(value, rel=1e-3, abs=1e-6)), name
     changes = [read_metrics(tmp_path / "run", f"{name}/loser_error_change") for name in ("heldout", "heldout_ema")]
     assert [len(values) for values in changes] == [2, 2] and changes[0][-1] != changes[1][-1]
 

@@ -49,7 +49,7 @@ def write_split(specs: list[pictures.Spec], count: int, seed: int, path: Path) -
 def main() -> None:
     """Pairs over the captions that the base was trained on."""
     parser = Parser("python -m sdpo.tiny.make_pairs", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="folder of train.parquet, made if need be")
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
     write_split(pictures.TRAINED, PAIRS, 0, out / "train.parquet")

@@ -1,0 +1,191 @@
+"""Compare training runs by their errors on the same held-out pairs: `python -m sdpo.compare --out DIR NAME=RUN ...`.
+
+RUN is an output folder of train.py, whose run may still go on: what was measured last counts. Leaves table.md,
+table.json and errors.png in DIR. The winner's error is also compared pair by pair with that of the first run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from matplotlib import pyplot as plt
+from torch import Tensor
+
+from sdpo.command import InputError, Parser, parse_assignments, run_command, show
+from sdpo.files import brief, parse_json, read_text, write_json, write_text
+from sdpo.heldout import HELD_OUT, MEMBERS, PREFIXES, STEP, figures_of, mean_of
+from sdpo.metrics import read_metrics
+
+WEIGHTS = {"policy": "raw", "average": "averaged"}  # models as the table calls them
+SAME_REFERENCE = 0.05  # errors of the reference may differ by this share, for rounding on other machines
+PLACES = ("output_dir", "logging_dir", "cache_dir", "latent_cache", "reference_cache")  # which change no figure
+COLUMNS = {  # heading -> key of a row, factor, digits
+    "updates": ("updates", 1, 0),
+    "Δ winner error x 1e3": ("winner_error_change", 1e3, 2),
+    "Δ loser error x 1e3": ("loser_error_change", 1e3, 2),
+    "margin accuracy": ("margin_accuracy", 1, 3),
+    "winner error minus first run's x 1e3": ("winner_error_difference", 1e3, 2),
+    "mean lambda": ("lambda", 1, 2),
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a run measured last on its held-out pairs."""
+
+    label: str
+    folder: Path
+    settings: dict[str, Any]  # of config.json: flags, and what they come to
+    updates: int  # made when it was measured
+    pairs: np.ndarray  # (n,) int, numbers of the pairs that could be read
+    prompts: np.ndarray  # (n,) str
+    errors: dict[str, Tensor]  # (n, 2) of winner and loser, by model: reference, policy and, with --use_ema, average
+
+    def select(self, pairs: np.ndarray) -> Measured:
+        """What it measured on these pairs, which it has."""
+        keep = np.searchsorted(self.pairs, pairs)
+        errors = {model: values[torch.from_numpy(keep)] for model, values in self.errors.items()}
+        return replace(self, pairs=pairs, prompts=self.prompts[keep], errors=errors)
+
+
+def read_run(label: str, folder: Path) -> Measured:
+    """What an output folder of train.py holds; raises InputError for one without held-out errors."""
+    path, config = folder / HELD_OUT, folder / "config.json"
+    if not path.is_file() or not config.is_file():
+        raise InputError(f"{folder} is no run that measured held-out pairs: train it with --validation_pairs")
+    try:
+        table = pq.read_table(path)
+        errors = {
+            model: torch.stack([torch.tensor(table[f"{model}_{member}_error"].to_numpy()) for member in MEMBERS], 1)
+            for model in ("reference", *PREFIXES)
+            if model != "average" or f"{model}_{MEMBERS[0]}_error" in table.column_names
+        }
+        pairs, prompts = table["pair"].to_numpy(), np.array(table["prompt"].to_pylist(), str)
+        updates = int(table.schema.metadata[STEP])
+    except Exception as error:  # pyarrow has many
+        raise InputError(f"{path} is not one of train.py, or damaged ({brief(error)}): measure again") from error
+    content = parse_json(read_text(config), config, "train again")
+    try:
+        settings = content["config"] | content["plan"]
+        settings["beta_dpo"] + 0
+    except (TypeError, KeyError):
+        raise InputError(f"{config} does not have the settings and plan of a run: train again") from None
+    return Measured(label, folder, settings, updates, pairs, prompts, errors)
+
+
+def read_runs(named: dict[str, str]) -> list[Measured]:
+    """Runs by label, on the pairs that all of them could read; InputError unless they were measured on the same."""
+    first, *others = runs = [read_run(label, Path(folder)) for label, folder in named.items()]
+    fix = "compare runs of the same base and data with the same resolution, held-out pairs and --validation_seed"
+    pairs = first.pairs
+    for run in others:
+        pairs = np.intersect1d(pairs, run.pairs)
+    if not len(pairs):
+        raise InputError(f"{', '.join(named)} have no held-out pair in common: {fix}")
+    first, *others = runs = [run.select(pairs) for run in runs]
+    for run in others:
+        if (differ := first.prompts != run.prompts).any():
+            number, one, other = (str(values[differ][0]) for values in (pairs, first.prompts, run.prompts))
+            raise InputError(
+                f"{first.label} and {run.label} were measured on other pairs, the first pair {number} of {one!r:.80} "
+                f"and {other!r:.80}: {fix}"
+            )
+        ours, theirs = first.errors["reference"], run.errors["reference"]
+        if not torch.allclose(ours, theirs, rtol=SAME_REFERENCE, atol=0, equal_nan=True):
+            raise InputError(
+                f"{first.label} and {run.label} were not measured alike: errors of their references differ: {fix}"
+            )
+    return runs
+
+
+def describe(run: Measured, first: Measured) -> list[dict[str, Any]]:
+    """A row {run, weights, updates, figures...} for the raw and, if there are any, the averaged weights of a run."""
+    rows = []
+    scales = [value for step, value in read_metrics(run.folder, "avg_lose_l_scale") if step <= run.updates]
+    for model in (model for model in PREFIXES if model in run.errors):
+        change = run.errors[model] - run.errors["reference"]
+        row = {"run": run.label, "weights": WEIGHTS[model], "updates": run.updates}
+        row |= figures_of(change, run.prompts, run.settings["beta_dpo"])
+        if run is not first or model != "policy":
+            difference = run.errors[model][:, 0] - first.errors["policy"][:, 0]
+            row |= mean_of("winner_error_difference", difference, run.prompts)
+        if scales:  # sft has none
+            row["lambda"] = float(np.mean(scales))
+        rows.append(row)
+    return rows
+
+
+def differing_settings(runs: Sequence[Measured]) -> list[str]:
+    """A line per setting that is not the same in all runs."""
+    names = {name: None for run in runs for name in run.settings if name not in PLACES}
+    lines = []
+    for name in names:
+        values = [run.settings.get(name) for run in runs]
+        if any(value != values[0] for value in values):
+            lines.append(f"{name}: " + ", ".join(f"{run.label} {v}" for run, v in zip(runs, values, strict=True)))
+    return lines
+
+
+def write_table(rows: Sequence[dict[str, Any]], path: Path, columns: dict[str, tuple[str, float, int]]) -> str:
+    """Write rows with a label and kind of weights as a Markdown table, and return it; columns are as in COLUMNS."""
+
+    def cell(row: dict[str, Any], key: str, factor: float, digits: int) -> str:
+        if key not in row:
+            return ""
+        spread = f" ± {row[f'{key}_se'] * factor:.{digits}f}" if f"{key}_se" in row else ""
+        return f"{row[key] * factor:{'+' if factor != 1 else ''}.{digits}f}{spread}"
+
+    lines = ["| run | weights | " + " | ".join(columns) + " |", "|---|---|" + "---:|" * len(columns)]
+    for row in rows:
+        cells = [cell(row, *column) for column in columns.values()]
+        lines.append(f"| {row['run']} | {row['weights']} | " + " | ".join(cells) + " |")
+    write_text(path, "\n".join(lines) + "\n")
+    return "\n".join(lines)
+
+
+def draw_errors(runs: Sequence[Measured], path: Path) -> None:
+    """The paper's Figure 1: held-out errors of winner and loser minus the reference's, over updates, raw weights."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharex=True, layout="constrained")
+    for axis, member in zip(axes, MEMBERS, strict=True):
+        for run in runs:
+            points = read_metrics(run.folder, f"heldout/{member}_error_change")
+            errors = [value for _, value in read_metrics(run.folder, f"heldout/{member}_error_change_se")]
+            spread = {"yerr": errors, "capsize": 2} if len(errors) == len(points) else {}  # none of a single prompt
+            updates, changes = np.array(points).reshape(-1, 2).T
+            axis.errorbar(updates, changes, label=run.label, marker="o", markersize=3, **spread)
+        axis.axhline(0, color="grey", linewidth=0.8)
+        axis.set(title=f"{member} error minus reference (held-out pairs)", xlabel="updates")
+        axis.set_yscale("symlog", linthresh=1e-3)
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Compare as the command line says."""
+    parser = Parser("python -m sdpo.compare", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", metavar="NAME=RUN", help="label and output folder of a run of train.py")
+    parser.add_argument("--out", required=True, help="folder of the results")
+    args = parser.parse_args(arguments)
+    if not args.out:
+        raise InputError("--out is empty: name a folder")
+    runs = read_runs(parse_assignments(args.runs, "run"))
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    rows = [row for run in runs for row in describe(run, runs[0])]
+    write_json(out / "table.json", rows)
+    show(write_table(rows, out / "table.md", COLUMNS))
+    show("\n" + "\n".join(["settings that differ:", *differing_settings(runs)]))
+    draw_errors(runs, out / "errors.png")
+    pairs, prompts = len(runs[0].pairs), len(np.unique(runs[0].prompts))
+    show(f"\n{pairs} held-out pairs of {prompts} prompts; table and chart: table.md and errors.png in {out}")
+
+
+if __name__ == "__main__":
+    run_command(main)
