@@ -45,7 +45,7 @@ from sdpo.references import open_references
 from sdpo.resuming import resume
 from sdpo.rng import normal
 from sdpo.sampling import sample
-from sdpo.step import AUTOCAST, SHARDING, Run, build_run, loss_name, update
+from sdpo.step import AUTOCAST, SHARDING, Run, build_run, loss_conflicts, loss_name, update
 from sdpo.stopping import DataError, MicroBatches, Skips, StopRequest
 
 log = logging.getLogger(__name__)
@@ -200,6 +200,7 @@ def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
     seed = choose_seed(config, accelerator, checkpoint)
     prompts = [prompt.text for prompt in read_prompts(config.validation_prompts)] if config.validation_prompts else []
     family = load_family(**config.base, encoders=not config.latent_cache or bool(prompts))
+    refuse(loss_conflicts(config, family))
     family.check_pipeline()
     on_main(accelerator, lambda: checkpoints.check_places(config.output_dir, family.parts))
 

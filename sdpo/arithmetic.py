@@ -25,6 +25,8 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sdpo.command import InputError
+
 COMPILED = {  # methods of modules; those of Transformer2DModel are what it does before and after its blocks
     BasicTransformerBlock: ("forward",),
     ResnetBlock2D: ("forward",),
@@ -96,8 +98,10 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
 
     Without gradients they run the same graph as with them, block by block, so that nothing is kept for a backward pass.
     That pass computes norms, activations and casts of weights again instead of keeping them, which leaves half to two
-    thirds of the bytes.
+    thirds of the bytes. Raises InputError for a model without such blocks.
     """
+    if not any(type(block) in COMPILED for block in model.modules()):
+        raise InputError(f"--compile knows no block of a {type(model).__name__}: drop it")
     torch._dynamo.config.recompile_limit = 128  # every shape of a block counts
     torch._functorch.config.ban_recompute_materialized_backward = False
     warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")  # of diffusers, harmless

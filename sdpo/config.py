@@ -304,7 +304,7 @@ class TrainConfig:
             "--global_batch_size sets the number of micro-steps: change it in place of --gradient_accumulation_steps",
         )
         yield (
-            self.use_adafactor and self.optimizer in ("adamw", "adamw8bit"),
+            self.use_adafactor and self.optimizer not in ("auto", "adafactor"),
             f"--use_adafactor and --optimizer {self.optimizer} exclude each other; drop one",
         )
         yield (
@@ -320,10 +320,8 @@ class TrainConfig:
             "--reference_cache needs --seed, which the runs that share it have in common",
         )
         yield (
-            self.reference_cache and self.method in ("dspo", "sft"),
-            f"--reference_cache keeps errors of the reference, and {self.method} needs "
-            + ("its predictions" if self.method == "dspo" else "no reference")
-            + ": drop it",
+            self.reference_cache and self.method == "sft",
+            "--reference_cache keeps errors of the reference, and sft needs no reference: drop it",
         )
         yield (
             self.use_winner_preserving and self.constant_loser_scale != 1,
@@ -391,7 +389,7 @@ class TrainConfig:
                 self.method == "sft" or self.mixed_precision == "no",
                 "on sft" if self.method == "sft" else "with --mixed_precision no",
             ),
-            "adam_beta1 adam_beta2 adam_epsilon": (optimizer == "adafactor", "on Adafactor"),
+            "adam_beta1 adam_beta2 adam_epsilon": (not optimizer.startswith("adamw"), f"on {optimizer}"),
             "lr_warmup_steps": (self.lr_scheduler == "constant", "with --lr_scheduler constant"),
             "num_train_epochs": (self.max_train_steps > 0, "unless --max_train_steps is 0"),
             "ema_decay": (not self.use_ema, "without --use_ema"),

@@ -21,6 +21,8 @@ from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
     DiffusionPipeline,
+    EulerDiscreteScheduler,
+    SchedulerMixin,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -346,6 +348,10 @@ class Family(ABC):
         """Timesteps (N,) for uniform draws in [0, 1)."""
         steps = self.scheduler.config.num_train_timesteps
         return (uniform * steps).long().clamp_max(steps - 1)  # in fp32 a draw may round up to 1
+
+    def sampler(self) -> SchedulerMixin:
+        """A new scheduler that samples by Euler's method, its timesteps not set yet."""
+        return EulerDiscreteScheduler.from_config(self.scheduler.config)
 
     def add_noise(
         self, latents: Tensor, noise: Tensor, timesteps: Tensor, perturbed: Tensor | None = None

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from diffusers import ConfigMixin, EulerDiscreteScheduler, UNet2DConditionModel
+from diffusers import ConfigMixin, UNet2DConditionModel
 from PIL import ExifTags, Image
 from torch import nn
 from tqdm.auto import tqdm
@@ -313,8 +313,7 @@ def own_rules(tokenizer: CLIPTokenizer) -> list[Any]:
 
 def describe_images(config: EvalConfig, family: Family, unet: nn.Module, device: torch.device) -> dict[str, object]:
     """Everything but prompts and size that determines the images; weights by their sha256."""
-    scheduler = EulerDiscreteScheduler.from_config(family.scheduler.config)  # as sample makes it
-    parts = [own_settings(part) for part in (scheduler, family.vae, *family.text_encoders, unet)]
+    parts = [own_settings(part) for part in (family.sampler(), family.vae, *family.text_encoders, unet)]
     parts += [own_rules(tokenizer) for tokenizer in family.tokenizers]
     base = hash_weights([family.vae, *family.text_encoders]) + json.dumps(parts, sort_keys=True, default=str)
     settings = {name: getattr(config, name) for name in ("steps", "cfg", "guidance", "seed", "noise", "dtype")}
@@ -340,7 +339,7 @@ def load_run(config: EvalConfig, accelerator: Accelerator) -> EvalRun:
     if config.steps > (most := family.scheduler.config.num_train_timesteps):
         raise InputError(f"--steps must be at most {most} for {config.pretrain_path}, got {config.steps}")
     try:
-        EulerDiscreteScheduler.from_config(family.scheduler.config).set_timesteps(config.steps)
+        family.sampler().set_timesteps(config.steps)
     except Exception as error:  # each wrong setting has one of its own
         raise InputError(
             f"the scheduler of {config.pretrain_path} does not support Euler sampling ({brief(error)}): "

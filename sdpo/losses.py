@@ -152,7 +152,7 @@ def diffusion_dpo(terms: PairTerms) -> Tensor:
 def require_drift(terms: PairTerms) -> Tensor:
     """drift_w; raises ValueError where the terms were formed without it."""
     if terms.drift_w is None:
-        raise ValueError("dspo needs the reference's prediction: its errors alone do not give drift_w")
+        raise ValueError("this loss needs the reference's prediction: its errors alone do not give drift_w")
     return terms.drift_w
 
 
@@ -202,3 +202,5 @@ def sft(prediction: Tensor, target: Tensor) -> Tensor:
 # Each takes the terms of B pairs, and what LOSS_OPTIONS names, and returns (B,)
 PAIR_LOSSES = {"diffusion-dpo": diffusion_dpo, "dspo-score": dspo_score, "dspo-switched": dspo_switched, "dmpo": dmpo}
 LOSS_OPTIONS = {"dmpo": {"alpha": "dmpo_alpha"}}  # argument: the setting that gives it
+WITH_DRIFT = ("dspo-score", "dspo-switched")  # need the reference's prediction, not its errors alone
+PER_MICRO_BATCH = ("dspo-switched",)  # are not a function of each pair alone, so training depends on the split

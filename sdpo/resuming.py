@@ -17,6 +17,7 @@ from sdpo.command import InputError, is_out_of_memory
 from sdpo.config import TrainConfig
 from sdpo.files import brief
 from sdpo.hub import load_fitting_state
+from sdpo.losses import PER_MICRO_BATCH
 from sdpo.optimizers import OPTIMIZERS, optimizer_name
 from sdpo.step import Run, loss_name
 
@@ -82,7 +83,7 @@ def changed_settings(run: Run, checkpoint: Path) -> list[str]:
     if config.lr_scheduler.startswith("constant"):
         free |= {"max_train_steps", "num_train_epochs"}
     per_pair = not config.preserves_winners or config.winner_preserving_per == "pair"
-    if per_pair and loss_name(config, run.family) != "dspo-switched":  # nothing depends on the micro-batch
+    if per_pair and loss_name(config, run.family) not in PER_MICRO_BATCH:
         free |= {"train_batch_size"}
     changes = [
         f"--{name} was {then['config'][name]!r}, is {value!r}"

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
-from diffusers import EulerDiscreteScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
@@ -50,7 +49,7 @@ def sample(
     Guidance and latents have the dtype of `noise`, fp32 or the UNet's own; the latter is what the official code does.
     Images are decoded one at a time, which bounds the memory. Raises FloatingPointError where pixels are not finite.
     """
-    scheduler = EulerDiscreteScheduler.from_config(family.scheduler.config)
+    scheduler = family.sampler()
     scheduler.set_timesteps(steps, device=family.device)
     height, width = (family.image_size(side) for side in noise.shape[-2:])
     conditioning = encode_guided(family, captions, height, width, unet.dtype)

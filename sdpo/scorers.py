@@ -1,7 +1,8 @@
 """Scores of images for their prompts: one table of metrics, on transformers and open_clip alone.
 
-A metric is a class that loads, prepares images and scores, and a row in SCORERS. Its weights are named parts, each a
-hub reference (`owner/repository` or `owner/repository:file`) or a local path. `score_rows` is the pass over images.
+A metric is a class that loads, prepares images and scores, a row in SCORERS, and one in manifest.METRICS, which says
+what it is called in files; higher scores are better. Its weights are named parts, each a hub reference
+(`owner/repository` or `owner/repository:file`) or a local path. `score_rows` is the pass over images.
 """
 
 from __future__ import annotations
@@ -365,7 +366,7 @@ def check_parts(sources: Mapping[str, str], metrics: Collection[str] = SCORERS) 
     official = {f"{metric}.{part}": source for metric in SCORERS for part, source in SCORERS[metric].official.items()}
     check_names(sources, official)
     for name in sources:
-        if name.partition(".")[0] not in metrics:
+        if name.rpartition(".")[0] not in metrics:
             raise InputError(f"{name} belongs to a metric that is not scored: score that too, or drop it")
     for name, source in sources.items():
         if ":" in official[name]:  # a file, not a folder
@@ -387,7 +388,7 @@ def load_scorers(
     check_parts(sources)
     parts = {metric: {} for metric in SCORERS}
     for name, source in sources.items():
-        metric, part = name.split(".")
+        metric, _, part = name.rpartition(".")
         parts[metric][part] = source
     scorers = {}
     for metric in metrics:

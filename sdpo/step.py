@@ -28,7 +28,7 @@ from sdpo.families import Family, hold_matmul_weights
 from sdpo.graphs import RecordedSteps
 from sdpo.hub import DTYPES
 from sdpo.inputs import make_inputs
-from sdpo.losses import LOSS_OPTIONS, PAIR_LOSSES, PairTerms, pair_terms, sample_error, sft
+from sdpo.losses import LOSS_OPTIONS, PAIR_LOSSES, WITH_DRIFT, PairTerms, pair_terms, sample_error, sft
 from sdpo.metrics import Meter, pair_metrics
 from sdpo.optimizers import OPTIMIZERS, optimizer_name
 
@@ -170,6 +170,14 @@ def loss_name(config: TrainConfig, family: Family | type[Family]) -> str:
     """Row of PAIR_LOSSES that the config asks for."""
     form = family.dspo_form if config.dspo_form == "auto" else config.dspo_form
     return f"dspo-{form}" if config.method == "dspo" else config.method
+
+
+def loss_conflicts(config: TrainConfig, family: Family) -> Iterator[tuple[object, str]]:
+    """Pairs (is wrong, what to do about it) of settings that the loss does not support."""
+    yield (
+        config.reference_cache and loss_name(config, family) in WITH_DRIFT,
+        f"--reference_cache keeps errors of the reference, and {config.method} needs its predictions: drop it",
+    )
 
 
 def pair_loss(config: TrainConfig, family: Family) -> Callable[[PairTerms], Tensor]:

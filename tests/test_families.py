@@ -476,3 +476,13 @@ def test_policy_and_reference_ask_for_the_same_graphs(bases, monkeypatch, family
         assert not model.predict(reference, noisy, timesteps, conditioning).requires_grad
     assert kept and not any(kept)
     assert asked == trained and max(map(sum, trained)) == 2  # a residual block's input and the timestep's embedding
+
+
+def test_every_family_has_a_pipeline_class_of_its_own():
+    """By which a base is told to be of it."""
+    assert len({family.pipeline_class for family in FAMILIES.values()}) == len(FAMILIES)
+
+
+def test_a_model_of_which_nothing_would_be_compiled_is_refused():
+    with pytest.raises(InputError, match="--compile knows no block of a Sequential: drop it"):
+        compile_blocks(torch.nn.Sequential(torch.nn.Linear(2, 2)))

@@ -35,6 +35,7 @@ from transformers import (
 
 from sdpo import scorers as module
 from sdpo.command import InputError
+from sdpo.manifest import METRICS
 from sdpo.scorers import (
     SCORERS,
     Aesthetics,
@@ -66,6 +67,10 @@ ARCHITECTURE = {
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2},
 }
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "cat", "##s", "on", "the", "mat", ","]
+
+
+def test_every_scorer_has_a_name_in_files():
+    assert sorted(METRICS.values()) == sorted(SCORERS)
 
 
 def fixture_file(name):
