@@ -32,9 +32,10 @@ from sdpo.console import start_console
 from sdpo.data import PairDataset, Transform, train_batches
 from sdpo.families import FAMILIES, Family, load_family
 from sdpo.files import write_json
-from sdpo.heldout import HELD_OUT, PREFIXES, HeldOutPairs
+from sdpo.heldout import HELD_OUT_FILE, PREFIXES, HeldOutPairs
 from sdpo.hub import check_precision
 from sdpo.inputs import make_inputs
+from sdpo.losses import PAIR_LOSSES
 from sdpo.memory import choose_checkpointing, planned_memory
 from sdpo.metrics import MetricsLog
 from sdpo.optimizers import OPTIMIZERS, optimizer_name
@@ -45,7 +46,7 @@ from sdpo.references import open_references
 from sdpo.resuming import resume
 from sdpo.rng import normal
 from sdpo.sampling import sample
-from sdpo.step import AUTOCAST, SHARDING, Run, build_run, loss_conflicts, loss_name, update
+from sdpo.step import AUTOCAST, SHARDING, Run, build_run, loss_name, update
 from sdpo.stopping import DataError, MicroBatches, Skips, StopRequest
 
 log = logging.getLogger(__name__)
@@ -132,24 +133,37 @@ def choose_seed(config: TrainConfig, accelerator: Accelerator, checkpoint: Path 
     return on_main(accelerator, lambda: secrets.randbits(32))
 
 
-def build_dataset(run: Run, pairs: Pairs | CachedPairs, stream: str) -> PairDataset:
-    """Samples of the stream "train", or of "held-out": without flips, random crops, dropped captions or added noise."""
+def training_samples(run: Run, pairs: Pairs | CachedPairs) -> PairDataset:
+    """Samples to train on, as the flags ask."""
     config = run.config
-    transform = Transform(run.resolution)
-    options = {}
-    if stream == "train":
-        transform = Transform(run.resolution, config.random_crop, not config.no_hflip, config.shared_flip)
-        options = {
-            "members": 1 if config.method == "sft" else 2,
-            "empty_captions": config.proportion_empty_prompts,
-            "noise_offset": config.noise_offset,
-            "input_perturbation": config.input_perturbation,
-            "references": run.reference_errors.known if run.reference_errors else None,
-        }
-    options["max_unreadable"] = config.max_unreadable_images
-    shape = run.family.latent_shape(run.resolution)
-    seed = run.seed if stream == "train" else config.validation_seed
-    return PairDataset(pairs, transform, shape, seed, stream, run.plan.global_batch, **options)
+    return PairDataset(
+        pairs,
+        Transform(run.resolution, config.random_crop, not config.no_hflip, config.shared_flip),
+        run.family.latent_shape(run.resolution),
+        run.seed,
+        "train",
+        run.plan.global_batch,
+        members=1 if config.method == "sft" else 2,
+        empty_captions=config.proportion_empty_prompts,
+        noise_offset=config.noise_offset,
+        input_perturbation=config.input_perturbation,
+        max_unreadable=config.max_unreadable_images,
+        references=run.reference_errors.known if run.reference_errors else None,
+    )
+
+
+def held_out_samples(run: Run, pairs: Pairs | CachedPairs) -> PairDataset:
+    """Samples to measure on: without flips, random crops, dropped captions or added noise."""
+    config = run.config
+    return PairDataset(
+        pairs,
+        Transform(run.resolution),
+        run.family.latent_shape(run.resolution),
+        config.validation_seed,
+        "held-out",
+        run.plan.global_batch,
+        max_unreadable=config.max_unreadable_images,
+    )
 
 
 def announce(run: Run, notes: list[str], memory: dict[str, int]) -> None:
@@ -200,7 +214,10 @@ def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
     seed = choose_seed(config, accelerator, checkpoint)
     prompts = [prompt.text for prompt in read_prompts(config.validation_prompts)] if config.validation_prompts else []
     family = load_family(**config.base, encoders=not config.latent_cache or bool(prompts))
-    refuse(loss_conflicts(config, family))
+    if config.reference_cache and PAIR_LOSSES[loss_name(config, family)].needs_drift:
+        raise InputError(
+            f"--reference_cache keeps errors of the reference, and {config.method} needs its predictions: drop it"
+        )
     family.check_pipeline()
     on_main(accelerator, lambda: checkpoints.check_places(config.output_dir, family.parts))
 
@@ -219,7 +236,7 @@ def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
     run.data = fingerprint
     run.base = on_main(accelerator, lambda: family.describe(config.unet_init))
     run.prompts = prompts
-    dataset = build_dataset(run, pairs, "train")
+    dataset = training_samples(run, pairs)
     try_out(run, dataset)
     memory = planned_memory(run)
     announce(run, notes, memory)
@@ -262,7 +279,7 @@ def hold_out(run: Run, pairs: Pairs | CachedPairs | None) -> HeldOutPairs | None
         return None
     log.info(f"held out       encoding {len(pairs):,} pairs")
     began = time.monotonic()
-    samples = build_dataset(run, pairs, "held-out")
+    samples = held_out_samples(run, pairs)
     held_out = HeldOutPairs(run.accelerator, run.family, samples, run.config.train_batch_size, run.reference)
     passes = len(held_out.shares) * (2 if run.average else 1)
     log.info(
@@ -352,7 +369,7 @@ def save_progress(run: Run, saved_at: int, prune: bool) -> None:
         return
     try:
         log.info(f"saved          {checkpoints.save_checkpoint(run, prune)}")
-    except InputError as error:  # of a full disk; what it is called for is still to be said
+    except InputError as error:  # the disk is full; the caller has an error of its own to raise
         log.error(str(error))
 
 
@@ -395,7 +412,7 @@ def validate(run: Run, held_out: HeldOutPairs | None) -> dict[str, float]:
             found = held_out.figures(values, run.config.beta_dpo)
             figures |= {f"{PREFIXES[model]}/{name}": value for name, value in found.items()}
         if run.accelerator.is_main_process:
-            held_out.write(Path(run.config.output_dir, HELD_OUT), run.step, errors)
+            held_out.write(Path(run.config.output_dir, HELD_OUT_FILE), run.step, errors)
     if run.prompts and (run.accelerator.is_main_process or run.sharded):
         sample_prompts(run, unet)
     return figures
@@ -428,7 +445,7 @@ def save_model(run: Run) -> None:
     if run.average:
         checkpoints.save_average(run, output)
     elif run.accelerator.is_main_process:
-        (output / "unet_ema.pth").unlink(missing_ok=True)  # of an earlier run
+        (output / "unet_ema.pth").unlink(missing_ok=True)  # an earlier run's
     state = run.accelerator.get_state_dict(run.policy)
     if run.accelerator.is_main_process:
         checkpoints.save_state_dict(state, output / "unet.pth")

@@ -110,7 +110,7 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
             if isinstance(norm, nn.GroupNorm) and norm.weight.device.type != "cpu":  # where torch's keeps the format
                 norm.forward = types.MethodType(group_norm, norm)
         for method in COMPILED.get(type(block), ()):
-            block.requires_grad_(True)  # decides the graph; outputs of what is frozen are detached
+            block.requires_grad_(True)  # the reference's too, for the policy's graph; _track detaches its outputs
             _track(block, method, torch.compile(getattr(block, method), backend=backend, fullgraph=True, dynamic=False))
 
 

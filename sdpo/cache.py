@@ -132,7 +132,7 @@ class ImageRows(Dataset):
         for number, name in enumerate(self.pairs.columns):
             try:
                 images.append(decode_column(values, name, self.pairs.min_side))
-            except InputError:  # of the machine
+            except InputError:  # the machine's fault, not the image's
                 raise
             except ValueError as error:
                 unreadable[f"{row} {number}"] = str(error)

@@ -345,7 +345,7 @@ def set_results_aside(folder: Path, logging_dir: str, anew: bool) -> None:
     number = next(number for number in itertools.count(1) if not (folder / f"earlier-{number}").exists())
     aside = folder / f"earlier-{number}"
     aside.mkdir()
-    for path in (*results, *sorted(evaluated)):
+    for path in dict.fromkeys([*results, *sorted(evaluated)]):  # each once, also where --logging_dir is called eval-*
         os.replace(path, aside / path.name)
     log.warning(f"CAUTION: {folder} held the results of another run, which are now in {aside}")
 

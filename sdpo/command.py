@@ -134,7 +134,7 @@ def check_limits(flags: Any) -> None:
     """Raises InputError for the first field of a dataclass instance, None excepted, that its type does not allow."""
     for name, kind in get_type_hints(type(flags), include_extras=True).items():
         value = getattr(flags, name)
-        for part in (kind, *get_args(kind)):  # of a union
+        for part in (kind, *get_args(kind)):  # the members, if it is a union
             for limit in getattr(part, "__metadata__", ()):
                 if value is not None and not limit.holds(value):
                     raise InputError(f"--{name} {limit.demand}, got {value}")

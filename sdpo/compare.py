@@ -19,12 +19,12 @@ from torch import Tensor
 
 from sdpo.command import InputError, Parser, parse_assignments, run_command, show
 from sdpo.files import brief, parse_json, read_text, write_json, write_text
-from sdpo.heldout import HELD_OUT, MEMBERS, PREFIXES, STEP, figures_of, mean_of
-from sdpo.metrics import read_metrics
+from sdpo.heldout import HELD_OUT_FILE, MEMBERS, PREFIXES, STEP, figures_of, mean_of
+from sdpo.metrics import read_metrics, without_nan
 
 WEIGHTS = {"policy": "raw", "average": "averaged"}  # models as the table calls them
 SAME_REFERENCE = 0.05  # errors of the reference may differ by this share, for rounding on other machines
-PLACES = ("output_dir", "logging_dir", "cache_dir", "latent_cache", "reference_cache")  # which change no figure
+WITHOUT_INFLUENCE = ("output_dir", "logging_dir", "cache_dir", "latent_cache", "reference_cache")
 COLUMNS = {  # heading -> key of a row, factor, digits
     "updates": ("updates", 1, 0),
     "Δ winner error x 1e3": ("winner_error_change", 1e3, 2),
@@ -41,22 +41,22 @@ class Measured:
 
     label: str
     folder: Path
-    settings: dict[str, Any]  # of config.json: flags, and what they come to
+    settings: dict[str, Any]  # flags and plan, as in config.json
     updates: int  # made when it was measured
     pairs: np.ndarray  # (n,) int, numbers of the pairs that could be read
-    prompts: np.ndarray  # (n,) str
+    captions: np.ndarray  # (n,) str
     errors: dict[str, Tensor]  # (n, 2) of winner and loser, by model: reference, policy and, with --use_ema, average
 
     def select(self, pairs: np.ndarray) -> Measured:
         """What it measured on these pairs, which it has."""
         keep = np.searchsorted(self.pairs, pairs)
         errors = {model: values[torch.from_numpy(keep)] for model, values in self.errors.items()}
-        return replace(self, pairs=pairs, prompts=self.prompts[keep], errors=errors)
+        return replace(self, pairs=pairs, captions=self.captions[keep], errors=errors)
 
 
 def read_run(label: str, folder: Path) -> Measured:
     """What an output folder of train.py holds; raises InputError for one without held-out errors."""
-    path, config = folder / HELD_OUT, folder / "config.json"
+    path, config = folder / HELD_OUT_FILE, folder / "config.json"
     if not path.is_file() or not config.is_file():
         raise InputError(f"{folder} is no run that measured held-out pairs: train it with --validation_pairs")
     try:
@@ -66,17 +66,17 @@ def read_run(label: str, folder: Path) -> Measured:
             for model in ("reference", *PREFIXES)
             if model != "average" or f"{model}_{MEMBERS[0]}_error" in table.column_names
         }
-        pairs, prompts = table["pair"].to_numpy(), np.array(table["prompt"].to_pylist(), str)
+        pairs, captions = table["pair"].to_numpy(), np.array(table["caption"].to_pylist(), str)
         updates = int(table.schema.metadata[STEP])
     except Exception as error:  # pyarrow has many
         raise InputError(f"{path} is not one of train.py, or damaged ({brief(error)}): measure again") from error
     content = parse_json(read_text(config), config, "train again")
     try:
         settings = content["config"] | content["plan"]
-        settings["beta_dpo"] + 0
-    except (TypeError, KeyError):
+        float(settings["beta_dpo"])
+    except (TypeError, KeyError, ValueError):
         raise InputError(f"{config} does not have the settings and plan of a run: train again") from None
-    return Measured(label, folder, settings, updates, pairs, prompts, errors)
+    return Measured(label, folder, settings, updates, pairs, captions, errors)
 
 
 def read_runs(named: dict[str, str]) -> list[Measured]:
@@ -90,8 +90,8 @@ def read_runs(named: dict[str, str]) -> list[Measured]:
         raise InputError(f"{', '.join(named)} have no held-out pair in common: {fix}")
     first, *others = runs = [run.select(pairs) for run in runs]
     for run in others:
-        if (differ := first.prompts != run.prompts).any():
-            number, one, other = (str(values[differ][0]) for values in (pairs, first.prompts, run.prompts))
+        if (differ := first.captions != run.captions).any():
+            number, one, other = (str(values[differ][0]) for values in (pairs, first.captions, run.captions))
             raise InputError(
                 f"{first.label} and {run.label} were measured on other pairs, the first pair {number} of {one!r:.80} "
                 f"and {other!r:.80}: {fix}"
@@ -111,10 +111,10 @@ def describe(run: Measured, first: Measured) -> list[dict[str, Any]]:
     for model in (model for model in PREFIXES if model in run.errors):
         change = run.errors[model] - run.errors["reference"]
         row = {"run": run.label, "weights": WEIGHTS[model], "updates": run.updates}
-        row |= figures_of(change, run.prompts, run.settings["beta_dpo"])
+        row |= figures_of(change, run.captions, run.settings["beta_dpo"])
         if run is not first or model != "policy":
             difference = run.errors[model][:, 0] - first.errors["policy"][:, 0]
-            row |= mean_of("winner_error_difference", difference, run.prompts)
+            row |= mean_of("winner_error_difference", difference, run.captions)
         if scales:  # sft has none
             row["lambda"] = float(np.mean(scales))
         rows.append(row)
@@ -123,7 +123,7 @@ def describe(run: Measured, first: Measured) -> list[dict[str, Any]]:
 
 def differing_settings(runs: Sequence[Measured]) -> list[str]:
     """A line per setting that is not the same in all runs."""
-    names = {name: None for run in runs for name in run.settings if name not in PLACES}
+    names = {name: None for run in runs for name in run.settings if name not in WITHOUT_INFLUENCE}
     lines = []
     for name in names:
         values = [run.settings.get(name) for run in runs]
@@ -139,12 +139,13 @@ def write_table(rows: Sequence[dict[str, Any]], path: Path, columns: dict[str, t
         if key not in row:
             return ""
         spread = f" ± {row[f'{key}_se'] * factor:.{digits}f}" if f"{key}_se" in row else ""
-        return f"{row[key] * factor:{'+' if factor != 1 else ''}.{digits}f}{spread}"
+        sign = "+" if key.endswith(("_change", "_difference")) else ""
+        return f"{row[key] * factor:{sign}.{digits}f}{spread}"
 
     lines = ["| run | weights | " + " | ".join(columns) + " |", "|---|---|" + "---:|" * len(columns)]
     for row in rows:
         cells = [cell(row, *column) for column in columns.values()]
-        lines.append(f"| {row['run']} | {row['weights']} | " + " | ".join(cells) + " |")
+        lines.append(" | ".join(["| " + row["run"].replace("|", "\\|"), row["weights"], *cells]) + " |")
     write_text(path, "\n".join(lines) + "\n")
     return "\n".join(lines)
 
@@ -179,12 +180,12 @@ def main(arguments: list[str] | None = None) -> None:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     rows = [row for run in runs for row in describe(run, runs[0])]
-    write_json(out / "table.json", rows)
+    write_json(out / "table.json", list(map(without_nan, rows)))
     show(write_table(rows, out / "table.md", COLUMNS))
     show("\n" + "\n".join(["settings that differ:", *differing_settings(runs)]))
     draw_errors(runs, out / "errors.png")
-    pairs, prompts = len(runs[0].pairs), len(np.unique(runs[0].prompts))
-    show(f"\n{pairs} held-out pairs of {prompts} prompts; table and chart: table.md and errors.png in {out}")
+    pairs, captions = len(runs[0].pairs), len(np.unique(runs[0].captions))
+    show(f"\n{pairs} held-out pairs of {captions} captions; table and chart: table.md and errors.png in {out}")
 
 
 if __name__ == "__main__":

@@ -31,17 +31,19 @@ CHOICE_MODELS = {OFFICIAL_CHOICES.get(row, row): row for row in METRICS.values()
 POLYNOMIAL_END = 1e-7  # learning rate that diffusers' polynomial schedule ends with, whatever it began with
 DATA_FOLDERS = ("dataset_name", "train_data_dir", "validation_data_dir")  # where they are local
 # Flags that must not be empty where they are given
-PLACES = ("labels_file", "latent_cache", "reference_cache", "validation_data_dir", "validation_split")
+NEVER_EMPTY = ("labels_file", "latent_cache", "reference_cache", "validation_data_dir", "validation_split")
 
 
-def check_data_source(dataset_name: str | None, train_data_dir: str | None) -> None:
-    """Raises InputError unless one of two flags says where the pairs are."""
-    if not (dataset_name or train_data_dir):
-        raise InputError("no data: give --dataset_name (hub id or folder) or --train_data_dir (local folder)")
-    if dataset_name and train_data_dir:
-        raise InputError(
-            "--dataset_name and --train_data_dir exclude each other: give one of them (the launchers take DATA=FOLDER)"
-        )
+def source_conflicts(dataset_name: str | None, train_data_dir: str | None) -> Iterator[tuple[object, str]]:
+    """Pairs (is wrong, what to do about it) of the two flags, of which one says where the pairs are."""
+    yield (
+        not (dataset_name or train_data_dir),
+        "no data: give --dataset_name (hub id or folder) or --train_data_dir (local folder)",
+    )
+    yield (
+        dataset_name and train_data_dir,
+        "--dataset_name and --train_data_dir exclude each other: give one of them (the launchers take DATA=FOLDER)",
+    )
 
 
 def check_texts(flags: Any) -> None:
@@ -194,7 +196,7 @@ class TrainConfig:
     # Held-out pairs
     validation_pairs: Natural = flag(
         0,
-        "pairs set aside by prompt for held-out errors, or read from the validation split or folder, of which 0 is all",
+        "pairs set aside by prompt for held-out errors; with a validation split or folder: take this many, 0 for all",
     )
     validation_split: str | None = flag(None, "read the held-out pairs from this split of the data set instead")
     validation_data_dir: str | None = flag(None, "read the held-out pairs from this local folder instead")
@@ -231,8 +233,8 @@ class TrainConfig:
     def __post_init__(self):
         check_limits(self)
         check_texts(self)
-        for name in PLACES:
-            if getattr(self, name) == "":  # of a shell variable that is not set
+        for name in NEVER_EMPTY:
+            if getattr(self, name) == "":  # as from a shell variable that is not set
                 raise InputError(f"--{name} is empty: give its value or leave the flag out")
         refuse(self._conflicts())
 
@@ -247,7 +249,7 @@ class TrainConfig:
             not self.pretrained_model_name_or_path,
             "--pretrained_model_name_or_path is missing: give a hub id or a local diffusers folder",
         )
-        check_data_source(self.dataset_name, self.train_data_dir)
+        yield from source_conflicts(self.dataset_name, self.train_data_dir)
         yield not self.output_dir, "--output_dir is empty: name a folder"
         output = os.path.realpath(self.output_dir)
         models = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "unet_init")
@@ -389,7 +391,7 @@ class TrainConfig:
                 self.method == "sft" or self.mixed_precision == "no",
                 "on sft" if self.method == "sft" else "with --mixed_precision no",
             ),
-            "adam_beta1 adam_beta2 adam_epsilon": (not optimizer.startswith("adamw"), f"on {optimizer}"),
+            "adam_beta1 adam_beta2 adam_epsilon": (optimizer not in ("adamw", "adamw8bit"), f"on {optimizer}"),
             "lr_warmup_steps": (self.lr_scheduler == "constant", "with --lr_scheduler constant"),
             "num_train_epochs": (self.max_train_steps > 0, "unless --max_train_steps is 0"),
             "ema_decay": (not self.use_ema, "without --use_ema"),

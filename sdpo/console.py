@@ -25,7 +25,7 @@ class Unbreakable:
 
     def write(self, text: str) -> int:
         """Write a text if that is possible."""
-        with suppress(OSError, ValueError):  # of a full or closed file, and of characters that it cannot encode
+        with suppress(OSError, ValueError):  # the file is full or closed, or cannot encode a character
             self.stream.write(text)
         return len(text)
 

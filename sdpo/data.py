@@ -94,7 +94,7 @@ class PairDataset(Dataset):
     empty_captions: float = 0.0
     noise_offset: float = 0.0
     input_perturbation: float = 0.0
-    max_unreadable: int = 100
+    max_unreadable: int = 100  # pairs that other ones may stand in for
     references: KnownErrors | None = None
 
     def __getitem__(self, place: tuple[int, int]) -> dict:
@@ -143,7 +143,7 @@ class PairDataset(Dataset):
         while True:
             try:
                 return *self.pairs.load(index, self.members), unreadable
-            except (InputError, MemoryError):  # of a latent cache, or of the machine
+            except (InputError, MemoryError):  # a damaged latent cache; the machine's fault
                 raise
             except Exception as error:  # every decoder has errors of its own
                 unreadable.append(f"{self.pairs.source} row {self.pairs.rows[index]}: {error}")

@@ -43,7 +43,7 @@ def parse_json(text: str | bytes, where: str | Path, fix: str) -> Any:
     """The value of a JSON text; raises InputError, saying where and what to do, if it is none."""
     try:
         return json.loads(text, object_pairs_hook=_refuse_doubles)
-    except (ValueError, RecursionError) as error:  # of JSON, of UTF-8, of too many digits; of nesting
+    except (ValueError, RecursionError) as error:  # bad JSON or UTF-8, a huge number; nested too deep
         raise InputError(f"{where}: not valid JSON ({brief(error)}); {fix}") from None
 
 

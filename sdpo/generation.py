@@ -198,7 +198,14 @@ def caution_other_parts(unet: str, config: EvalConfig) -> None:
     try:
         trained = json.loads(path.read_text(encoding="utf-8"))["config"]
         base, vae = (str(trained.get(f"pretrained_{name}model_name_or_path") or "") for name in ("", "vae_"))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):  # of another program, or none
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ):  # another program's, or none
         return
     if base and os.path.realpath(base) != os.path.realpath(config.pretrain_path):
         log.warning(

@@ -23,7 +23,7 @@ from sdpo.losses import sample_error
 from sdpo.pairs import as_prompts
 from sdpo.ranks import together
 
-HELD_OUT = "heldout.parquet"  # in a run's output folder: the errors measured last, a row per pair
+HELD_OUT_FILE = "heldout.parquet"  # in a run's output folder: the errors measured last, a row per pair
 STEP = b"sdpo_step"  # key of its metadata: updates made when they were
 MEMBERS = ("winner", "loser")
 PREFIXES = {"policy": "heldout", "average": "heldout_ema"}  # model -> prefix of its figures in metrics.jsonl
@@ -45,7 +45,7 @@ class HeldOutPairs:
         reference: nn.Module,
     ):
         self.accelerator, self.family, self.count = accelerator, family, len(dataset.pairs)
-        self.prompts = [options[0] for options in as_prompts(dataset.pairs.captions())]
+        self.captions = [options[0] for options in dataset.pairs.captions()]  # that they are measured with
         self.shares: list[tuple[slice, Inputs]] = []  # places among the pairs, and their inputs
         errors, unreadable = together(lambda: self._encode(dataset, batch_size, reference))
         self.reference_errors = self._gather(errors)  # (pairs, 2)
@@ -92,22 +92,22 @@ class HeldOutPairs:
 
     def figures(self, errors: Tensor, beta: float) -> dict[str, float]:
         """What `figures_of` says of errors (pairs, 2) minus the reference's, on the pairs that could be read."""
-        prompts = [prompt for prompt, there in zip(self.prompts, self.readable, strict=True) if there]
-        return figures_of((errors - self.reference_errors)[self.readable], prompts, beta)
+        return figures_of((errors - self.reference_errors)[self.readable], self._readable_captions(), beta)
+
+    def _readable_captions(self) -> list[str]:
+        return [caption for caption, there in zip(self.captions, self.readable, strict=True) if there]
 
     def write(self, path: Path, step: int, errors: dict[str, Tensor]) -> None:
         """Write errors (pairs, 2) by model and those of the reference as parquet, a row per pair that could be read."""
-        there = self.readable
-        columns = {"pair": torch.arange(self.count)[there].numpy()}
-        columns["prompt"] = [prompt for prompt, readable in zip(self.prompts, there, strict=True) if readable]
+        columns = {"pair": torch.arange(self.count)[self.readable].numpy(), "caption": self._readable_captions()}
         for name, values in {"reference": self.reference_errors, **errors}.items():
-            for member, error in zip(MEMBERS, values[there].unbind(1), strict=True):
+            for member, error in zip(MEMBERS, values[self.readable].unbind(1), strict=True):
                 columns[f"{name}_{member}_error"] = error.numpy()
         table = pa.table(columns).replace_schema_metadata({STEP: str(step)})
         write_file(path, lambda partial: pq.write_table(table, partial))
 
 
-def figures_of(change: Tensor, prompts: Sequence[str], beta: float) -> dict[str, float]:
+def figures_of(change: Tensor, captions: Sequence[str], beta: float) -> dict[str, float]:
     """Mean change (pairs, 2) of winner and loser error against the reference's, margin and margin accuracy.
 
     Where there are several prompts, with standard errors clustered by them. A margin of exactly 0 counts one half.
@@ -122,14 +122,14 @@ def figures_of(change: Tensor, prompts: Sequence[str], beta: float) -> dict[str,
     }
     figures = {}
     for name, value in values.items():
-        figures |= mean_of(name, value, prompts)
+        figures |= mean_of(name, value, captions)
     return figures
 
 
-def mean_of(name: str, values: Tensor, prompts: Sequence[str]) -> dict[str, float]:
+def mean_of(name: str, values: Tensor, captions: Sequence[str]) -> dict[str, float]:
     """Mean of values (pairs,) as `name` and, where there are several prompts, its error clustered by them as _se."""
-    clusters = torch.from_numpy(np.unique(list(prompts), return_inverse=True)[1])
-    error = clustered_error(values, clusters)
+    prompts = [prompt for (prompt,) in as_prompts([[caption] for caption in captions])]
+    error = clustered_error(values, torch.from_numpy(np.unique(prompts, return_inverse=True)[1]))
     return {name: values.mean().item(), **({} if error is None else {f"{name}_se": error})}
 
 

@@ -30,7 +30,7 @@ def read_content(value: Any) -> bytes:
     """The encoded bytes of an image, read if it is given by its path; none where that is not possible."""
     source = image_source(value)
     if isinstance(source, str):
-        with suppress(OSError, ValueError):  # of a path with NUL
+        with suppress(OSError, ValueError):  # a path may hold NUL
             return Path(source).read_bytes()
     return source if isinstance(source, bytes) else b""
 

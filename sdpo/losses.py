@@ -7,8 +7,8 @@ inputs. Nothing here knows a model, a device or a config.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -199,8 +199,19 @@ def sft(prediction: Tensor, target: Tensor) -> Tensor:
     return sample_error(prediction.float(), target.detach().float())
 
 
-# Each takes the terms of B pairs, and what LOSS_OPTIONS names, and returns (B,)
-PAIR_LOSSES = {"diffusion-dpo": diffusion_dpo, "dspo-score": dspo_score, "dspo-switched": dspo_switched, "dmpo": dmpo}
-LOSS_OPTIONS = {"dmpo": {"alpha": "dmpo_alpha"}}  # argument: the setting that gives it
-WITH_DRIFT = ("dspo-score", "dspo-switched")  # need the reference's prediction, not its errors alone
-PER_MICRO_BATCH = ("dspo-switched",)  # are not a function of each pair alone, so training depends on the split
+@dataclass(frozen=True)
+class PairLoss:
+    """A loss of pairs, and what the trainer has to know of it."""
+
+    function: Callable[..., Tensor]  # of PairTerms, and of the arguments that options name, (B,)
+    options: Mapping[str, str] = field(default_factory=dict)  # argument: the setting that gives it
+    needs_drift: bool = False  # the reference's errors alone do not do
+    per_micro_batch: bool = False  # not a function of each pair alone, so training depends on the split
+
+
+PAIR_LOSSES = {
+    "diffusion-dpo": PairLoss(diffusion_dpo),
+    "dspo-score": PairLoss(dspo_score, needs_drift=True),
+    "dspo-switched": PairLoss(dspo_switched, needs_drift=True, per_micro_batch=True),
+    "dmpo": PairLoss(dmpo, options={"alpha": "dmpo_alpha"}),
+}

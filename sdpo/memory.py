@@ -36,7 +36,7 @@ def planned_memory(run: Run) -> dict[str, int]:
         "policy": 4 * size,
         "gradients": 4 * size,
         "optimizer": sum(map(state, run.policy.parameters())),
-        "average": 4 * size * run.config.use_ema,
+        "average": 4 * size if run.config.use_ema else 0,
         "reference": 0 if run.reference is None else reference * size,
         "encoders": sum(p.nbytes for p in encoders if not p.is_meta),  # without weights where a latent cache is read
     }
@@ -51,7 +51,7 @@ def choose_checkpointing(run: Run, batch: Batch) -> str:
     """
     config = run.config
     device = run.accelerator.device
-    budget = run.config.activation_memory
+    budget = config.activation_memory
     if budget is None:
         if device.type != "cuda":
             raise InputError("--gradient_checkpointing auto: say how many GiB may be kept with --activation_memory")

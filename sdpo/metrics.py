@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +120,13 @@ class MetricsLog:
             return
         self.accelerator.log(values, step=step)
         if self.accelerator.is_main_process:
-            row = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no nan
             with self.path.open("a") as file:
-                file.write(json.dumps({"step": step, **row}) + "\n")
+                file.write(json.dumps({"step": step, **without_nan(values)}) + "\n")
+
+
+def without_nan(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values with None in place of numbers that are not finite, which JSON does not have."""
+    return {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in values.items()}
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict]]:

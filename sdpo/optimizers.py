@@ -65,7 +65,7 @@ class OptimizerSpec:
     """What the trainer has to know of an optimizer."""
 
     build: Callable[[Iterable[nn.Parameter], TrainConfig, float], Optimizer]
-    state_bytes: Callable[[nn.Parameter], int]  # of a parameter
+    state_bytes: Callable[[nn.Parameter], int]  # bytes that the state of a parameter takes
     moments: tuple[str, ...] = ()  # state that has the shape of its parameter
     shards: bool = False  # whether it works on parameters that FSDP2 or DeepSpeed share out
 

@@ -53,7 +53,7 @@ def fetch_official(group: str) -> list[Prompt]:
         pooch.get_logger().setLevel(logging.WARNING)
         try:
             pooch.retrieve(url, known_hash=f"sha256:{digest}", fname=path.name, path=FOLDER)
-        except (OSError, ValueError) as error:  # of the network or the disk; another sha256
+        except (OSError, ValueError) as error:  # the network or the disk failed; the sha256 differs
             raise InputError(
                 f"cannot fetch the prompts of {group}: download {url} where the network can be reached "
                 f"and put it at {path} ({brief(error)})"

@@ -32,7 +32,7 @@ def join_ranks(**options: Any) -> Accelerator:
         raise InputError(f"RANK={rank} in the environment is not below WORLD_SIZE={ranks}: {fix}")
     try:
         accelerator = Accelerator(kwargs_handlers=[PATIENCE, *options.pop("kwargs_handlers", [])], **options)
-    except ImportError as error:  # of DeepSpeed
+    except ImportError as error:  # DeepSpeed is configured but not installed
         raise InputError(f"the launcher's configuration needs another package: {brief(error)}") from error
     except (ValueError, RuntimeError) as error:
         raise InputError(f"the launcher's settings cannot be used ({brief(error)}): {fix}") from error

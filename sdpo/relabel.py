@@ -30,11 +30,12 @@ from sdpo.command import (
     flag,
     parse_assignments,
     parse_flags,
+    refuse,
     run_command,
     show,
     within_memory,
 )
-from sdpo.config import CHOICE_MODELS, TrainConfig, check_data_source, check_texts
+from sdpo.config import CHOICE_MODELS, TrainConfig, check_texts, source_conflicts
 from sdpo.console import start_console
 from sdpo.files import alone, brief, identify_source, parse_json, read_text, write_file, write_text
 from sdpo.images import image_source
@@ -43,7 +44,7 @@ from sdpo.pairs import IMAGES, LABELS_ABOUT, check_columns, check_rows_have_imag
 from sdpo.scorers import check_device, check_parts, load_scorers, score_rows
 from sdpo.tables import as_list, column, hash_captions, hash_images, read_table
 
-SCORES = ("score_0", "score_1")  # columns of a label file
+SCORE_COLUMNS = ("score_0", "score_1")  # columns of a label file
 log = logging.getLogger(__name__)
 
 
@@ -71,7 +72,7 @@ class RelabelConfig:
     def __post_init__(self):
         check_limits(self)
         check_texts(self)
-        check_data_source(self.dataset_name, self.train_data_dir)
+        refuse(source_conflicts(self.dataset_name, self.train_data_dir))
         if self.metric not in CHOICE_MODELS:
             raise InputError(f"--metric {self.metric!r}: choose from {', '.join(CHOICE_MODELS)}")
         if not Path(self.out).name or Path(self.out).is_dir():
@@ -145,7 +146,7 @@ def relabel(config: RelabelConfig) -> str:
     labels = make_labels(scores, config.margin)
     about = {"source": source, "config": config.dataset_config_name, **scored, "margin": config.margin}
     first, second = (pa.array(values, from_pandas=True) for values in scores.T)  # nan as null
-    labelled = pa.table([np.arange(len(scores)), first, second, labels], names=["row", *SCORES, "label_0"])
+    labelled = pa.table([np.arange(len(scores)), first, second, labels], names=["row", *SCORE_COLUMNS, "label_0"])
     about["sha256"] = hash_labels(labelled)
     labelled = labelled.replace_schema_metadata({LABELS_ABOUT: json.dumps(about)})
     write_file(out, lambda partial: pq.write_table(labelled, partial))
@@ -187,7 +188,7 @@ def read_scored(out: Path, about: dict, rows: int) -> np.ndarray:
     """Scores (rows, 2) that a label file holds beside its labels; raises InputError where it is damaged."""
     try:
         table = pq.read_table(out)
-        scores = np.column_stack([table[name].to_numpy().astype(float) for name in SCORES])
+        scores = np.column_stack([table[name].to_numpy().astype(float) for name in SCORE_COLUMNS])
     except Exception as error:  # pyarrow has many
         raise InputError(f"{out} is damaged ({brief(error)}): remove it to score the data again") from error
     if len(scores) != rows:

@@ -17,7 +17,7 @@ from sdpo.command import InputError, is_out_of_memory
 from sdpo.config import TrainConfig
 from sdpo.files import brief
 from sdpo.hub import load_fitting_state
-from sdpo.losses import PER_MICRO_BATCH
+from sdpo.losses import PAIR_LOSSES
 from sdpo.optimizers import OPTIMIZERS, optimizer_name
 from sdpo.step import Run, loss_name
 
@@ -37,7 +37,7 @@ FREE = {
     "dataset_name", "dataset_config_name", "train_data_dir", "split", "labels_file",
 }  # fmt: skip
 # Flags that decide which pairs are not trained on
-HELD_OUT = ("validation_pairs", "validation_seed", "validation_split", "validation_data_dir")
+HELD_OUT_FLAGS = ("validation_pairs", "validation_seed", "validation_split", "validation_data_dir")
 
 
 def resume(run: Run, checkpoint: Path) -> None:
@@ -64,7 +64,7 @@ def resume(run: Run, checkpoint: Path) -> None:
 def holds_out_otherwise(config: TrainConfig, then: dict[str, Any]) -> bool:
     """Whether other pairs of the training data are held out than with the settings that a checkpoint says."""
     from_training = config.validation_pairs and not (config.validation_split or config.validation_data_dir)
-    return bool(from_training) and any(then.get(name) != getattr(config, name) for name in HELD_OUT)
+    return bool(from_training) and any(then.get(name) != getattr(config, name) for name in HELD_OUT_FLAGS)
 
 
 def comparable(name: str, value: Any) -> Any:
@@ -82,8 +82,9 @@ def changed_settings(run: Run, checkpoint: Path) -> list[str]:
     free = {*FREE, "seed"}
     if config.lr_scheduler.startswith("constant"):
         free |= {"max_train_steps", "num_train_epochs"}
-    per_pair = not config.preserves_winners or config.winner_preserving_per == "pair"
-    if per_pair and loss_name(config, run.family) not in PER_MICRO_BATCH:
+    pooled = config.preserves_winners and config.winner_preserving_per == "batch"
+    loss = PAIR_LOSSES.get(loss_name(config, run.family))  # none of sft
+    if not (pooled or (loss and loss.per_micro_batch)):  # each pair counts for itself
         free |= {"train_batch_size"}
     changes = [
         f"--{name} was {then['config'][name]!r}, is {value!r}"

@@ -28,7 +28,7 @@ from sdpo.families import Family, hold_matmul_weights
 from sdpo.graphs import RecordedSteps
 from sdpo.hub import DTYPES
 from sdpo.inputs import make_inputs
-from sdpo.losses import LOSS_OPTIONS, PAIR_LOSSES, WITH_DRIFT, PairTerms, pair_terms, sample_error, sft
+from sdpo.losses import PAIR_LOSSES, PairTerms, pair_terms, sample_error, sft
 from sdpo.metrics import Meter, pair_metrics
 from sdpo.optimizers import OPTIMIZERS, optimizer_name
 
@@ -77,7 +77,7 @@ class Run:
             "train_method": self.config.method,
             "use_adafactor": False,
             "optimizer": optimizer,
-            "dspo_form": loss_name(self.config, self.family).removeprefix("dspo-"),
+            "dspo_form": dspo_form(self.config, self.family),
             "resolution": self.resolution,
         }
         return dataclasses.asdict(self.config) | settled | self.config.idle_defaults(optimizer)
@@ -166,25 +166,21 @@ def build_models(
     return unet, reference
 
 
-def loss_name(config: TrainConfig, family: Family | type[Family]) -> str:
-    """Row of PAIR_LOSSES that the config asks for."""
-    form = family.dspo_form if config.dspo_form == "auto" else config.dspo_form
-    return f"dspo-{form}" if config.method == "dspo" else config.method
+def dspo_form(config: TrainConfig, family: Family) -> str:
+    """The form of dspo that the config asks for."""
+    return family.dspo_form if config.dspo_form == "auto" else config.dspo_form
 
 
-def loss_conflicts(config: TrainConfig, family: Family) -> Iterator[tuple[object, str]]:
-    """Pairs (is wrong, what to do about it) of settings that the loss does not support."""
-    yield (
-        config.reference_cache and loss_name(config, family) in WITH_DRIFT,
-        f"--reference_cache keeps errors of the reference, and {config.method} needs its predictions: drop it",
-    )
+def loss_name(config: TrainConfig, family: Family) -> str:
+    """Row of PAIR_LOSSES that the config asks for, or sft."""
+    return f"dspo-{dspo_form(config, family)}" if config.method == "dspo" else config.method
 
 
 def pair_loss(config: TrainConfig, family: Family) -> Callable[[PairTerms], Tensor]:
     """The loss that the config asks for, as a function of the terms alone."""
-    name = loss_name(config, family)
-    options = {argument: getattr(config, setting) for argument, setting in LOSS_OPTIONS.get(name, {}).items()}
-    return functools.partial(PAIR_LOSSES[name], **options)
+    loss = PAIR_LOSSES[loss_name(config, family)]
+    options = {argument: getattr(config, setting) for argument, setting in loss.options.items()}
+    return functools.partial(loss.function, **options)
 
 
 def compute_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -241,7 +237,8 @@ def update(run: Run, micro_batches: Iterator[Batch]) -> Skipped | None:
     """Add up the gradients of the micro-batches, then let optimizer, schedule and average step once.
 
     If a loss or gradient of any rank is not finite, every rank leaves weights, optimizer, schedule and average as they
-    are. To see that, the host waits for the device once. DeepSpeed's engine steps by itself and skips nothing.
+    are, and what was skipped is returned; None of an update that was made. To see that, the host waits for the device
+    once. DeepSpeed's engine steps by itself and skips nothing.
     """
     measured: list[dict[str, Tensor]] = []
     device = run.accelerator.device
@@ -276,7 +273,7 @@ def make_step(run: Run, norm: Tensor) -> bool:
         return True  # its engine stepped at the end of the backward pass
     norm, scaler = norm.item(), run.accelerator.scaler
     if not math.isfinite(norm) or norm > (run.config.skip_grad_norm_above or math.inf):
-        if scaler is not None:  # of fp16
+        if scaler is not None:  # in fp16
             scaler.update()  # ends what clipping began, and lowers the scale where the gradient overflowed
         return False
     run.optimizer.step()

@@ -157,7 +157,7 @@ class Skips:
             return
         scaler = self.run.accelerator.scaler
         config = self.run.config
-        overflow = scaler is not None and not math.isfinite(skipped.grad_norm)  # of fp16, while its scale is found
+        overflow = scaler is not None and not math.isfinite(skipped.grad_norm)  # fp16 is still looking for its scale
         finding_scale = overflow and scaler.get_scale() > 1
         self.in_a_row += not finding_scale
         self.in_all += not finding_scale

@@ -25,7 +25,7 @@ def write_run(folder, policy, average=None, pairs=range(8), reference=REFERENCE,
     """An output folder with errors (8, 2) of its models, of which it could read some pairs."""
     folder.mkdir()
     pairs = list(pairs)
-    columns = {"pair": pairs, "prompt": [prompts[number] for number in pairs]}
+    columns = {"pair": pairs, "caption": [prompts[number] for number in pairs]}
     for name, errors in {"reference": reference, "policy": policy, "average": average}.items():
         if errors is not None:
             columns[f"{name}_winner_error"], columns[f"{name}_loser_error"] = errors[pairs].T
@@ -49,12 +49,12 @@ def test_runs_are_compared_pair_by_pair(tmp_path, capsys):
     a, b = (REFERENCE + RNG.normal(0.01, 0.01, (8, 2)) for _ in range(2))
     averaged = b - 0.005
     runs = [
-        f"plain={write_run(tmp_path / 'a', a)}",
+        f"pl|ain={write_run(tmp_path / 'a', a)}",
         f"new={write_run(tmp_path / 'b', b, averaged, train_method='dmpo')}",
     ]
     compare.main([*runs, "--out", str(tmp_path / "out")])
     rows = json.loads((tmp_path / "out" / "table.json").read_text())
-    assert [(row["run"], row["weights"]) for row in rows] == [("plain", "raw"), ("new", "raw"), ("new", "averaged")]
+    assert [(row["run"], row["weights"]) for row in rows] == [("pl|ain", "raw"), ("new", "raw"), ("new", "averaged")]
     assert "winner_error_difference" not in rows[0]
     for row, errors in zip(rows, (a, b, averaged), strict=True):
         change = errors - REFERENCE
@@ -66,9 +66,10 @@ def test_runs_are_compared_pair_by_pair(tmp_path, capsys):
         expected = of_prompts((errors - a)[:, 0])
         assert (row["winner_error_difference"], row["winner_error_difference_se"]) == pytest.approx(expected)
     said = capsys.readouterr().out
+    assert said.startswith("| run |") and r"| pl\|ain | raw | 20 |" in said
     assert (tmp_path / "out" / "table.md").read_text(encoding="utf-8").strip() in said
-    assert "train_method: plain None, new dmpo" in said and "output_dir" not in said
-    assert "8 held-out pairs of 4 prompts" in said
+    assert "train_method: pl|ain None, new dmpo" in said and "output_dir" not in said
+    assert "8 held-out pairs of 4 captions" in said
     Image.open(tmp_path / "out" / "errors.png").verify()
 
 
@@ -81,6 +82,14 @@ def test_pairs_that_a_run_could_not_read_are_left_out_of_all(tmp_path):
     (row,) = compare.describe(second, first)
     assert row["winner_error_change"] == pytest.approx((1 + 2 + 4 + 5 + 7) / 5)
     assert row["winner_error_difference"] == pytest.approx((1 + 2 + 4 + 5 + 7) / 5 - 0.01)
+
+
+def test_errors_that_are_not_finite_are_null_on_file(tmp_path):
+    broken = write_run(tmp_path / "a", np.where(np.arange(16).reshape(8, 2) == 3, np.nan, REFERENCE))
+    compare.main([f"a={broken}", "--out", str(tmp_path / "out")])
+    text = (tmp_path / "out" / "table.json").read_text()
+    (row,) = json.loads(text, parse_constant=pytest.fail)
+    assert row["winner_error_change"] == 0 and row["loser_error_change"] is None
 
 
 def test_runs_that_were_not_measured_alike_are_not_compared(tmp_path):

@@ -695,18 +695,19 @@ def test_flags_reach_the_samples():
         "input_perturbation": 0.2, "max_unreadable_images": 7,
     }  # fmt: skip
 
-    def build(stream, **flags):
-        return train.build_dataset(SimpleNamespace(config=settings("pairs", **flags), **common), in_memory(), stream)
+    def build(samples, **flags):
+        return samples(SimpleNamespace(config=settings("pairs", **flags), **common), in_memory())
 
-    trained, plain, held_out = build("train", **changed), build("train", no_hflip=True), build("held-out", **changed)
+    training, holding_out = train.training_samples, train.held_out_samples
+    trained, plain, held_out = build(training, **changed), build(training, no_hflip=True), build(holding_out, **changed)
     assert trained.transform == Transform(64, random_crop=True, flip=True, shared_flip=True)
     assert plain.transform == Transform(64) == held_out.transform
     names = ("empty_captions", "noise_offset", "input_perturbation", "max_unreadable", "members")
     assert [getattr(trained, name) for name in names] == [0.3, 0.1, 0.2, 7, 2]
     assert [getattr(held_out, name) for name in names] == [0.0, 0.0, 0.0, 7, 2]
-    assert build("train", sft=True).members == 1
+    assert build(training, sft=True).members == 1
     assert {(d.global_batch, d.latent_shape) for d in (trained, held_out)} == {(12, (4, 8, 8))}
-    assert (trained.seed, held_out.seed, build("held-out", validation_seed=3).seed) == (5, 0, 3)
+    assert (trained.seed, held_out.seed, build(holding_out, validation_seed=3).seed) == (5, 0, 3)
 
 
 # Held-out pairs

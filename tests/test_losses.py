@@ -35,7 +35,8 @@ def pairs(seed, size=3, shape=(4, 8, 8), dtype=torch.float32):
 
 def loss_of(method, terms, alpha=0.01):
     """A loss by name, (B,)."""
-    return PAIR_LOSSES[method](terms, alpha) if method == "dmpo" else PAIR_LOSSES[method](terms)
+    options = {"alpha": alpha} if "alpha" in PAIR_LOSSES[method].options else {}
+    return PAIR_LOSSES[method].function(terms, **options)
 
 
 def backward(method, prediction, reference, target, beta=20.0, alpha=0.01, **safeguard):
@@ -220,7 +221,7 @@ def test_other_shapes_are_refused_by_every_public_function():
     terms = pair_terms(PAIR, None, PAIR, 10.0, reference_error=torch.ones(4))
     for method in ("dspo-score", "dspo-switched"):
         with pytest.raises(ValueError, match="needs the reference's prediction"):
-            PAIR_LOSSES[method](terms)
+            PAIR_LOSSES[method].function(terms)
 
 
 @pytest.mark.parametrize("method", PAIR_LOSSES)
@@ -321,7 +322,7 @@ def test_switched_form_switches_at_a_mean_squared_drift_of_a_tenth():
     for drift, factor in ((0.1**0.5 * 0.999, 1.0), (0.1**0.5 * 1.001, 0.1 * 1.001**2)):
         terms = pair_terms(reference + drift, reference, target, 1.0)
         expected = (1 - terms.margin.sigmoid()).square() * factor
-        torch.testing.assert_close(PAIR_LOSSES["dspo-switched"](terms), expected)
+        torch.testing.assert_close(PAIR_LOSSES["dspo-switched"].function(terms), expected)
 
 
 def test_the_switch_looks_at_the_whole_micro_batch():
@@ -332,7 +333,7 @@ def test_the_switch_looks_at_the_whole_micro_batch():
         terms = pair_terms(prediction, target, target, 1.0)
         doubt = (1 - terms.margin.sigmoid()).square()
         expected = doubt * torch.tensor(drifts).square() if far else doubt
-        torch.testing.assert_close(PAIR_LOSSES["dspo-switched"](terms), expected)
+        torch.testing.assert_close(PAIR_LOSSES["dspo-switched"].function(terms), expected)
 
 
 def terms_with_margins(margins):
@@ -351,12 +352,12 @@ def test_dmpo_is_the_divergence_at_margins_of_any_size(alpha):
         log_p, log_not_p = -math.log1p(math.exp(-u)), -math.log1p(math.exp(u))
         p = math.exp(log_p)
         expected.append(p * (log_p - math.log(q)) + (1 - p) * (log_not_p - math.log1p(-q)))
-    got = PAIR_LOSSES["dmpo"](terms_with_margins(margins), alpha)
+    got = PAIR_LOSSES["dmpo"].function(terms_with_margins(margins), alpha)
     torch.testing.assert_close(got.double(), torch.tensor(expected).double(), rtol=1e-2, atol=1e-4)
 
 
 def test_dpo_is_finite_at_margins_of_any_size():
-    got = PAIR_LOSSES["diffusion-dpo"](terms_with_margins([-300.0, 0.0, 300.0]))
+    got = PAIR_LOSSES["diffusion-dpo"].function(terms_with_margins([-300.0, 0.0, 300.0]))
     torch.testing.assert_close(got, torch.tensor([300.0, math.log(2), 0.0]))
 
 
@@ -364,7 +365,7 @@ def test_dmpo_turns_at_the_logit_of_its_target():
     """dL/du = p (1 - p) (u - logit q): negative below logit 0.99 = 4.595, positive above."""
     margins = torch.tensor([0.0, 4.5, 4.7, 9.0], requires_grad=True)
     terms = replace(pair_terms(*pairs(0), 1.0), margin=margins)
-    PAIR_LOSSES["dmpo"](terms, 0.01).sum().backward()
+    PAIR_LOSSES["dmpo"].function(terms, 0.01).sum().backward()
     p = margins.detach().sigmoid()
     torch.testing.assert_close(margins.grad, p * (1 - p) * (margins.detach() - 4.59512), rtol=1e-4, atol=1e-7)
 

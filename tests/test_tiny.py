@@ -130,7 +130,7 @@ def test_the_reading_states_the_tables_own_figures(tmp_path):
     text = " ".join(compare.reading(rows).split())
     assert "plain: winner error +2.00e-3, loser error +3.00e-3, sample score changed by -0.200." in text
     assert "lowered the winner's error in 1 of 1 runs" in text
-    columns = {"Δ winner error x 1e3": ("winner_error_change", 1e3, 2), **compare.SCORES}
+    columns = {"Δ winner error x 1e3": ("winner_error_change", 1e3, 2), **compare.SCORE_COLUMNS}
     table = compare.write_table(rows, tmp_path / "table.md", columns).split("\n")
     assert table[3] == "| plain | raw | +2.00 | 0.700 | 0.50 |"
 

@@ -29,6 +29,7 @@ import train
 from sdpo import heldout
 from sdpo.average import AveragedWeights
 from sdpo.batch import collate
+from sdpo.checkpoint import set_results_aside
 from sdpo.command import InputError, parse_flags
 from sdpo.config import TrainConfig
 from sdpo.families import FAMILIES, StableDiffusion, load_family
@@ -211,6 +212,13 @@ def test_a_trained_model_is_neither_overwritten_nor_mixed_with_another(arguments
     train.main(flags)
     assert (run / "unet.pth").read_bytes() == first  # the same run is the same file
     assert (run / "earlier-2" / "metrics.jsonl").exists()
+
+
+def test_a_tracker_folder_called_like_an_evaluations_is_moved_once(tmp_path):
+    (tmp_path / "eval-logs").mkdir()
+    (tmp_path / "unet.pth").touch()
+    set_results_aside(tmp_path, "eval-logs", anew=True)
+    assert sorted(path.name for path in (tmp_path / "earlier-1").iterdir()) == ["eval-logs", "unet.pth"]
 
 
 def test_bad_data_are_one_sentence_on_every_rank(arguments, pairs_folder, tmp_path):
@@ -415,10 +423,10 @@ def test_held_out_standard_errors_go_by_the_captions_of_readable_pairs(arguments
     with torch.no_grad():
         for parameter in run.policy.parameters():
             parameter.mul_(1.1)
-    held_out.prompts = list("aaaabbccdd")
+    held_out.captions = list("aaaabbccdd")
     errors, means = held_out.measure(run.policy), []
     for prompt in "bcd":
-        held_out.readable = torch.tensor([name == prompt for name in held_out.prompts])
+        held_out.readable = torch.tensor([name == prompt for name in held_out.captions])
         means.append(held_out.figures(errors, 100.0)["winner_error_change"])
     held_out.readable = torch.arange(10) >= 4
     figures = held_out.figures(errors, 100.0)
@@ -453,7 +461,7 @@ def test_held_out_pairs_are_dealt_out_and_what_any_rank_cannot_read_is_left_out(
     pairs = HeldOutPairs(rank, family, FivePairs(), 2, None)
     assert [(places.start, places.stop) for places, _ in pairs.shares] == [(2, 4), (0, 2)]  # as many as rank 0 has
     assert pairs.readable.tolist() == [True, True, True, False, True]
-    assert pairs.prompts == ["a", "b", "b", "c", "a"]  # the first one is what they are measured with
+    assert pairs.captions == ["a", "b", "b", "c", "a"]  # the first one is what they are measured with
 
 
 def test_validation_prompts_are_sampled(arguments, tmp_path):

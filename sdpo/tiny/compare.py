@@ -26,7 +26,7 @@ from sdpo.tiny import BASE, pictures
 
 STEPS, GUIDANCE, PER_CAPTION = 20, 1.0, 8  # guidance 1: the conditional model itself, without help
 FILES = {"raw": "unet.pth", "averaged": "unet_ema.pth"}
-SCORES = {"sample score": ("score", 1, 3), "all correct": ("all_correct", 1, 2)}  # columns of the table
+SCORE_COLUMNS = {"sample score": ("score", 1, 3), "all correct": ("all_correct", 1, 2)}  # columns of the table
 ALIKE = (  # settings that runs to be compared have in common
     "pretrained_model_name_or_path", "unet_init", "dataset_name", "train_data_dir", "labels_file", "seed",
     "validation_pairs", "validation_seed", "global_batch", "steps",
@@ -120,7 +120,7 @@ def main() -> None:
             rows.append(row | figures)
             grids[f"{run.label}, {row['weights']}"] = images
     write_json(args.out / "table.json", rows)
-    show(write_table(rows, args.out / "table.md", COLUMNS | SCORES))
+    show(write_table(rows, args.out / "table.md", COLUMNS | SCORE_COLUMNS))
     draw_errors(runs, args.out / "errors.png")
     draw_samples(grids, args.out / "samples.png")
     show(f"\n{reading(rows)}\n\nTable, chart and samples: table.md, errors.png and samples.png in {args.out}")
