@@ -30,7 +30,7 @@ from sdpo.winrates import (
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The official flags, and ours for further runs, metrics and weights."""
-    parser = Parser(prog="python eval_vs.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser("python eval_vs.py", __doc__)
     parser.add_argument("--json_a", required=True, help="manifest of run A")
     parser.add_argument("--json_b", required=True, help="manifest of run B")
     parser.add_argument("--label_a", required=True, help="name of run A in the results")

@@ -106,7 +106,10 @@ class FlagErrors:
 
 
 class Parser(FlagErrors, argparse.ArgumentParser):
-    """For commands whose flags are not those of a dataclass."""
+    """For commands whose flags are not those of a dataclass; the first line of `about` describes the command."""
+
+    def __init__(self, command: str, about: str):
+        super().__init__(prog=command, description=about.splitlines()[0], allow_abbrev=False)
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,7 @@ def draw_errors(runs: Sequence[Measured], path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Compare as the command line says."""
-    parser = Parser("python -m sdpo.compare", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser("python -m sdpo.compare", __doc__)
     parser.add_argument("runs", nargs="+", metavar="NAME=RUN", help="label and output folder of a run of train.py")
     parser.add_argument("--out", required=True, help="folder of the results")
     args = parser.parse_args(arguments)

@@ -311,40 +311,52 @@ def as_prompts(captions: list[list[str]]) -> list[tuple[str, ...]]:
 def split_by_prompt(pairs: Pairs, held_out: int, seed: int) -> tuple[Pairs, Pairs]:
     """(training pairs, `held_out` pairs), no prompt on both sides; raises InputError if none are left to train on.
 
-    Pairs of one caption are not independent, so each held-out pair has a caption of its own, unless training would lose
-    more than MOST_ASIDE of the pairs with these: then captions of few pairs go first, and some give several.
+    Pairs of one prompt are not independent, so each held-out pair has a prompt of its own, unless training would lose
+    more than MOST_ASIDE of the pairs with these: then prompts of few pairs go first, and some give several.
     """
-    options = as_prompts(pairs.captions())
-    by_caption: dict[str, list[int]] = {}
-    for index, captions in enumerate(options):
-        for caption in captions:
-            by_caption.setdefault(caption, []).append(index)
-    names, rng = list(by_caption), draw(seed, "held-out")
-    most_aside = max(held_out, MOST_ASIDE * len(pairs))
-    taken: set[str] = set()
-    aside: set[int] = set()  # pairs with a caption that is taken
-    whole: list[int] = []  # those that have no other
-    order = rng.permutation(len(names)).tolist()
-    order.sort(key=lambda number: len(by_caption[names[number]]) > most_aside / held_out)  # more than a fair share
-    for number in order:
-        if len(whole) >= held_out and (len(taken) >= held_out or len(aside) >= most_aside):
-            break
-        taken.add(names[number])
-        aside.update(by_caption[names[number]])
-        whole += [index for index in by_caption[names[number]] if taken.issuperset(options[index])]
-    if len(whole) < held_out or len(aside) == len(pairs):
+    options, rng = as_prompts(pairs.captions()), draw(seed, "held-out")
+    aside, whole = choose_prompts(options, held_out, rng)
+    rest = [index for index, prompts in enumerate(options) if aside.isdisjoint(prompts)]
+    if len(whole) < held_out or not rest:
+        prompts = len(set(itertools.chain(*options)))
         raise InputError(
             f"--validation_pairs {held_out} leaves nothing to train on: {pairs.source} has {len(pairs)} pairs "
-            f"over {len(by_caption)} captions, and a caption is never on both sides; use fewer or --validation_data_dir"
+            f"over {prompts} captions, and a caption is never on both sides; use fewer or --validation_data_dir"
         )
-    turns: dict[int, int] = {}  # pair: how many of the same captions come before it
+    turns: dict[int, int] = {}  # pair: how many of the same prompts come before it
     count: Counter = Counter()
     for index in rng.permutation(whole).tolist():
         turns[index] = count[options[index]]
         count[options[index]] += 1
     chosen = sorted(sorted(turns, key=turns.get)[:held_out])
-    rest = [index for index in range(len(pairs)) if index not in aside]
     return pairs.select(np.array(rest)), pairs.select(np.array(chosen))
+
+
+def choose_prompts(
+    options: list[tuple[str, ...]], held_out: int, rng: np.random.Generator
+) -> tuple[set[str], list[int]]:
+    """(prompts to set aside, pairs that have no other), so that `held_out` of these may be measured on.
+
+    `options` are the prompts of every pair. There are fewer pairs than wanted only where the data have no more.
+    """
+    by_prompt: dict[str, list[int]] = {}
+    for index, prompts in enumerate(options):
+        for prompt in prompts:
+            by_prompt.setdefault(prompt, []).append(index)
+    most_aside = max(held_out, MOST_ASIDE * len(options))
+    names = list(by_prompt)
+    order = [names[number] for number in rng.permutation(len(names))]
+    order.sort(key=lambda name: len(by_prompt[name]) > most_aside / held_out)  # more than a fair share
+    taken: set[str] = set()
+    lost: set[int] = set()  # pairs with a prompt that is taken, which training cannot have
+    whole: list[int] = []
+    for name in order:
+        if len(whole) >= held_out and (len(taken) >= held_out or len(lost) >= most_aside):
+            break
+        taken.add(name)
+        lost.update(by_prompt[name])
+        whole += [index for index in by_prompt[name] if taken.issuperset(options[index])]
+    return taken, whole
 
 
 def prepare_pairs(config: TrainConfig, seed: int) -> tuple[Pairs, Pairs | None, list[str]]:

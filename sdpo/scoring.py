@@ -395,7 +395,7 @@ def read_flags(args: argparse.Namespace) -> ScoringOptions:
 
 def main(arguments: list[str] | None = None) -> None:
     """Score manifests as the command line says and print the means."""
-    parser = Parser(prog="python -m sdpo.scoring", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser("python -m sdpo.scoring", __doc__)
     parser.add_argument("manifests", nargs="+", metavar="MANIFEST.json", help="the file beside a folder of images")
     add_flags(parser)
     args = parser.parse_args(arguments)

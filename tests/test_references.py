@@ -1,5 +1,6 @@
 """Errors of the reference on file: runs that share them are bit for bit the runs that compute them."""
 
+import dataclasses
 import hashlib
 import json
 import pickle
@@ -277,6 +278,31 @@ def test_all_that_the_references_errors_depend_on_is_in_their_key(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, value)
             assert key() != plain
+
+
+IN_THE_KEY_OTHERWISE = {  # by what they come to, or by content
+    "pretrained_model_name_or_path", "revision", "pretrained_vae_model_name_or_path", "sdxl", "unet_init", "dataset_name",
+    "dataset_config_name", "train_data_dir", "split", "image_column", "caption_column", "max_train_samples",
+    "dreamlike_pairs_only", "labels_file", "choice_model", "choice_margin", "choice_weights", "resolution", "latent_cache",
+    "latent_cache_dtype", "seed", "global_batch_size", "gradient_accumulation_steps", "max_unreadable_images",
+    "validation_pairs", "validation_split", "validation_data_dir", "validation_seed",
+}  # fmt: skip
+NOTHING_TO_THE_REFERENCE = {
+    "cache_dir", "dataloader_num_workers", "train_method", "sft", "beta_dpo", "dmpo_alpha", "dspo_form",
+    "use_winner_preserving", "winner_preserving_mu", "winner_preserving_per", "constant_loser_scale", "reference_cache",
+    "max_train_steps", "num_train_epochs", "learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps", "use_adafactor",
+    "optimizer", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "max_skipped_updates",
+    "skip_grad_norm_above", "gradient_checkpointing", "activation_memory", "cuda_graphs", "use_ema", "ema_decay",
+    "validation_steps", "validation_prompts", "output_dir", "logging_dir", "report_to", "tracker_project_name",
+    "logging_steps", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "resume_with_changes",
+    "hub_model_id", "local_rank", "hard_skip_resume",
+}  # fmt: skip
+
+
+def test_of_every_flag_it_is_known_whether_it_matters_to_the_reference():
+    """A new flag that decides what the reference is shown would otherwise be given the errors of other runs."""
+    known = [*references.FLAGS, *IN_THE_KEY_OTHERWISE, *NOTHING_TO_THE_REFERENCE]
+    assert sorted(known) == sorted(field.name for field in dataclasses.fields(TrainConfig))
 
 
 def test_errors_are_complete_where_every_update_has_them():

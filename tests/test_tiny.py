@@ -167,11 +167,9 @@ def test_runs_are_compared(tmp_path, monkeypatch, capsys):
         f"plain={tmp_path / 'other'}": "is no run that measured held-out pairs",
         "plain": "expected NAME=VALUE",
     }.items():
-        monkeypatch.setattr("sys.argv", ["compare", run, "--out", str(tmp_path / "out")])
         with pytest.raises(InputError, match=message):
-            compare.main()
-    monkeypatch.setattr("sys.argv", ["compare", f"plain={tmp_path / 'run'}", "--out", str(tmp_path / "out")])
-    compare.main()
+            compare.main([run, "--out", str(tmp_path / "out")])
+    compare.main([f"plain={tmp_path / 'run'}", "--out", str(tmp_path / "out")])
     rows = json.loads((tmp_path / "out" / "table.json").read_text())
     assert [(row["run"], row["weights"]) for row in rows] == [("base", ""), ("plain", "raw"), ("plain", "averaged")]
     for row, prefix in ((rows[1], "heldout"), (rows[2], "heldout_ema")):

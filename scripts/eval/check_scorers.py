@@ -86,7 +86,7 @@ def compare(metric: str, images: dict[str, Rows], sources: dict[str, str], pytho
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The manifest, how much of it, and the weights."""
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser("python scripts/eval/check_scorers.py", __doc__)
     parser.add_argument("manifest", help="the .json file beside a folder of images")
     parser.add_argument("--images", type=int, default=16, help="how many of them, from the first one on")
     parser.add_argument("--metrics", nargs="+", choices=TOLERANCES, default=list(TOLERANCES), help="what to compare")

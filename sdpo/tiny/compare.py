@@ -99,12 +99,12 @@ def draw_samples(images: dict[str, np.ndarray], path: Path, per_row: int = 20) -
     plt.close(figure)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Score the base and every run, raw and averaged weights."""
-    parser = Parser("python -m sdpo.tiny.compare", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser("python -m sdpo.tiny.compare", __doc__)
     parser.add_argument("runs", nargs="+", metavar="NAME=RUN", help="label and output folder of a run of train.py")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     runs = read_runs(parse_assignments(args.runs, "run"))
     refuse_unlike(runs)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -46,11 +46,11 @@ def write_split(specs: list[pictures.Spec], count: int, seed: int, path: Path) -
     write_file(path, lambda partial: pq.write_table(pa.Table.from_pylist(rows), partial))
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Pairs over the captions that the base was trained on."""
-    parser = Parser("python -m sdpo.tiny.make_pairs", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser("python -m sdpo.tiny.make_pairs", __doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of train.parquet, made if need be")
-    out = parser.parse_args().out
+    out = parser.parse_args(arguments).out
     out.mkdir(parents=True, exist_ok=True)
     write_split(pictures.TRAINED, PAIRS, 0, out / "train.parquet")
 

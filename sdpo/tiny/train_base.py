@@ -162,9 +162,9 @@ def measure(pipeline: StableDiffusionPipeline, pictures_per_caption: int = 16) -
     return {**shares, "all": float(np.mean([all(checks.values()) for checks in passed])), "samples": len(specs)}
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Train both stages from seed 0, save the pipeline in fp16 and its measured shares beside it."""
-    parser = Parser("python -m sdpo.tiny.train_base", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser("python -m sdpo.tiny.train_base", __doc__)
     parser.add_argument("--out", type=Path, default=BASE)
     parser.add_argument("--vae_steps", type=int, default=3000)
     parser.add_argument("--unet_steps", type=int, default=11000)
@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument(
         "--faulty", type=float, default=0.15, help="share of training pictures that break their caption"
     )
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     settings = {name: value for name, value in vars(args).items() if name != "out"}
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
