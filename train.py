@@ -23,9 +23,17 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers.integrations import unset_hf_deepspeed_config
 
-from sdpo import checkpoint as checkpoints
 from sdpo.batch import collate
 from sdpo.cache import CachedPairs, open_cache
+from sdpo.checkpoint import (
+    choose_checkpoint,
+    read_state,
+    register_hooks,
+    save_average,
+    save_checkpoint,
+    save_state_dict,
+    writing_to,
+)
 from sdpo.command import InputError, parse_flags, refuse, run_command, within_memory
 from sdpo.config import Plan, TrainConfig
 from sdpo.console import start_console
@@ -39,6 +47,7 @@ from sdpo.losses import PAIR_LOSSES
 from sdpo.memory import choose_checkpointing, planned_memory
 from sdpo.metrics import MetricsLog
 from sdpo.optimizers import OPTIMIZERS, optimizer_name
+from sdpo.output import alone_in, check_places, space_cautions, tidy_output
 from sdpo.pairs import Pairs, prepare_pairs
 from sdpo.prompts import read_prompts
 from sdpo.ranks import join_ranks, main_first, on_main
@@ -129,7 +138,7 @@ def choose_seed(config: TrainConfig, accelerator: Accelerator, checkpoint: Path 
     if config.seed is not None:
         return config.seed
     if checkpoint:
-        return checkpoints.read_state(checkpoint)["seed"]
+        return read_state(checkpoint)["seed"]
     return on_main(accelerator, lambda: secrets.randbits(32))
 
 
@@ -202,7 +211,7 @@ def caution(run: Run, memory: dict[str, int]) -> None:
     sizes = {"the trained model": 2 * memory["policy"] + memory.get("average", 0)}  # unet.pth and a pipeline
     if config.checkpointing_steps:
         sizes["a checkpoint"] = sum(memory.get(part, 0) for part in ("policy", "optimizer", "average"))
-    cautions += checkpoints.space_cautions(config.output_dir, sizes)
+    cautions += space_cautions(config.output_dir, sizes)
     for text in cautions:
         log.warning(f"CAUTION: {text}")
 
@@ -210,7 +219,7 @@ def caution(run: Run, memory: dict[str, int]) -> None:
 def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
     """The run, resumed if there is a checkpoint, its training samples and its held-out pairs."""
     accelerator = start_accelerator(config)
-    checkpoint = on_main(accelerator, lambda: checkpoints.choose_checkpoint(config))
+    checkpoint = on_main(accelerator, lambda: choose_checkpoint(config))
     seed = choose_seed(config, accelerator, checkpoint)
     prompts = [prompt.text for prompt in read_prompts(config.validation_prompts)] if config.validation_prompts else []
     family = load_family(**config.base, encoders=not config.latent_cache or bool(prompts))
@@ -219,7 +228,7 @@ def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
             f"--reference_cache keeps errors of the reference, and {config.method} needs its predictions: drop it"
         )
     family.check_pipeline()
-    on_main(accelerator, lambda: checkpoints.check_places(config.output_dir, family.parts))
+    on_main(accelerator, lambda: check_places(config.output_dir, family.parts))
 
     # data: what identifies the pairs is read before a latent cache stands in for them
     if config.choice_model or config.latent_cache:
@@ -244,10 +253,10 @@ def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
     run.prepare()
 
     # what an earlier run left
-    checkpoints.register_hooks(accelerator, run.policy)
+    register_hooks(accelerator, run.policy)
     if checkpoint:
         resume(run, checkpoint)
-    checkpoints.tidy_output(run, checkpoint)
+    tidy_output(run, checkpoint)
     if config.gradient_checkpointing == "auto":
         log.info(choose_checkpointing(run, collate([dataset[run.step, 0]] * config.train_batch_size)))
     return run, dataset, hold_out(run, held_out_pairs)
@@ -351,7 +360,7 @@ def train(run: Run, dataset: PairDataset, held_out: HeldOutPairs | None, request
                 log_held_out(run, figures)
             due = config.checkpointing_steps and run.step % config.checkpointing_steps == 0
             if due or stop:
-                folder = checkpoints.save_checkpoint(run, prune=not skipped.in_a_row)  # may hold broken weights
+                folder = save_checkpoint(run, prune=not skipped.in_a_row)  # may hold broken weights
                 saved_at = run.step
                 log.info(f"saved          {folder}")
     if run.reference_errors:
@@ -368,7 +377,7 @@ def save_progress(run: Run, saved_at: int, prune: bool) -> None:
     if run.step == saved_at:
         return
     try:
-        log.info(f"saved          {checkpoints.save_checkpoint(run, prune)}")
+        log.info(f"saved          {save_checkpoint(run, prune)}")
     except InputError as error:  # the disk is full; the caller has an error of its own to raise
         log.error(str(error))
 
@@ -443,12 +452,12 @@ def save_model(run: Run) -> None:
     """Write unet.pth, unet_ema.pth and a complete diffusers pipeline into the output folder."""
     output = Path(run.config.output_dir)
     if run.average:
-        checkpoints.save_average(run, output)
+        save_average(run, output)
     elif run.accelerator.is_main_process:
         (output / "unet_ema.pth").unlink(missing_ok=True)  # an earlier run's
     state = run.accelerator.get_state_dict(run.policy)
     if run.accelerator.is_main_process:
-        checkpoints.save_state_dict(state, output / "unet.pth")
+        save_state_dict(state, output / "unet.pth")
         run.family.save_pipeline(run.accelerator.unwrap_model(run.policy).config, state, output)
         names = "unet.pth, unet_ema.pth" if run.average else "unet.pth"
         log.info(f"saved          {names} and the pipeline in {output}")
@@ -457,9 +466,9 @@ def save_model(run: Run) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Train as the command line says."""
     config = parse_flags(TrainConfig, __doc__.splitlines()[0], "python train.py", arguments)
-    with checkpoints.alone_in(config.output_dir), within_memory(LESS_MEMORY):
+    with alone_in(config.output_dir), within_memory(LESS_MEMORY):
         run, dataset, held_out = set_up(config)
-        with checkpoints.writing_to(config.output_dir), StopRequest(run.accelerator) as request:
+        with writing_to(config.output_dir), StopRequest(run.accelerator) as request:
             stopped_by = train(run, dataset, held_out, request)
             if not stopped_by:
                 save_model(run)

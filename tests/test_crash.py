@@ -275,7 +275,7 @@ def test_another_base_is_another_run(arguments, bases, tmp_path):
 def test_two_runs_do_not_share_a_folder(arguments, tmp_path, monkeypatch):
     flags, holder = (
         arguments(),
-        "import sys; from sdpo.checkpoint import alone_in\nwith alone_in(sys.argv[1]): print(1, flush=True); input()",
+        "import sys; from sdpo.output import alone_in\nwith alone_in(sys.argv[1]): print(1, flush=True); input()",
     )
     command = [sys.executable, "-c", holder, str(tmp_path / "run")]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:

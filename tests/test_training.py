@@ -29,7 +29,6 @@ import train
 from sdpo import heldout
 from sdpo.average import AveragedWeights
 from sdpo.batch import collate
-from sdpo.checkpoint import set_results_aside
 from sdpo.command import InputError, parse_flags
 from sdpo.config import TrainConfig
 from sdpo.families import FAMILIES, StableDiffusion, load_family
@@ -37,6 +36,7 @@ from sdpo.heldout import HeldOutPairs, clustered_error
 from sdpo.inputs import make_inputs
 from sdpo.metrics import read_metrics
 from sdpo.optimizers import OPTIMIZERS, optimizer_name
+from sdpo.output import set_results_aside
 from sdpo.pairs import prepare_pairs
 from sdpo.rng import normal
 from sdpo.step import compute_loss

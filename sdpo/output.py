@@ -1,0 +1,107 @@
+"""The output folder of a run: kept from other runs, checked, and tidied of what they left."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sdpo.checkpoint import list_checkpoints, read_state, remove_older, remove_remains, set_aside, step_of
+from sdpo.command import InputError
+from sdpo.files import PARTIAL, alone
+from sdpo.heldout import HELD_OUT_FILE
+from sdpo.step import Run
+
+MODEL_FILES = ("unet.pth", "unet_ema.pth", "model_index.json")
+EVALUATED = (  # what an evaluation of a run's weights leaves beside them
+    "*_seed*cfg", "*_seed*cfg.json*", "*_seed*cfg.zip", "scores.*", "summary.json", "summary.csv", "joint_test_*.log",
+    "report.html", "eval-*",
+)  # fmt: skip
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def alone_in(folder: str | Path) -> Iterator[None]:
+    """Keep other runs out of a folder, and remove what a killed one left half written.
+
+    Raises InputError if there is another one. Every rank enters this, the first one speaks for all.
+    """
+    if "LOCAL_RANK" in os.environ and os.environ.get("RANK", "0") != "0":  # as launchers set both
+        yield
+        return
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    busy = f"another run is in {folder}: wait until it ends, or choose another --output_dir"
+    with alone(Path(folder, ".lock"), busy):
+        for path in Path(folder).glob(PARTIAL):
+            if path.is_file():
+                path.unlink()
+        remove_remains(folder)
+        yield
+
+
+def tidy_output(run: Run, checkpoint: Path | None) -> None:
+    """Move what is of another run in the output folder out of the way, and finish the removals that a killed run began.
+
+    `checkpoint` is what the run goes on from, None if it starts from the base.
+    """
+    config = run.config
+    if not run.accelerator.is_main_process:
+        return
+    if checkpoint is None or checkpoint.parent.resolve() != Path(config.output_dir).resolve():
+        set_results_aside(Path(config.output_dir), config.logging_dir, anew=checkpoint is None)
+        return
+    if config.resume_from_checkpoint != "latest":
+        found = list_checkpoints(config.output_dir)  # one of as many updates is there if the resumed one was set aside
+        later = [path for path in found if step_of(path) >= run.step and not path.samefile(checkpoint)]
+        set_aside(later, "abandoned", "was not written before the one resumed from")
+    if read_state(checkpoint).get("prune"):
+        remove_older(config, checkpoint)
+
+
+def check_places(folder: str | Path, parts: list[str]) -> None:
+    """Raises InputError where the model cannot be written: over a part of another one, or where names are taken."""
+    own = Path(folder).resolve()
+    if own.name in parts and (own.parent / "model_index.json").is_file():
+        raise InputError(f"--output_dir {folder} is a part of the model in {own.parent}: name another folder")
+    places = [Path(folder, name) for name in parts]
+    in_the_way = [place for place in places if place.exists() and not place.is_dir()]
+    in_the_way += [place for name in MODEL_FILES if (place := Path(folder, name)).is_dir()]
+    if in_the_way:
+        raise InputError(f"{in_the_way[0]} is in the way of the trained model: move it, or choose another --output_dir")
+
+
+def set_results_aside(folder: Path, logging_dir: str, anew: bool) -> None:
+    """Move what a run left in a folder, and what evaluations of its weights left beside them, into earlier-N there.
+
+    The other parts of its pipeline stay, to be written over. Where the next run starts from the base (`anew`), that is
+    done only if this one had ended.
+    """
+    names = ["unet.pth", "unet_ema.pth", "unet", "config.json", "metrics.jsonl", HELD_OUT_FILE, "validation"]
+    if re.fullmatch(r"[\w-]+", logging_dir):  # a folder of the output folder's own
+        names.append(logging_dir)
+    results = [folder / name for name in names if (folder / name).exists()] + list_checkpoints(folder)
+    if not results or (anew and folder / "unet.pth" not in results):
+        return
+    evaluated = {path for pattern in EVALUATED for path in folder.glob(pattern)}
+    number = next(number for number in itertools.count(1) if not (folder / f"earlier-{number}").exists())
+    aside = folder / f"earlier-{number}"
+    aside.mkdir()
+    for path in dict.fromkeys([*results, *sorted(evaluated)]):  # each once, also where --logging_dir is called eval-*
+        os.replace(path, aside / path.name)
+    log.warning(f"CAUTION: {folder} held the results of another run, which are now in {aside}")
+
+
+def space_cautions(folder: str | Path, sizes: dict[str, int]) -> list[str]:
+    """Warnings of what will not fit into a folder; `sizes` are bytes by what takes them."""
+    free = shutil.disk_usage(folder).free
+    return [
+        f"{folder} has {free / 2**30:.3g} GiB free and {what} takes about {size / 2**30:.3g} GiB: "
+        "free space there or choose another --output_dir"
+        for what, size in sizes.items()
+        if free < size
+    ]
