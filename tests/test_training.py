@@ -30,6 +30,7 @@ from sdpo import heldout
 from sdpo.average import AveragedWeights
 from sdpo.batch import collate
 from sdpo.command import InputError, parse_flags
+from sdpo.compare import read_runs
 from sdpo.config import TrainConfig
 from sdpo.families import FAMILIES, StableDiffusion, load_family
 from sdpo.heldout import HeldOutPairs, clustered_error
@@ -520,6 +521,10 @@ def test_two_ranks_checkpoint_finish_and_equal_one(arguments, tmp_path):
         one, two = (dict(read_metrics(tmp_path / out, name)) for out in ("one", "two"))
         assert one.keys() == two.keys()
         assert list(one.values()) == pytest.approx(list(two.values()), rel=1e-3, abs=1e-6)
+    one, two = read_runs({out: str(tmp_path / out) for out in ("one", "two")})
+    assert len(one.pairs) == 6 and one.errors.keys() == {"reference", "policy", "average"}
+    for model, errors in one.errors.items():
+        torch.testing.assert_close(two.errors[model], errors, rtol=1e-3, atol=0)
 
 
 def test_held_out_pairs_that_cannot_be_read_are_left_out(arguments, pairs_folder, tmp_path, capsys):
