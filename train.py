@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import secrets
 import sys
 import time
@@ -405,6 +406,8 @@ def log_held_out(run: Run, figures: dict[str, float]) -> None:
                 f"{name:14} after {run.step} updates: change of winners' error {winner:+.3g}, losers' {loser:+.3g}, "
                 f"margin accuracy {accuracy:.3f}"
             )
+            if not math.isfinite(winner + loser):
+                log.warning("CAUTION: held-out errors are not finite: the weights are broken; lower --learning_rate")
 
 
 @torch.compiler.set_stance("force_eager")  # ranks and batches of other shapes would each be compiled

@@ -236,7 +236,7 @@ def choose_checkpoint(config: TrainConfig) -> Path | None:
     if wrong:
         raise InputError(
             f"--resume_from_checkpoint {wanted}: not a checkpoint of this trainer, or a damaged one ({wrong}). "
-            f"Use 'latest'{start_from(path)}"
+            f"Use 'latest', or 'none' to begin anew{start_from(path)}"
         )
     return path
 

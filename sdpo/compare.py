@@ -6,6 +6,7 @@ table.json and errors.png in DIR. The winner's error is also compared pair by pa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,22 +61,26 @@ def read_run(label: str, folder: Path) -> Measured:
     if not path.is_file() or not config.is_file():
         raise InputError(f"{folder} is no run that measured held-out pairs: train it with --validation_pairs")
     try:
-        table = pq.read_table(path)
+        table = pq.read_table(path).sort_by("pair")
         errors = {
             model: torch.stack([torch.tensor(table[f"{model}_{member}_error"].to_numpy()) for member in MEMBERS], 1)
             for model in ("reference", *PREFIXES)
             if model != "average" or f"{model}_{MEMBERS[0]}_error" in table.column_names
         }
         pairs, captions = table["pair"].to_numpy(), np.array(table["caption"].to_pylist(), str)
-        updates = int(table.schema.metadata[STEP])
+        updates = int(pq.read_schema(path).metadata[STEP])
+        if len(np.unique(pairs.astype(int))) < len(pairs):
+            raise ValueError("a pair twice")
     except Exception as error:  # pyarrow has many
         raise InputError(f"{path} is not one of train.py, or damaged ({brief(error)}): measure again") from error
     content = parse_json(read_text(config), config, "train again")
     try:
         settings = content["config"] | content["plan"]
-        float(settings["beta_dpo"])
-    except (TypeError, KeyError, ValueError):
-        raise InputError(f"{config} does not have the settings and plan of a run: train again") from None
+        known = isinstance(settings["beta_dpo"], float) and 0 < settings["beta_dpo"] < math.inf
+    except (TypeError, KeyError):
+        known = False
+    if not known:
+        raise InputError(f"{config} does not have the settings and plan of a run: train again")
     return Measured(label, folder, settings, updates, pairs, captions, errors)
 
 
@@ -145,7 +150,8 @@ def write_table(rows: Sequence[dict[str, Any]], path: Path, columns: dict[str, t
     lines = ["| run | weights | " + " | ".join(columns) + " |", "|---|---|" + "---:|" * len(columns)]
     for row in rows:
         cells = [cell(row, *column) for column in columns.values()]
-        lines.append(" | ".join(["| " + row["run"].replace("|", "\\|"), row["weights"], *cells]) + " |")
+        label = " ".join(row["run"].split()).replace("|", "\\|")
+        lines.append(" | ".join([f"| {label}", row["weights"], *cells]) + " |")
     write_text(path, "\n".join(lines) + "\n")
     return "\n".join(lines)
 
@@ -159,7 +165,8 @@ def draw_errors(runs: Sequence[Measured], path: Path) -> None:
             errors = [value for _, value in read_metrics(run.folder, f"heldout/{member}_error_change_se")]
             spread = {"yerr": errors, "capsize": 2} if len(errors) == len(points) else {}  # none of a single prompt
             updates, changes = np.array(points).reshape(-1, 2).T
-            axis.errorbar(updates, changes, label=run.label, marker="o", markersize=3, **spread)
+            label = " " + run.label.replace("$", r"\$")  # matplotlib leaves out names that begin with _
+            axis.errorbar(updates, changes, label=label, marker="o", markersize=3, **spread)
         axis.axhline(0, color="grey", linewidth=0.8)
         axis.set(title=f"{member} error minus reference (held-out pairs)", xlabel="updates")
         axis.set_yscale("symlog", linthresh=1e-3)

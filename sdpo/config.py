@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,9 +30,16 @@ from sdpo.manifest import METRICS
 OFFICIAL_CHOICES = {"aesthetics": "aes", "hpsv2": "hps"}  # names of scorers in --choice_model
 CHOICE_MODELS = {OFFICIAL_CHOICES.get(row, row): row for row in METRICS.values()}  # row of sdpo.scorers.SCORERS
 POLYNOMIAL_END = 1e-7  # learning rate that diffusers' polynomial schedule ends with, whatever it began with
+TAKEN = re.compile(  # names in an output folder that the tracker's files cannot have
+    r"((checkpoint|earlier)-\d+|validation|.*\.(pth|json|jsonl|parquet)|unet|vae|scheduler|(tokenizer|text_encoder)(_2)?)"
+    r"(/|$)"
+)
 DATA_FOLDERS = ("dataset_name", "train_data_dir", "validation_data_dir")  # where they are local
 # Flags that must not be empty where they are given
-NEVER_EMPTY = ("labels_file", "latent_cache", "reference_cache", "validation_data_dir", "validation_split")
+NEVER_EMPTY = (
+    "split", "image_column", "caption_column", "labels_file", "latent_cache", "reference_cache", "validation_data_dir",
+    "validation_split",
+)  # fmt: skip
 
 
 def source_conflicts(dataset_name: str | None, train_data_dir: str | None) -> Iterator[tuple[object, str]]:
@@ -251,6 +259,15 @@ class TrainConfig:
         )
         yield from source_conflicts(self.dataset_name, self.train_data_dir)
         yield not self.output_dir, "--output_dir is empty: name a folder"
+        yield (
+            TAKEN.match(os.path.normpath(self.logging_dir)),
+            f"--logging_dir {self.logging_dir} is what the run calls something else in --output_dir: name another one",
+        )
+        yield (
+            self.report_to in ("tensorboard", "all")
+            and Path(self.tracker_project_name).name != self.tracker_project_name,
+            f"--tracker_project_name {self.tracker_project_name} would be a path: give a name without slashes",
+        )
         output = os.path.realpath(self.output_dir)
         models = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "unet_init")
         for name in (*models, "dataset_name", "train_data_dir"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
@@ -111,14 +111,23 @@ def check_fit(state: Mapping[str, Tensor], own: Mapping[str, Tensor], source: st
             raise InputError(
                 f"{source} has the names of the original Stable Diffusion: convert it to diffusers' format"
             )
+        if prefix := find_prefix(missing, unknown):
+            raise InputError(f"{source}: {prefix!r} comes before the names of tensors: save them without it")
+        examples = ", ".join(names[0] for names in (missing, unknown, resized) if names)
         raise InputError(
             f"{source} belongs to another architecture: {len(missing)} tensors missing, {len(unknown)} unknown, "
-            f"{len(resized)} of another shape (e.g. {(missing or unknown or resized)[0]}); {fix}"
+            f"{len(resized)} of another shape (e.g. {examples}); {fix}"
         )
     for name, value in state.items():
         if not isinstance(value, Tensor) or value.dtype not in FLOATS or value.layout != torch.strided or value.is_meta:
             what = f"{value.dtype}, {value.layout}" if isinstance(value, Tensor) else type(value).__name__
             raise InputError(f"{source}: {name} is {what}, but must be plain numbers of fp16, bf16, fp32 or fp64")
+
+
+def find_prefix(missing: Sequence[str], unknown: Sequence[str]) -> str:
+    """What comes before every name that is missing, among those that are unknown; empty if nothing does."""
+    found = (name.removesuffix(missing[0]) for name in unknown if missing and name.endswith(missing[0]))
+    return next((prefix for prefix in found if {prefix + name for name in missing}.issubset(unknown)), "")
 
 
 def load_tensors(path: str | Path) -> Any:
@@ -212,9 +221,11 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
     """
     state = load_tensors(path)
     state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not state or not all(map(is_parameter, state.items())):
+    others = [item for item in state.items() if not is_parameter(item)] if isinstance(state, dict) else []
+    if not isinstance(state, dict) or not state or others:
+        found = f" ({others[0][0]!r:.80} is none)" if others else ""
         raise InputError(
-            f"{path} is not a state dict: expected parameter names with their tensors, "
+            f"{path} is not a state dict: expected parameter names with their tensors{found}, "
             "as written by torch.save(model.state_dict())"
         )
     while prefix := next((p for p in WRAPPERS if all(name.startswith(p) for name in state)), None):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ ABOUT_A_ROW = {"image", "prompt", "models", "sha256"}  # keys of a row of scores
 # Keys of an entry by which images of two runs should not differ
 MADE_WITH = ("seed", "guidance", "cfg", "steps", "noise", "dtype", "latents_dtype", "base", "device", "height", "width")
 MAX_SCORE = 1e100
+SAME_SCORE = 0.01  # scores of one model may differ by this, or this share of them, where they were computed twice
 log = logging.getLogger(__name__)
 
 Scores = dict[tuple[str, str], dict[str, Any]]  # rows by (image, prompt)
@@ -171,13 +173,17 @@ def require_images(entries: Sequence[Entry], why: str = "") -> None:
 def read_scores(path: str | Path) -> Scores:
     """Rows of a score file by (image, prompt), one each, lines merged in file order; none if there is no file.
 
-    A line with another `sha256` than the earlier ones of its image replaces them. A last line cut off by a crash is
-    not a line. Raises InputError for any other line that is not a row of scores.
+    A line with another `sha256` than the earlier ones of its image replaces them, and a score of another model the one
+    before. A last line cut off by a crash is not a line. Raises InputError for any other line that is not a row of
+    scores, and for one that contradicts those before it.
     """
     rows: Scores = {}
     for number, line in _whole_lines(Path(path)):
-        row = _parse_row(line, f"{path}, line {number}")
+        where = f"{path}, line {number}"
+        row = _parse_row(line, where)
         key = row["image"], row["prompt"]
+        if wrong := _contradiction(rows.get(key, {}), row):
+            raise InputError(f"{where}: {wrong}; delete the line that is wrong")
         rows[key] = _merge(rows.get(key, {}), row)
     return rows
 
@@ -216,6 +222,19 @@ def check_score(value: Any, what: str, fix: str = "look at the image and score i
     """Raises InputError unless a score is a finite number, and small enough for sums of squares."""
     if isinstance(value, bool) or not isinstance(value, Real) or not abs(value) <= MAX_SCORE:
         raise InputError(f"{what} is {value!r:.40}, not a finite number; {fix}")
+
+
+def _contradiction(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """What two rows about one image say differently, beyond what other machines round; empty if nothing."""
+    if old.get("sha256") != new.get("sha256"):
+        return ""
+    models = old.get("models", {}), new.get("models", {})
+    for metric in (old.keys() & new.keys()) - ABOUT_A_ROW:
+        one, other = old[metric], new[metric]
+        same_model = models[0].get(metric) == models[1].get(metric)
+        if same_model and not math.isclose(one, other, rel_tol=SAME_SCORE, abs_tol=SAME_SCORE):
+            return f"{metric} of {new['image']} is {other}, and {one} in an earlier line"
+    return ""
 
 
 def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:

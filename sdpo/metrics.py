@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
+from sdpo.command import InputError
 from sdpo.files import write_text
 from sdpo.losses import PairTerms
 
@@ -143,6 +145,13 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def read_metrics(folder: str | Path, name: str) -> list[tuple[int, float]]:
-    """(step, value) of one metric from a run's metrics.jsonl, nan where it was not finite."""
-    rows = read_rows(Path(folder, "metrics.jsonl"))
-    return [(int(row["step"]), math.nan if row[name] is None else row[name]) for _, row in rows if name in row]
+    """(step, value) of one metric from a run's metrics.jsonl, nan where it was not finite; InputError for no number."""
+    path = Path(folder, "metrics.jsonl")
+    found = []
+    for line, row in read_rows(path):
+        if name in row:
+            value = math.nan if row[name] is None else row[name]
+            if not isinstance(value, int | float) or abs(value) > sys.float_info.max:
+                raise InputError(f"{path}: {name} in the line {line:.80} is no number: remove the line")
+            found.append((int(row["step"]), float(value)))
+    return found

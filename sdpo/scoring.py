@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,7 @@ if TYPE_CHECKING:  # scores that are there need no torch
 Scored = tuple[list[Entry], Scores]  # a manifest and its scores
 Todo = dict[tuple[str, ...], list[Entry]]  # entries by the metrics that they lack
 log = logging.getLogger(__name__)
+SHARE = re.compile(r"scores\.rank\d+\.jsonl")  # a rank's scores until they are taken in
 OFFICIAL_MODEL = "official"  # a metric's own weights in fp32, in rows of scores
 
 
@@ -207,7 +209,7 @@ def score_share(manifests: Iterable[str | Path], options: ScoringOptions, rank: 
 
 def take_in_shares(path: Path) -> None:
     """Append what ranks left beside a score file to it, and remove their files; also after a run that was cut off."""
-    for share in sorted(path.parent.glob("scores.rank*.jsonl")):
+    for share in sorted(file for file in path.parent.iterdir() if SHARE.fullmatch(file.name)):
         with locked(share):
             append_scores(path, read_scores(share).values())
             compact_scores(path)

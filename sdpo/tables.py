@@ -184,10 +184,7 @@ def check_shards(folder: Path, files: list[str], in_splits: Iterable[str]) -> No
             f"CAUTION: {len(others)} files in {folder} are not read, the first {others[0]}: by their names they are in "
             "no split, or they are links to nothing"
         )
-    numbered = [match for match in map(NUMBERED.fullmatch, files) if match]
-    for (name, count), there in Counter(match.groups() for match in numbered).items():
-        if there < int(count):
-            log.warning(f"CAUTION: of {name}-*-of-{count} only {there} files are there")
+    caution_missing(files)
     kinds: dict[str, dict[pa.DataType, str]] = defaultdict(dict)  # by column: its types, with the first file of each
     for file in files:
         for field in open_shard(Path(file))[0]:
@@ -199,6 +196,14 @@ def check_shards(folder: Path, files: list[str], in_splits: Iterable[str]) -> No
         if any(alike[:1]) and not all(alike):
             said = ", ".join(f"{kind} in {file}" for kind, file in kinds[name].items())
             raise InputError(f"{name} has several types ({said}): write all files alike")
+
+
+def caution_missing(files: Iterable[str]) -> None:
+    """Warn of numbered files that are not among these."""
+    numbered = [match for match in map(NUMBERED.fullmatch, set(files)) if match]
+    for (name, count), there in Counter(match.groups() for match in numbered).items():
+        if there < int(count):
+            log.warning(f"CAUTION: of {name}-*-of-{count} only {there} files are there")
 
 
 def refuse_other_kind(source: Path, kind: str) -> None:
@@ -340,8 +345,8 @@ def read_pair_file(file: Path, caption_column: str) -> datasets.Dataset:
         missing = [name for name in columns if record.get(name) is None or (record[name] == "" and name != columns[0])]
         if missing:
             raise InputError(
-                f"{where}: {', '.join(missing)} missing; every row needs {', '.join(columns)} "
-                f"(move {file.name} away if it is not a list of pairs)"
+                f"{where}: {', '.join(missing)} missing, it has {', '.join(map(repr, record)):.200}; every row needs "
+                f"{', '.join(columns)} (move {file.name} away if it is not a list of pairs)"
             )
         if None in record:  # where csv puts what has no column
             raise InputError(f"{where}: more values than columns; put captions that hold commas in double quotes")
@@ -397,8 +402,10 @@ def read_saved(path: Path, split: str) -> datasets.Dataset:
     table = datasets.load_from_disk(str(saved))
     if saved == path and str(table.split) != split:
         refuse_split(path, split)
-    for file in table.cache_files:
-        refuse_cut_off(file["filename"])
+    files = [file["filename"] for file in table.cache_files]
+    caution_missing(files)
+    for file in files:
+        refuse_cut_off(file)
     return table
 
 

@@ -92,6 +92,36 @@ def test_errors_that_are_not_finite_are_null_on_file(tmp_path):
     assert row["winner_error_change"] == 0 and row["loser_error_change"] is None
 
 
+def test_rows_in_another_order_are_the_same_run(tmp_path):
+    folder = tmp_path / "a"
+    write_run(folder, REFERENCE + RNG.normal(0.01, 0.01, (8, 2)))
+    (before,) = compare.describe(*[compare.read_run("a", folder)] * 2)
+    table = pq.read_table(folder / "heldout.parquet")
+    pq.write_table(table.take(list(range(8))[::-1]), folder / "heldout.parquet")
+    (after,) = compare.describe(*[compare.read_runs({"a": str(folder)})[0]] * 2)
+    assert after == pytest.approx(before)
+    pq.write_table(table.take([0, 1, 1]), folder / "heldout.parquet")
+    with pytest.raises(InputError, match="a pair twice"):
+        compare.read_run("a", folder)
+
+
+def test_labels_are_shown_as_they_are(tmp_path):
+    run = write_run(tmp_path / "a", REFERENCE)
+    compare.main([f"mu $0.9_$={run}", f"_x\ny={run}", "--out", str(tmp_path / "out")])
+    assert "| _x y | raw |" in (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("value", ['"0.5"', "[]", "1" + "0" * 400])
+def test_figures_that_are_no_numbers_are_named(tmp_path, value):
+    run = write_run(tmp_path / "a", REFERENCE)
+    path = tmp_path / "a" / "metrics.jsonl"
+    path.write_text(
+        path.read_text().replace('"heldout/loser_error_change": 0.1', f'"heldout/loser_error_change": {value}')
+    )
+    with pytest.raises(InputError, match=r"metrics.jsonl: heldout/loser_error_change in the line .* is no number"):
+        compare.main([f"a={run}", "--out", str(tmp_path / "out")])
+
+
 def test_runs_that_were_not_measured_alike_are_not_compared(tmp_path):
     first = write_run(tmp_path / "a", REFERENCE)
     rounded = write_run(tmp_path / "rounded", REFERENCE, reference=REFERENCE * 1.01)
@@ -116,6 +146,7 @@ def test_folders_that_are_no_runs_are_named(tmp_path):
         "heldout.parquet is not one of train.py, or damaged": ("heldout.parquet", b"PAR1"),
         "config.json: not valid JSON": ("config.json", b"{"),
         "config.json does not have the settings": ("config.json", b'{"config": [], "plan": {}}'),
+        "config.json does not have the settings and": ("config.json", b'{"config": {"beta_dpo": NaN}, "plan": {}}'),
     }
     for number, (message, (name, content)) in enumerate(damages.items()):
         bad = tmp_path / str(number)
