@@ -104,7 +104,7 @@ def test_a_run_that_was_cut_off_leaves_what_its_checkpoints_cover(flags, tmp_pat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train.checkpoints, "seal", crash)
+        patch.setattr(checkpoint, "seal", crash)
         train.main(flags("--checkpointing_steps=2", out="cut"))
     assert sorted(errors(tmp_path / "references")) == [0, 1]
     train.main(flags("--checkpointing_steps=2", out="cut"))
