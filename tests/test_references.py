@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import train
-from sdpo import files, references, shards
+from sdpo import checkpoint, files, references, shards
 from sdpo.command import InputError
 from sdpo.config import TrainConfig
 from sdpo.references import ReferenceErrors, make_key
