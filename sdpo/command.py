@@ -111,6 +111,17 @@ class Parser(FlagErrors, argparse.ArgumentParser):
     def __init__(self, command: str, about: str):
         super().__init__(prog=command, description=about.splitlines()[0], allow_abbrev=False)
 
+    def parse_known_args(self, args: list[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """As FlagErrors', for names of flags with dashes too, as a dataclass's have them."""
+        given = sys.argv[1:] if args is None else args
+        return super().parse_known_args(list(map(underscored, given)), namespace)
+
+
+def underscored(argument: str) -> str:
+    """An argument whose name, where it is a flag, has underscores for dashes."""
+    name, equals, value = argument.partition("=")
+    return (f"--{name[2:].replace('-', '_')}" if name.startswith("--") else name) + equals + value
+
 
 @dataclass(frozen=True)
 class Limit:

@@ -37,7 +37,7 @@ from sdpo.command import InputError, Natural, Size, check_limits, flag, parse_as
 from sdpo.families import MENDED, RELEASED, Family, load_family
 from sdpo.files import brief, is_text, write_file, write_json
 from sdpo.hub import DTYPES, WEIGHT_SUFFIXES, fetch, find_weights
-from sdpo.images import refuse_errors_of_the_machine, verify
+from sdpo.images import open_image, refuse_errors_of_the_machine, verify
 from sdpo.manifest import MADE_WITH, METRICS, OFFICIAL_METRICS, write_manifest
 from sdpo.prompts import GROUPS, OFFICIAL, Prompt, read_prompts
 from sdpo.ranks import on_main, together
@@ -408,15 +408,19 @@ def save_image(path: Path, image: np.ndarray, prompt: str) -> None:
     write_file(path, lambda partial: Image.fromarray(image).save(partial, format="PNG", exif=exif))
 
 
-def find_damage(path: Path, height: int, width: int) -> str:
-    """What is wrong with an existing PNG, checked by its size and checksums; empty if nothing is."""
+def find_damage(path: Path, height: int, width: int, prompt: str) -> str:
+    """What is wrong with an existing PNG, by its size, checksums and the prompt that it names; empty if nothing is."""
     try:
         kind, mode, size = verify(path)
+        with open_image(path) as image:
+            named = image.getexif().get(ExifTags.Base.ImageDescription)
     except Exception as error:  # a broken file may raise anything
         refuse_errors_of_the_machine(error, str(path))
         return brief(error)
     if (kind, mode) != ("PNG", "RGB"):
         return f"{kind} of mode {mode}"
+    if named is not None and named != prompt.encode().decode("latin-1"):  # as Pillow reads what save_image wrote
+        return "an image of another prompt"
     return "" if size == (width, height) else f"{size[0]} x {size[1]} pixels"
 
 
@@ -489,8 +493,11 @@ def find_missing(run: EvalRun, group: str) -> list[int]:
     rank = run.accelerator.process_index
     ranks = run.accelerator.num_processes
     there = [index for index in range(rank, count, ranks) if run.image(group, index).exists()]
-    look = partial(find_damage, height=run.height, width=run.width)
-    found = gather_object(together(lambda: [(index, look(run.image(group, index))) for index in there]))
+
+    def look(index: int) -> tuple[int, str]:
+        return index, find_damage(run.image(group, index), run.height, run.width, run.prompts[group][index].text)
+
+    found = gather_object(together(lambda: list(map(look, there))))
     damaged = {index: damage for index, damage in sorted(found) if damage}
     for index, damage in damaged.items():
         log.warning(f"CAUTION: {run.image(group, index)} is damaged ({damage}) and will be made again")

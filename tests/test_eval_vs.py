@@ -77,6 +77,12 @@ def picture_run(folder, faulty):
     return folder / "manifest.json"
 
 
+def test_flags_may_have_dashes_as_those_of_other_commands():
+    given = ["--json-a", "a-b.json", "--json-b=c-d.json", "--label-a=-x", "--label_b", "y", "--batch-size=3"]
+    args = eval_vs.parse_arguments(given)
+    assert (args.json_a, args.json_b, args.label_a, args.batch_size) == ("a-b.json", "c-d.json", "-x", 3)
+
+
 @pytest.mark.parametrize("fault", ["manifest", "image", "prompts"])
 def test_nothing_is_scored_before_all_runs_are_known_to_be_comparable(tmp_path, fault):
     a, b = (picture_run(tmp_path / label, 0) for label in "ab")

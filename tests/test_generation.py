@@ -36,6 +36,7 @@ from sdpo.generation import (
     hash_weights,
     locate_unet,
     results_folder,
+    save_image,
 )
 from sdpo.manifest import read_manifest, require_images
 from sdpo.sampling import draw_noise, sample
@@ -261,7 +262,16 @@ def test_only_what_is_missing_is_made(arguments, tmp_path, capsys):
 def test_files_of_another_kind_are_not_images_of_a_run(tmp_path, mode, kind):
     path = tmp_path / "0_32x32.png"
     Image.new(mode, (32, 32)).save(path, kind)
-    assert find_damage(path, 32, 32) == f"{kind} of mode {mode}"
+    assert find_damage(path, 32, 32, "p") == f"{kind} of mode {mode}"
+
+
+@pytest.mark.parametrize("prompt", ["a cat", "", "naïve 東京 🦊", " a\0b\nc ", "é" * 3000])
+def test_an_image_is_that_of_the_prompt_that_it_names(tmp_path, prompt):
+    save_image(tmp_path / "0.png", np.zeros((8, 8, 3), np.uint8), prompt)
+    assert find_damage(tmp_path / "0.png", 8, 8, prompt) == ""
+    assert find_damage(tmp_path / "0.png", 8, 8, prompt + "x") == "an image of another prompt"
+    Image.new("RGB", (8, 8)).save(tmp_path / "1.png")  # names none
+    assert find_damage(tmp_path / "1.png", 8, 8, prompt) == ""
 
 
 @pytest.mark.parametrize(
