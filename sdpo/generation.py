@@ -198,14 +198,7 @@ def caution_other_parts(unet: str, config: EvalConfig) -> None:
     try:
         trained = json.loads(path.read_text(encoding="utf-8"))["config"]
         base, vae = (str(trained.get(f"pretrained_{name}model_name_or_path") or "") for name in ("", "vae_"))
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-    ):  # another program's, or none
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):  # not a run's, or no file
         return
     if base and os.path.realpath(base) != os.path.realpath(config.pretrain_path):
         log.warning(
