@@ -132,7 +132,10 @@ class EvalConfig:
         yield not self.unet_path, "--unet_path is missing: give a unet.pth, or base for the base model itself"
         yield self.output_path == "", "--output_path is empty: name a folder or leave the flag out"
         yield "" in self.test_json, "--test_json is empty: name a file with prompts or leave the flag out"
-        yield not self.pretrain_path, "--pretrain_path is missing: give the base model, a hub id or a diffusers folder"
+        base, _ = trained_from(find_weights(self.unet_path)) or ("", "")
+        known = f"; {self.unet_path} was trained from {base}" if base else ""
+        fix = f"give the base model, a hub id or a diffusers folder{known}"
+        yield not self.pretrain_path, f"--pretrain_path is missing: {fix}"
         for group in self.groups:
             yield group not in GROUPS, f"--groups {group}: known are {', '.join(GROUPS)}; give files with --test_json"
         names = [*self.groups, *(Path(path).stem for path in self.test_json)]
@@ -192,14 +195,21 @@ def locate_unet(config: EvalConfig) -> tuple[str, Path]:
     return str(fetch(repository, name, cache_dir=config.cache_dir)) if name else reference, folder
 
 
+def trained_from(unet: str) -> tuple[str, str] | None:
+    """(base, VAE or "" for the base's own) of the run of train.py that left a UNet's file; None if it is not known."""
+    folder = Path(unet).parent
+    if (folder / "files.json").is_file():  # a checkpoint
+        folder = folder.resolve().parent
+    try:
+        trained = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]
+        return tuple(str(trained.get(f"pretrained_{name}model_name_or_path") or "") for name in ("", "vae_"))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):  # not a run's, or no file
+        return None
+
+
 def caution_other_parts(unet: str, config: EvalConfig) -> None:
     """Warn where the run of train.py that left a UNet's file had another base or VAE than images are made with."""
-    path = Path(unet).parent / "config.json"
-    try:
-        trained = json.loads(path.read_text(encoding="utf-8"))["config"]
-        base, vae = (str(trained.get(f"pretrained_{name}model_name_or_path") or "") for name in ("", "vae_"))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):  # not a run's, or no file
-        return
+    base, vae = trained_from(unet) or ("", config.vae_path or "")
     if base and os.path.realpath(base) != os.path.realpath(config.pretrain_path):
         log.warning(
             f"CAUTION: {unet} was trained from {base}, images are made with the other parts of {config.pretrain_path}: "

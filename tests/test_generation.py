@@ -682,6 +682,12 @@ def test_a_unet_that_was_trained_with_another_vae_or_prediction_is_noticed(argum
     (run / "config.json").write_text(json.dumps({"config": settings | {"pretrained_model_name_or_path": "a/base"}}))
     eval_generate.main(arguments(f"--vae_path={base / 'vae'}", unet=run, out="again"))
     assert f"was trained from a/base, images are made with the other parts of {base}: see" in capsys.readouterr().err
+    (run / "checkpoint-1").mkdir()
+    for name in ("unet.pth", "files.json"):
+        (run / "checkpoint-1" / name).touch()
+    for unet in (run, run / "unet.pth", run / "checkpoint-1"):
+        with pytest.raises(InputError, match=r"--pretrain_path is missing: give .*; .* was trained from a/base$"):
+            eval_generate.main([f"--unet_path={unet}", "--groups=tiny"])
     shutil.copytree(other / "scheduler", run / "scheduler")
     with pytest.raises(InputError, match=r"trained makes v_prediction predictions, .* epsilon ones: give the base"):
         eval_generate.main(arguments(unet=run))
