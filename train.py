@@ -229,7 +229,7 @@ def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
             f"--reference_cache keeps errors of the reference, and {config.method} needs its predictions: drop it"
         )
     family.check_pipeline()
-    on_main(accelerator, lambda: check_places(config.output_dir, family.parts))
+    on_main(accelerator, lambda: check_places(config.output_dir, config.logging_dir, family.parts))
 
     # data: what identifies the pairs is read before a latent cache stands in for them
     if config.choice_model or config.latent_cache:

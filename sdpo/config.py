@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,10 +29,6 @@ from sdpo.manifest import METRICS
 OFFICIAL_CHOICES = {"aesthetics": "aes", "hpsv2": "hps"}  # names of scorers in --choice_model
 CHOICE_MODELS = {OFFICIAL_CHOICES.get(row, row): row for row in METRICS.values()}  # row of sdpo.scorers.SCORERS
 POLYNOMIAL_END = 1e-7  # learning rate that diffusers' polynomial schedule ends with, whatever it began with
-TAKEN = re.compile(  # names in an output folder that the tracker's files cannot have
-    r"((checkpoint|earlier)-\d+|validation|.*\.(pth|json|jsonl|parquet)|unet|vae|scheduler|(tokenizer|text_encoder)(_2)?)"
-    r"(/|$)"
-)
 DATA_FOLDERS = ("dataset_name", "train_data_dir", "validation_data_dir")  # where they are local
 # Flags that must not be empty where they are given
 NEVER_EMPTY = (
@@ -259,10 +254,6 @@ class TrainConfig:
         )
         yield from source_conflicts(self.dataset_name, self.train_data_dir)
         yield not self.output_dir, "--output_dir is empty: name a folder"
-        yield (
-            TAKEN.match(os.path.normpath(self.logging_dir)),
-            f"--logging_dir {self.logging_dir} is what the run calls something else in --output_dir: name another one",
-        )
         yield (
             self.report_to in ("tensorboard", "all")
             and Path(self.tracker_project_name).name != self.tracker_project_name,

@@ -18,6 +18,7 @@ from sdpo.heldout import HELD_OUT_FILE
 from sdpo.step import Run
 
 MODEL_FILES = ("unet.pth", "unet_ema.pth", "model_index.json")
+RESULTS = ("unet.pth", "unet_ema.pth", "unet", "config.json", "metrics.jsonl", HELD_OUT_FILE, "validation")
 EVALUATED = (  # what an evaluation of a run's weights leaves beside them
     "*_seed*cfg", "*_seed*cfg.json*", "*_seed*cfg.zip", "scores.*", "summary.json", "summary.csv", "joint_test_*.log",
     "report.html", "eval-*",
@@ -63,8 +64,14 @@ def tidy_output(run: Run, checkpoint: Path | None) -> None:
         remove_older(config, checkpoint)
 
 
-def check_places(folder: str | Path, parts: list[str]) -> None:
-    """Raises InputError where the model cannot be written: over a part of another one, or where names are taken."""
+def check_places(folder: str | Path, logging_dir: str, parts: list[str]) -> None:
+    """Raises InputError where the model cannot be written: over a part of another one, or where names are taken.
+
+    Nor may the tracker's files take the place of what else is in the folder.
+    """
+    name = Path(os.path.normpath(logging_dir)).parts[0]
+    if name in (*parts, *MODEL_FILES, *RESULTS) or re.fullmatch(r"(checkpoint|earlier)-\d+", name):
+        raise InputError(f"--logging_dir {logging_dir}: {name} is something else in --output_dir: name another folder")
     own = Path(folder).resolve()
     if own.name in parts and (own.parent / "model_index.json").is_file():
         raise InputError(f"--output_dir {folder} is a part of the model in {own.parent}: name another folder")
@@ -81,9 +88,8 @@ def set_results_aside(folder: Path, logging_dir: str, anew: bool) -> None:
     The other parts of its pipeline stay, to be written over. Where the next run starts from the base (`anew`), that is
     done only if this one had ended.
     """
-    names = ["unet.pth", "unet_ema.pth", "unet", "config.json", "metrics.jsonl", HELD_OUT_FILE, "validation"]
-    if re.fullmatch(r"[\w-]+", logging_dir):  # a folder of the output folder's own
-        names.append(logging_dir)
+    own_logs = [logging_dir] if re.fullmatch(r"[\w-]+", logging_dir) else []  # a folder of the output folder's own
+    names = (*RESULTS, *own_logs)
     results = [folder / name for name in names if (folder / name).exists()] + list_checkpoints(folder)
     if not results or (anew and folder / "unet.pth" not in results):
         return
