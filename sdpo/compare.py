@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sdpo.command import InputError, Parser, parse_assignments, run_command, show
 from sdpo.files import brief, parse_json, read_text, write_json, write_text
-from sdpo.heldout import HELD_OUT_FILE, MEMBERS, PREFIXES, STEP, figures_of, mean_of
+from sdpo.heldout import HELD_OUT_FILE, MEMBERS, PREFIXES, STEP, figures_of, mean_of, prompt_ids
 from sdpo.metrics import read_metrics, without_nan
 
 WEIGHTS = {"policy": "raw", "average": "averaged"}  # models as the table calls them
@@ -61,15 +61,16 @@ def read_run(label: str, folder: Path) -> Measured:
     if not path.is_file() or not config.is_file():
         raise InputError(f"{folder} is no run that measured held-out pairs: train it with --validation_pairs")
     try:
-        table = pq.read_table(path).sort_by("pair")
+        table = pq.read_table(path)
+        updates = int(table.schema.metadata[STEP])
+        table = table.sort_by("pair")
         errors = {
             model: torch.stack([torch.tensor(table[f"{model}_{member}_error"].to_numpy()) for member in MEMBERS], 1)
             for model in ("reference", *PREFIXES)
             if model != "average" or f"{model}_{MEMBERS[0]}_error" in table.column_names
         }
-        pairs, captions = table["pair"].to_numpy(), np.array(table["caption"].to_pylist(), str)
-        updates = int(pq.read_schema(path).metadata[STEP])
-        if len(np.unique(pairs.astype(int))) < len(pairs):
+        pairs, captions = table["pair"].to_numpy().astype(int), np.array(table["caption"].to_pylist(), str)
+        if len(np.unique(pairs)) < len(pairs):
             raise ValueError("a pair twice")
     except Exception as error:  # pyarrow has many
         raise InputError(f"{path} is not one of train.py, or damaged ({brief(error)}): measure again") from error
@@ -112,14 +113,15 @@ def read_runs(named: dict[str, str]) -> list[Measured]:
 def describe(run: Measured, first: Measured) -> list[dict[str, Any]]:
     """A row {run, weights, updates, figures...} for the raw and, if there are any, the averaged weights of a run."""
     rows = []
+    prompts = prompt_ids(run.captions)
     scales = [value for step, value in read_metrics(run.folder, "avg_lose_l_scale") if step <= run.updates]
     for model in (model for model in PREFIXES if model in run.errors):
         change = run.errors[model] - run.errors["reference"]
         row = {"run": run.label, "weights": WEIGHTS[model], "updates": run.updates}
-        row |= figures_of(change, run.captions, run.settings["beta_dpo"])
+        row |= figures_of(change, prompts, run.settings["beta_dpo"])
         if run is not first or model != "policy":
             difference = run.errors[model][:, 0] - first.errors["policy"][:, 0]
-            row |= mean_of("winner_error_difference", difference, run.captions)
+            row |= mean_of("winner_error_difference", difference, prompts)
         if scales:  # sft has none
             row["lambda"] = float(np.mean(scales))
         rows.append(row)
@@ -175,22 +177,31 @@ def draw_errors(runs: Sequence[Measured], path: Path) -> None:
     plt.close(figure)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Compare as the command line says."""
-    parser = Parser("python -m sdpo.compare", __doc__)
+def parse_arguments(command: str, about: str, arguments: list[str] | None) -> tuple[list[Measured], Path]:
+    """The runs that a command line names, and the folder of the results, which is made."""
+    parser = Parser(command, about)
     parser.add_argument("runs", nargs="+", metavar="NAME=RUN", help="label and output folder of a run of train.py")
     parser.add_argument("--out", required=True, help="folder of the results")
     args = parser.parse_args(arguments)
     if not args.out:
         raise InputError("--out is empty: name a folder")
     runs = read_runs(parse_assignments(args.runs, "run"))
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    rows = [row for run in runs for row in describe(run, runs[0])]
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    return runs, Path(args.out)
+
+
+def write_results(runs: Sequence[Measured], rows: list[dict[str, Any]], columns: dict, out: Path) -> None:
+    """Write table.json, table.md and errors.png into a folder, and show the table; columns are as in COLUMNS."""
     write_json(out / "table.json", list(map(without_nan, rows)))
-    show(write_table(rows, out / "table.md", COLUMNS))
-    show("\n" + "\n".join(["settings that differ:", *differing_settings(runs)]))
+    show(write_table(rows, out / "table.md", columns))
     draw_errors(runs, out / "errors.png")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Compare as the command line says."""
+    runs, out = parse_arguments("python -m sdpo.compare", __doc__, arguments)
+    write_results(runs, [row for run in runs for row in describe(run, runs[0])], COLUMNS, out)
+    show("\n" + "\n".join(["settings that differ:", *differing_settings(runs)]))
     pairs, captions = len(runs[0].pairs), len(np.unique(runs[0].captions))
     show(f"\n{pairs} held-out pairs of {captions} captions; table and chart: table.md and errors.png in {out}")
 

@@ -92,7 +92,8 @@ class HeldOutPairs:
 
     def figures(self, errors: Tensor, beta: float) -> dict[str, float]:
         """What `figures_of` says of errors (pairs, 2) minus the reference's, on the pairs that could be read."""
-        return figures_of((errors - self.reference_errors)[self.readable], self._readable_captions(), beta)
+        change = (errors - self.reference_errors)[self.readable]
+        return figures_of(change, prompt_ids(self._readable_captions()), beta)
 
     def _readable_captions(self) -> list[str]:
         return [caption for caption, there in zip(self.captions, self.readable, strict=True) if there]
@@ -107,29 +108,30 @@ class HeldOutPairs:
         write_file(path, lambda partial: pq.write_table(table, partial))
 
 
-def figures_of(change: Tensor, captions: Sequence[str], beta: float) -> dict[str, float]:
+def prompt_ids(captions: Sequence[str]) -> Tensor:
+    """A number for each caption (n,) int64, the same where they are one prompt."""
+    prompts = [prompt for (prompt,) in as_prompts([[caption] for caption in captions])]
+    return torch.from_numpy(np.unique(prompts, return_inverse=True)[1])
+
+
+def figures_of(change: Tensor, prompts: Tensor, beta: float) -> dict[str, float]:
     """Mean change (pairs, 2) of winner and loser error against the reference's, margin and margin accuracy.
 
-    Where there are several prompts, with standard errors clustered by them. A margin of exactly 0 counts one half.
+    With standard errors as mean_of has them; `prompts` (pairs,) are prompt_ids. A margin of exactly 0 counts one half.
     """
     margin = -beta / 2 * (change[:, 0] - change[:, 1])
     accuracy = torch.where(margin.isnan(), margin, (margin > 0).double() + (margin == 0).double() / 2)
-    values = {
-        "winner_error_change": change[:, 0],
-        "loser_error_change": change[:, 1],
-        "margin": margin,
-        "margin_accuracy": accuracy,
+    return {
+        **mean_of("winner_error_change", change[:, 0], prompts),
+        **mean_of("loser_error_change", change[:, 1], prompts),
+        **mean_of("margin", margin, prompts),
+        **mean_of("margin_accuracy", accuracy, prompts),
     }
-    figures = {}
-    for name, value in values.items():
-        figures |= mean_of(name, value, captions)
-    return figures
 
 
-def mean_of(name: str, values: Tensor, captions: Sequence[str]) -> dict[str, float]:
-    """Mean of values (pairs,) as `name` and, where there are several prompts, its error clustered by them as _se."""
-    prompts = [prompt for (prompt,) in as_prompts([[caption] for caption in captions])]
-    error = clustered_error(values, torch.from_numpy(np.unique(prompts, return_inverse=True)[1]))
+def mean_of(name: str, values: Tensor, prompts: Tensor) -> dict[str, float]:
+    """Mean of values (n,) as `name` and, where there are several prompts (n,), its error clustered by them as _se."""
+    error = clustered_error(values, prompts)
     return {name: values.mean().item(), **({} if error is None else {f"{name}_se": error})}
 
 

@@ -16,6 +16,7 @@ from scipy import stats
 
 import train
 from sdpo.command import InputError
+from sdpo.compare import write_table
 from sdpo.families import load_family
 from sdpo.metrics import read_metrics
 from sdpo.tiny import compare, make_pairs, pictures
@@ -131,7 +132,7 @@ def test_the_reading_states_the_tables_own_figures(tmp_path):
     assert "plain: winner error +2.00e-3, loser error +3.00e-3, sample score changed by -0.200." in text
     assert "lowered the winner's error in 1 of 1 runs" in text
     columns = {"Δ winner error x 1e3": ("winner_error_change", 1e3, 2), **compare.SCORE_COLUMNS}
-    table = compare.write_table(rows, tmp_path / "table.md", columns).split("\n")
+    table = write_table(rows, tmp_path / "table.md", columns).split("\n")
     assert table[3] == "| plain | raw | +2.00 | 0.700 | 0.50 |"
 
 

@@ -13,12 +13,11 @@ import numpy as np
 import torch
 from matplotlib import pyplot as plt
 
-from sdpo.command import InputError, Parser, parse_assignments, run_command, show
-from sdpo.compare import COLUMNS, Measured, describe, draw_errors, read_runs, write_table
+from sdpo.command import InputError, run_command, show
+from sdpo.compare import COLUMNS, Measured, describe, parse_arguments, write_results
 from sdpo.console import quiet_libraries
 from sdpo.families import Family, load_family
-from sdpo.files import write_json
-from sdpo.heldout import mean_of
+from sdpo.heldout import mean_of, prompt_ids
 from sdpo.hub import load_weights
 from sdpo.rng import normal
 from sdpo.sampling import sample
@@ -48,7 +47,7 @@ def evaluate(family: Family, weights: Path | None) -> tuple[dict[str, float], np
         load_weights(unet, weights)
     images, captions = sample_pictures(family, unet)
     scores = np.array([pictures.score(image, caption) for image, caption in zip(images, captions, strict=True)])
-    figures = mean_of("score", torch.from_numpy(scores), captions)
+    figures = mean_of("score", torch.from_numpy(scores), prompt_ids(captions))
     return {**figures, "all_correct": (scores == 1).mean()}, images
 
 
@@ -101,13 +100,8 @@ def draw_samples(images: dict[str, np.ndarray], path: Path, per_row: int = 20) -
 
 def main(arguments: list[str] | None = None) -> None:
     """Score the base and every run, raw and averaged weights."""
-    parser = Parser("python -m sdpo.tiny.compare", __doc__)
-    parser.add_argument("runs", nargs="+", metavar="NAME=RUN", help="label and output folder of a run of train.py")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    args = parser.parse_args(arguments)
-    runs = read_runs(parse_assignments(args.runs, "run"))
+    runs, out = parse_arguments("python -m sdpo.tiny.compare", __doc__, arguments)
     refuse_unlike(runs)
-    args.out.mkdir(parents=True, exist_ok=True)
     quiet_libraries()
     family = load_family(None, str(BASE))
     family.to(torch.device("cpu"), torch.float32)
@@ -119,11 +113,9 @@ def main(arguments: list[str] | None = None) -> None:
             figures, images = evaluate(family, run.folder / FILES[row["weights"]])
             rows.append(row | figures)
             grids[f"{run.label}, {row['weights']}"] = images
-    write_json(args.out / "table.json", rows)
-    show(write_table(rows, args.out / "table.md", COLUMNS | SCORE_COLUMNS))
-    draw_errors(runs, args.out / "errors.png")
-    draw_samples(grids, args.out / "samples.png")
-    show(f"\n{reading(rows)}\n\nTable, chart and samples: table.md, errors.png and samples.png in {args.out}")
+    write_results(runs, rows, COLUMNS | SCORE_COLUMNS, out)
+    draw_samples(grids, out / "samples.png")
+    show(f"\n{reading(rows)}\n\nTable, chart and samples: table.md, errors.png and samples.png in {out}")
 
 
 if __name__ == "__main__":
