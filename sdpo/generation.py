@@ -132,10 +132,10 @@ class EvalConfig:
         yield not self.unet_path, "--unet_path is missing: give a unet.pth, or base for the base model itself"
         yield self.output_path == "", "--output_path is empty: name a folder or leave the flag out"
         yield "" in self.test_json, "--test_json is empty: name a file with prompts or leave the flag out"
-        base, _ = trained_from(find_weights(self.unet_path)) or ("", "")
-        known = f"; {self.unet_path} was trained from {base}" if base else ""
-        fix = f"give the base model, a hub id or a diffusers folder{known}"
-        yield not self.pretrain_path, f"--pretrain_path is missing: {fix}"
+        if not self.pretrain_path:
+            base, _ = trained_from(find_weights(self.unet_path)) or ("", "")
+            known = f"; {self.unet_path} was trained from {base}" if base else ""
+            yield True, f"--pretrain_path is missing: give the base model, a hub id or a diffusers folder{known}"
         for group in self.groups:
             yield group not in GROUPS, f"--groups {group}: known are {', '.join(GROUPS)}; give files with --test_json"
         names = [*self.groups, *(Path(path).stem for path in self.test_json)]
