@@ -874,6 +874,17 @@ def test_a_copy_that_was_cut_off_is_named(tmp_path):
         load(folder)
 
 
+def test_saved_data_that_list_fewer_files_than_they_were_written_as_are_pointed_out(tmp_path, caplog):
+    rows = make_rows((1.0, 0.0) * 4)
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved", num_shards=3)
+    assert len(load(tmp_path / "saved")[0]) == 8 and "are there" not in caplog.text
+    state = json.loads((tmp_path / "saved" / "state.json").read_text())
+    del state["_data_files"][1]
+    (tmp_path / "saved" / "state.json").write_text(json.dumps(state))
+    assert len(load(tmp_path / "saved")[0]) == 5
+    assert "data-*-of-00003 only 2 files are there" in caplog.text
+
+
 def test_files_that_are_not_read_are_named(tmp_path, caplog):
     as_parquet(tmp_path, split="train-00000-of-00003-b66ac786bf6fb553")
     as_parquet(tmp_path, split="test-00000-of-00001")

@@ -718,11 +718,12 @@ def test_the_summary_is_of_all_groups_whose_scores_go_together(tiny, capsys):
 def test_ranks_compute_the_scores_that_are_missing(tiny):
     rows = (tiny / "scores.jsonl").read_text().splitlines(keepends=True)
     (tiny / "scores.jsonl").write_text("".join(rows[:10]))
+    (tiny / "scores.ranking.jsonl").write_text(rows[0].replace("Pixels", "Other"))  # a user's
     (tiny / "scores.rank1.jsonl").write_text("".join(rows[10:15]) + rows[15][:9])  # left by a run that was cut off
     said = run_on_ranks(2, ROOT / "eval_generate.py", [*TINY, "--groups=tiny"])
     assert "scoring on cpu: 100%" in said and f"/{math.ceil((len(rows) - 15) / 2)} " in said
     assert sorted((tiny / "scores.jsonl").read_text().splitlines(keepends=True)) == sorted(rows)
-    assert not list(tiny.glob("scores.rank*"))
+    assert [path.name for path in tiny.glob("scores.rank*")] == ["scores.ranking.jsonl"]
 
 
 def test_an_error_of_one_rank_is_one_sentence_on_every_rank(tmp_path):

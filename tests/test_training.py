@@ -395,6 +395,15 @@ def test_held_out_figures_are_those_of_the_saved_weights(arguments, tmp_path):
         assert last == pytest.approx(float(value), rel=1e-3), name
 
 
+def test_held_out_errors_that_are_not_finite_are_said(caplog):
+    figures = {"winner_error_change": 0.1, "loser_error_change": math.inf, "margin": math.inf, "margin_accuracy": 1.0}
+    for loser, said in ((0.2, 0), (math.inf, 1), (math.nan, 1)):
+        caplog.clear()
+        changed = {f"heldout/{name}": value for name, value in (figures | {"loser_error_change": loser}).items()}
+        train.log_held_out(SimpleNamespace(step=1), changed)
+        assert caplog.text.count("CAUTION: held-out errors are not finite") == said
+
+
 def test_pairs_of_one_caption_are_not_independent():
     """The standard error is that of the means of captions where these have as many pairs; else that of pairs."""
     values = torch.tensor([1.0, 2, 4, 9, 3, 5, 8, 2, 7, 1, 0, 6], dtype=torch.float64)
