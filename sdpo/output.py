@@ -69,7 +69,7 @@ def check_places(folder: str | Path, logging_dir: str, parts: list[str]) -> None
 
     Nor may the tracker's files take the place of what else is in the folder.
     """
-    name = Path(os.path.normpath(logging_dir)).parts[0]
+    name = os.path.normpath(logging_dir).split(os.sep)[0]
     if name in (*parts, *MODEL_FILES, *RESULTS) or re.fullmatch(r"(checkpoint|earlier)-\d+", name):
         raise InputError(f"--logging_dir {logging_dir}: {name} is something else in --output_dir: name another folder")
     own = Path(folder).resolve()

@@ -37,7 +37,7 @@ from sdpo.heldout import HeldOutPairs, clustered_error
 from sdpo.inputs import make_inputs
 from sdpo.metrics import read_metrics
 from sdpo.optimizers import OPTIMIZERS, optimizer_name
-from sdpo.output import set_results_aside
+from sdpo.output import check_places, set_results_aside
 from sdpo.pairs import prepare_pairs
 from sdpo.rng import normal
 from sdpo.step import compute_loss
@@ -213,6 +213,13 @@ def test_a_trained_model_is_neither_overwritten_nor_mixed_with_another(arguments
     train.main(flags)
     assert (run / "unet.pth").read_bytes() == first  # the same run is the same file
     assert (run / "earlier-2" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", ["", ".", "logs", "logs/checkpoint-1", "/elsewhere/unet", "checkpoint-1x"])
+def test_other_tracker_folders_are_in_nobodys_place(tmp_path, name):
+    check_places(tmp_path, name, ["unet", "vae"])
+    with pytest.raises(InputError, match="--logging_dir vae/x: vae is something else"):
+        check_places(tmp_path, "vae/x", ["unet", "vae"])
 
 
 def test_a_tracker_folder_called_like_an_evaluations_is_moved_once(tmp_path):
