@@ -27,12 +27,13 @@ from transformers.integrations import unset_hf_deepspeed_config
 from sdpo.batch import collate
 from sdpo.cache import CachedPairs, open_cache
 from sdpo.checkpoint import (
+    ADAPTERS,
     choose_checkpoint,
     read_state,
     register_hooks,
     save_average,
     save_checkpoint,
-    save_state_dict,
+    save_policy,
     writing_to,
 )
 from sdpo.command import InputError, parse_flags, refuse, run_command, within_memory
@@ -100,6 +101,10 @@ def engine_conflicts(config: TrainConfig, accelerator: Accelerator) -> Iterator[
         f"--optimizer {optimizer} does not go with FSDP2 or DeepSpeed: use --optimizer adamw",
     )
     alone = engine == DistributedType.NO and accelerator.device.type == "cuda"
+    yield (
+        config.lora_rank and engine in SHARDING,
+        "--lora_rank does not go with FSDP2 or DeepSpeed, and needs neither: use configs/accelerate/ddp.yaml",
+    )
     yield config.cuda_graphs and not alone, "--cuda_graphs runs on one GPU in one process: drop it"
     if engine == DistributedType.FSDP:
         yield (
@@ -179,7 +184,9 @@ def held_out_samples(run: Run, pairs: Pairs | CachedPairs) -> PairDataset:
 def announce(run: Run, notes: list[str], memory: dict[str, int]) -> None:
     """Log the plan, the method and the memory it needs; `memory` is planned_memory(run)."""
     config = run.config
-    parameters = sum(p.numel() for p in run.policy.parameters())
+    sizes = [(p.numel(), p.requires_grad) for p in run.policy.parameters()]
+    parameters, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
+    share = "" if trained == parameters else f", of which adapters of {trained:,} are trained"
     for line in (*notes, *run.plan.lines(config)):
         log.info(line)
     precision = "fp32" if config.mixed_precision == "no" else config.mixed_precision
@@ -190,7 +197,7 @@ def announce(run: Run, notes: list[str], memory: dict[str, int]) -> None:
     if config.method != "sft":
         log.info(f"loser scale    {config.describe_loser_scale()}")
     log.info(f"images         {run.resolution} x {run.resolution} pixels")
-    log.info(f"parameters     {parameters:,}, {optimizer_name(config, run.family)}")
+    log.info(f"parameters     {parameters:,}{share}, {optimizer_name(config, run.family)}")
     parts = ", ".join(f"{name} {size / 2**30:.3g}" for name, size in memory.items())
     shared = ", before the engine shares its part out" if run.sharded else ""
     log.info(f"memory         {sum(memory.values()) / 2**30:.3g} GiB per device before activations{shared}: {parts}")
@@ -452,15 +459,15 @@ def sample_prompts(run: Run, unet: nn.Module) -> None:
 
 
 def save_model(run: Run) -> None:
-    """Write unet.pth, unet_ema.pth and a complete diffusers pipeline into the output folder."""
+    """Write unet.pth, unet_ema.pth, adapters and a complete diffusers pipeline into the output folder."""
     output = Path(run.config.output_dir)
     if run.average:
         save_average(run, output)
     elif run.accelerator.is_main_process:
-        (output / "unet_ema.pth").unlink(missing_ok=True)  # an earlier run's
-    state = run.accelerator.get_state_dict(run.policy)
+        for name in ("unet_ema.pth", ADAPTERS.format("_ema")):
+            (output / name).unlink(missing_ok=True)  # an earlier run's
+    state = save_policy(run.accelerator, run.policy, output)
     if run.accelerator.is_main_process:
-        save_state_dict(state, output / "unet.pth")
         run.family.save_pipeline(run.accelerator.unwrap_model(run.policy).config, state, output)
         names = "unet.pth, unet_ema.pth" if run.average else "unet.pth"
         log.info(f"saved          {names} and the pipeline in {output}")

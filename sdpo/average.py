@@ -13,7 +13,10 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class AveragedWeights:
-    """Exponential moving average of the weights of a model, prepared by accelerate; it starts at what they are."""
+    """Exponential moving average of a model's weights that are trained; it starts at what they are.
+
+    Accelerate has prepared the model.
+    """
 
     def __init__(self, model: nn.Module, decay: float):
         self.model = model
@@ -54,4 +57,5 @@ class AveragedWeights:
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # a forward pass may have left it whole, and the next would use that
-        return [p.to_local() if isinstance(p, DTensor) else p for p in self.model.parameters()]
+        trained = (p for p in self.model.parameters() if p.requires_grad)
+        return [p.to_local() if isinstance(p, DTensor) else p for p in trained]

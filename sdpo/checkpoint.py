@@ -1,8 +1,9 @@
 """Checkpoints that are either whole or absent.
 
-checkpoint-{step}/ holds unet.pth (plain fp32 state dict), unet_ema.pth, state.json (Run.state), accelerate's
-optimizer, schedule and scaler, and files.json: size and sha256 of all of these, written last. Data and random numbers
-are functions of the step: accelerate's random states are saved, but nothing depends on them.
+checkpoint-{step}/ holds unet.pth (plain fp32 state dict), unet_ema.pth, adapters by themselves if they are trained,
+state.json (Run.state), accelerate's optimizer, schedule and scaler, and files.json: size and sha256 of all of these,
+written last. Data and random numbers are functions of the step: accelerate's random states are saved, but nothing
+depends on them.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from sdpo.adapters import adapters_in, load_adapters, merge, save_adapters
 from sdpo.command import NO_ROOM, InputError
 from sdpo.config import TrainConfig
 from sdpo.files import error_number, parse_json, read_text, sha256, sync, write_file, write_json
-from sdpo.hub import load_weights
+from sdpo.hub import load_fitting_state, load_weights
 from sdpo.step import Run
 
+ADAPTERS = "pytorch_lora_weights{}.safetensors"  # with an ending; without one, what diffusers looks for in a folder
 log = logging.getLogger(__name__)
 
 
@@ -60,27 +63,53 @@ def save_state_dict(state: dict[str, Tensor], path: Path) -> None:
     write_file(path, write)
 
 
+def save_policy(accelerator: Accelerator, policy: nn.Module, folder: Path, ending: str = "") -> dict[str, Tensor]:
+    """Write unet{ending}.pth, with adapters merged into it, and these by themselves; every rank calls this.
+
+    Returns what unet{ending}.pth holds; only the main process has all of it.
+    """
+    state = accelerator.get_state_dict(policy)
+    merged = merge(state)
+    if accelerator.is_main_process:
+        save_state_dict(merged, folder / f"unet{ending}.pth")
+        save_adapters(state, folder / ADAPTERS.format(ending))
+    return merged
+
+
 def save_average(run: Run, folder: Path) -> None:
-    """Write the averaged weights as unet_ema.pth; every rank calls this."""
+    """Write the averaged weights as save_policy does, with the ending _ema; every rank calls this."""
     with run.average.in_place():
-        state = run.accelerator.get_state_dict(run.policy)
-        if run.accelerator.is_main_process:
-            save_state_dict(state, folder / "unet_ema.pth")
+        save_policy(run.accelerator, run.policy, folder, "_ema")
+
+
+def load_average(run: Run, folder: Path) -> None:
+    """Take the averaged weights from what save_average wrote; raises InputError if there is none, or it does not fit.
+
+    Every rank calls this.
+    """
+    if not (folder / "unet_ema.pth").is_file():
+        raise InputError(f"{folder} has no unet_ema.pth: it was trained without --use_ema; resume without it")
+    if run.config.lora_rank:
+        with run.average.in_place():
+            load_adapters(run.average.model, folder / ADAPTERS.format("_ema"))
+    else:
+        run.average.load(load_fitting_state(run.average.model, folder / "unet_ema.pth"))
 
 
 def register_hooks(accelerator: Accelerator, unet: nn.Module) -> None:
-    """Have accelerate keep the policy in unet.pth instead of a second copy of its own."""
+    """Have accelerate keep the policy as save_policy does instead of a second copy of its own."""
 
     def save(models, weights, folder):
-        state = accelerator.get_state_dict(unet)
-        if accelerator.is_main_process:
-            save_state_dict(state, Path(folder, "unet.pth"))
+        save_policy(accelerator, unet, Path(folder))
         weights.clear()
 
     def load(models, folder):
-        if models:  # FSDP and DeepSpeed put back their own shards
-            load_weights(accelerator.unwrap_model(unet), Path(folder, "unet.pth"))
-            models.clear()
+        for model in map(accelerator.unwrap_model, models):  # none under FSDP and DeepSpeed: these put back shards
+            if adapters_in(model.state_dict()):
+                load_adapters(model, Path(folder, ADAPTERS.format("")))
+            else:
+                load_weights(model, Path(folder, "unet.pth"))
+        models.clear()
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)

@@ -193,6 +193,9 @@ class TrainConfig:
     cuda_graphs: bool = flag(
         False, "launch each micro-step as one CUDA graph, so that the host keeps up: on one GPU, with --latent_cache"
     )
+    lora_rank: Natural = flag(
+        0, "train adapters of this rank on the linear layers of attention, all other weights frozen; 0 trains all"
+    )
     use_ema: bool = flag(False, "keep an exponential moving average of the weights, saved as unet_ema.pth")
     ema_decay: Decay = flag(0.995, "decay of the average; it remembers about 1 / (1 - decay) updates")
 
@@ -324,6 +327,11 @@ class TrainConfig:
         yield (
             self.cuda_graphs and not self.latent_cache,
             "--cuda_graphs goes with --latent_cache, for a graph holds no tokenizer: add that or drop it",
+        )
+        yield (
+            self.lora_rank and (self.compile or self.cuda_graphs),
+            "--lora_rank does not go with --compile and --cuda_graphs, where policy and reference have one graph: drop "
+            "either",
         )
         yield (
             self.reference_cache and self.seed is None,

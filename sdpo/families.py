@@ -100,6 +100,7 @@ class Family(ABC):
     """A base model in diffusers' format: a VAE, CLIP text encoders and a UNet that predicts noise or velocity."""
 
     pipeline_class: type[DiffusionPipeline]
+    adapted: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")  # linear layers, for --lora_rank
     text_parts: ClassVar[dict[str, type]]  # its tokenizers and text encoders, each before its own, by subfolder
     # official settings, for flags that are not given
     resolution: int  # pixels

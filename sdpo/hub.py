@@ -106,7 +106,10 @@ def check_fit(state: Mapping[str, Tensor], own: Mapping[str, Tensor], source: st
     resized = sorted(n for n in own.keys() & state.keys() if getattr(state[n], "shape", None) != own[n].shape)
     if missing or unknown or resized:
         if any("lora" in name.lower() for name in unknown):
-            raise InputError(f"{source} holds LoRA weights, which are not read: merge them into the UNet and save that")
+            raise InputError(
+                f"{source} holds LoRA weights, which are not read: give a UNet that they are merged into, such as the "
+                "unet.pth that train.py leaves beside them"
+            )
         if any(name.startswith("model.diffusion_model.") for name in unknown):
             raise InputError(
                 f"{source} has the names of the original Stable Diffusion: convert it to diffusers' format"

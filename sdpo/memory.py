@@ -6,6 +6,7 @@ counted on tensors without data, so the choice takes seconds and no memory.
 
 from __future__ import annotations
 
+import copy
 from bisect import bisect_left
 from collections import Counter
 
@@ -14,6 +15,7 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from sdpo.adapters import adapted_layers
 from sdpo.arithmetic import compile_blocks, recompute
 from sdpo.batch import Batch
 from sdpo.command import InputError
@@ -29,15 +31,17 @@ FREE_SHARE = 0.85  # of the free memory that activations may take; the rest is f
 def planned_memory(run: Run) -> dict[str, int]:
     """Bytes per device of everything but activations, by what they hold, before an engine shares any of it out."""
     size = sum(p.numel() for p in run.policy.parameters())
+    trained = [p for p in run.policy.parameters() if p.requires_grad]
+    trained_size = sum(p.numel() for p in trained)
     state = OPTIMIZERS[optimizer_name(run.config, run.family)].state_bytes
     reference = 4 if run.config.compile else DTYPES[run.config.mixed_precision].itemsize
     encoders = (p for model in (run.family.vae, *run.family.text_encoders) for p in model.parameters())
     sizes = {
         "policy": 4 * size,
-        "gradients": 4 * size,
-        "optimizer": sum(map(state, run.policy.parameters())),
-        "average": 4 * size if run.config.use_ema else 0,
-        "reference": 0 if run.reference is None else reference * size,
+        "gradients": 4 * trained_size,
+        "optimizer": sum(map(state, trained)),
+        "average": 4 * trained_size if run.config.use_ema else 0,
+        "reference": 0 if run.reference is None or run.config.lora_rank else reference * size,
         "encoders": sum(p.nbytes for p in encoders if not p.is_meta),  # without weights where a latent cache is read
     }
     return {name: value for name, value in sizes.items() if value or name == "encoders"}
@@ -114,6 +118,7 @@ class ActivationCounter:
             conditioning = {name: torch.empty(value.shape) for name, value in inputs.conditioning.items()}
             timesteps = torch.empty(inputs.timesteps.shape, dtype=torch.long)
             self.inputs = torch.empty(inputs.noisy.shape), timesteps, conditioning
+            self._adapt_like(unet)
         if compiled:
             compile_blocks(self.model, backend="aot_eager_decomp_partition")
         self.model.enable_gradient_checkpointing(recompute)  # which saves what it begins with
@@ -124,6 +129,14 @@ class ActivationCounter:
         for name, unit in self.units.items():
             unit.register_forward_pre_hook(lambda *_, name=name: self.within.append(name))
             unit.register_forward_hook(self._leave)
+
+    def _adapt_like(self, unet: nn.Module) -> None:
+        """Freeze the model and give it adapters where the UNet has them."""
+        adapted = adapted_layers(unet)
+        self.model.requires_grad_(not adapted)
+        for name, layer in adapted.items():
+            blank = {id(p): nn.Parameter(torch.empty(p.shape), p.requires_grad) for p in layer.parameters()}
+            self.model.set_submodule(name, copy.deepcopy(layer, blank))
 
     def total(self, checkpointed: set[str]) -> int:
         """Bytes kept if the named units recompute their activations."""

@@ -11,14 +11,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sdpo.checkpoint import list_checkpoints, read_state, remove_older, remove_remains, set_aside, step_of
+from sdpo.checkpoint import ADAPTERS, list_checkpoints, read_state, remove_older, remove_remains, set_aside, step_of
 from sdpo.command import InputError
 from sdpo.files import PARTIAL, alone
 from sdpo.heldout import HELD_OUT_FILE
 from sdpo.step import Run
 
 MODEL_FILES = ("unet.pth", "unet_ema.pth", "model_index.json")
-RESULTS = ("unet.pth", "unet_ema.pth", "unet", "config.json", "metrics.jsonl", HELD_OUT_FILE, "validation")
+RESULTS = (
+    "unet.pth", "unet_ema.pth", ADAPTERS.format(""), ADAPTERS.format("_ema"), "unet", "config.json", "metrics.jsonl",
+    HELD_OUT_FILE, "validation",
+)  # fmt: skip
 EVALUATED = (  # what an evaluation of a run's weights leaves beside them
     "*_seed*cfg", "*_seed*cfg.json*", "*_seed*cfg.zip", "scores.*", "summary.json", "summary.csv", "joint_test_*.log",
     "report.html", "eval-*",

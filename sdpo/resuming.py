@@ -12,11 +12,10 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from sdpo.checkpoint import read_state
+from sdpo.checkpoint import load_average, read_state
 from sdpo.command import InputError, is_out_of_memory
 from sdpo.config import TrainConfig
 from sdpo.files import brief
-from sdpo.hub import load_fitting_state
 from sdpo.losses import PAIR_LOSSES
 from sdpo.optimizers import OPTIMIZERS, optimizer_name
 from sdpo.step import Run, loss_name
@@ -126,9 +125,7 @@ def load_checkpoint(run: Run, checkpoint: Path) -> None:
             f"{checkpoint} cannot be resumed from ({brief(error)}); remove it, or resume from another one"
         ) from error
     if run.average:
-        if not (checkpoint / "unet_ema.pth").is_file():
-            raise InputError(f"{checkpoint} has no unet_ema.pth: it was trained without --use_ema; resume without it")
-        run.average.load(load_fitting_state(run.average.model, checkpoint / "unet_ema.pth"))
+        load_average(run, checkpoint)
     if run.accelerator.distributed_type != DistributedType.DEEPSPEED:
         keep_settings(run, own)
     run.step = state["step"]

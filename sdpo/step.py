@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from sdpo.adapters import add_adapters
 from sdpo.arithmetic import compile_blocks, fuses_attention, recompute, to_channels_last, track_attention
 from sdpo.average import AveragedWeights
 from sdpo.batch import Batch
@@ -120,7 +121,10 @@ def build_run(
     accelerator.gradient_accumulation_steps = plan.accumulation
     compares = config.method != "sft" and not (reference_errors and reference_errors.complete)
     policy, reference = build_models(config, family, accelerator, with_reference=compares or config.holds_out)
-    optimizer = OPTIMIZERS[optimizer_name(config, family)].build(policy.parameters(), config, plan.learning_rate)
+    if config.lora_rank:
+        add_adapters(policy, family.adapted, config.lora_rank, seed)
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    optimizer = OPTIMIZERS[optimizer_name(config, family)].build(trained, config, plan.learning_rate)
     lengths = {"num_warmup_steps": config.lr_warmup_steps, "num_training_steps": plan.steps}
     schedule = get_scheduler(config.lr_scheduler, optimizer, **lengths)
     return Run(
@@ -141,7 +145,10 @@ def build_run(
 def build_models(
     config: TrainConfig, family: Family, accelerator: Accelerator, with_reference: bool
 ) -> tuple[nn.Module, nn.Module | None]:
-    """(policy in fp32, frozen reference or None), on the device; raises InputError for a UNet with dropout."""
+    """(policy in fp32, frozen reference or None), on the device; raises InputError for a UNet with dropout.
+
+    Where adapters are to be trained, the two share all weights.
+    """
     dtype = DTYPES[accelerator.mixed_precision]
     family.to(accelerator.device, dtype)
     unet = family.load_unet(config.unet_init).to(accelerator.device)
@@ -154,8 +161,9 @@ def build_models(
     unet.eval()  # without dropout the same, but in training ResNet blocks copy channels-last inputs
     reference = None
     if with_reference:
-        reference = copy.deepcopy(unet).requires_grad_(False)
-        if not config.compile:  # compiled, both models run one graph, which casts weights in fp32
+        shared = {id(weight): weight for weight in unet.parameters()} if config.lora_rank else {}
+        reference = copy.deepcopy(unet, shared).requires_grad_(False)
+        if not config.compile and not config.lora_rank:  # compiled, both run one graph, which casts weights in fp32
             hold_matmul_weights(reference, dtype)
     if (config.gradient_checkpointing or family.gradient_checkpointing) == "full":
         unet.enable_gradient_checkpointing(recompute)

@@ -37,6 +37,12 @@ def test_means_and_standard_errors():
 
 def test_official_lines():
     lines = format_summary(summarise(GROUPS)).splitlines()
+    rows = [line.split() for line in lines[1 : lines.index("")]]
+    assert rows[1:4] == [
+        ["papv2", "Aesthetics", "6.0000", "1.0000", "2"],
+        ["papv2", "CLIP", "0.3000", "0.0500", "2"],
+        ["hpsv2", "PickScore", "0.5000", "1"],  # a single score has no error
+    ]
     assert "FinalResults PickScore for papv2 : 0.2071" in lines
     assert "FinalResults AesScore for papv2 : 6.0000" in lines
     assert "FinalResults CLIPScore for hpsv2 : 0.1500" in lines
