@@ -172,8 +172,8 @@ def check_columns(
     if missing:
         raise InputError(
             f"{source}: column {', '.join(missing)} missing (it has {', '.join(table.column_names)}); "
-            "rename columns to Pick-a-Pic's caption, jpg_0, jpg_1, label_0, or give --caption_column, or list "
-            "the pairs in a .jsonl or .csv file"
+            "rename columns to Pick-a-Pic's caption, jpg_0, jpg_1, label_0 or to caption, winner, loser, or give "
+            "--caption_column, or list the pairs in a .jsonl or .csv file"
         )
     check_captions(column(table, caption_column, source=source), caption_column, source)
     for name in image_columns:

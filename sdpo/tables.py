@@ -37,7 +37,8 @@ STREAM_END = bytes.fromhex("ffffffff00000000")  # of Arrow's format for streams
 MUCH = 0.5  # GiB of data, from which on it takes a while to copy them
 NUMBERED = re.compile(r"(.*)-\d+-of-(\d+)(?:-[0-9a-f]+)?\.\w+")  # as train-00000-of-00645-b66ac786bf6fb553.parquet
 BINARY = (pa.types.is_binary, pa.types.is_large_binary)
-MISREAD = {"label_0": (pa.types.is_boolean,), "jpg_0": BINARY, "jpg_1": BINARY}  # types that others are cast to
+OUTCOME = {"winner": "jpg_0", "loser": "jpg_1"}  # image columns of data without labels, and what they are read as
+MISREAD = {"label_0": (pa.types.is_boolean,)} | dict.fromkeys([*OUTCOME, *OUTCOME.values()], BINARY)  # cast to these
 CONFIGS = re.compile(r"(?:Config name is missing|BuilderConfig .* not found)[^\[]*(\[.*?\])")  # what `datasets` says
 log = logging.getLogger(__name__)
 
@@ -68,8 +69,9 @@ def read_table(config: TrainConfig, split: str, folder: str | None = None) -> da
         raise InputError(f"{source} is a file, but neither .jsonl nor .csv: give the folder that holds it")
     try:
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            return undecoded(read_saved(path, split))
-        return undecoded(read_split(source, None if folder else config.dataset_config_name, split, config.cache_dir))
+            return labelled(undecoded(read_saved(path, split)))
+        name = None if folder else config.dataset_config_name
+        return labelled(undecoded(read_split(source, name, split, config.cache_dir)))
     except InputError:
         raise
     except Exception as error:  # datasets, pyarrow and the hub each have errors of their own
@@ -424,6 +426,14 @@ def undecoded(table: datasets.Dataset) -> datasets.Dataset:
         if isinstance(feature, datasets.Image):
             table = table.cast_column(name, datasets.Image(decode=False))
     return table
+
+
+def labelled(table: datasets.Dataset) -> datasets.Dataset:
+    """A table with images in columns winner and loser in Pick-a-Pic's columns; any other as it is."""
+    if not OUTCOME.keys() <= set(table.column_names) or {*OUTCOME.values(), "label_0"} & set(table.column_names):
+        return table
+    log.info("data           columns winner and loser are read as jpg_0, which won, and jpg_1")
+    return table.rename_columns(OUTCOME).add_column("label_0", [1.0] * len(table))
 
 
 # Columns

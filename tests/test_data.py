@@ -72,6 +72,24 @@ def as_dataset_dict(folder):
     return folder
 
 
+def by_outcome():
+    """The decided pairs as columns of caption, winner and loser."""
+    images = {"winner": [solid(winner(i)) for i in DECIDED], "loser": [solid(loser(i)) for i in DECIDED]}
+    return datasets.Dataset.from_dict({"caption": [f"caption {i}" for i in DECIDED], **images})
+
+
+def as_parquet_by_outcome(folder):
+    folder.mkdir(parents=True)
+    by_outcome().to_parquet(folder / "train.parquet")
+    return folder
+
+
+def as_images_by_outcome(folder):
+    columns = by_outcome().cast_column("winner", datasets.Image()).cast_column("loser", datasets.Image())
+    columns.save_to_disk(folder)
+    return folder
+
+
 def write_images(folder):
     """Records of caption, winner, loser beside their images."""
     (folder / "images").mkdir(parents=True)
@@ -193,7 +211,10 @@ class StubFamily:
 
 # Reading
 
-WRITERS = (as_parquet, as_arrow, as_dataset, as_images, as_dataset_dict, as_jsonl, as_jsonl_file, as_csv)
+WRITERS = (
+    as_parquet, as_arrow, as_dataset, as_images, as_dataset_dict, as_parquet_by_outcome, as_images_by_outcome, as_jsonl,
+    as_jsonl_file, as_csv,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("write", WRITERS)
@@ -201,6 +222,15 @@ def test_every_source_gives_the_labelled_winner(write, tmp_path):
     pairs, _ = load(write(tmp_path / "pairs"))
     assert contents(pairs) == [(f"caption {i}", winner(i), loser(i)) for i in DECIDED]
     assert pairs.captions() == [[f"caption {i}"] for i in DECIDED]
+
+
+@pytest.mark.parametrize("name", ["jpg_0", "label_0"])
+def test_columns_of_both_kinds_are_not_mixed(tmp_path, name):
+    folder = as_parquet_by_outcome(tmp_path / "pairs")
+    columns = by_outcome().add_column(name, [1.0] * len(DECIDED))
+    columns.to_parquet(folder / "train.parquet")
+    with pytest.raises(InputError, match=r"column .*jpg_1.* missing .*rename columns"):
+        load(folder)
 
 
 @pytest.mark.parametrize("write", (as_parquet, as_dataset_dict, as_jsonl))
