@@ -184,9 +184,9 @@ def held_out_samples(run: Run, pairs: Pairs | CachedPairs) -> PairDataset:
 def announce(run: Run, notes: list[str], memory: dict[str, int]) -> None:
     """Log the plan, the method and the memory it needs; `memory` is planned_memory(run)."""
     config = run.config
-    sizes = [(p.numel(), p.requires_grad) for p in run.policy.parameters()]
-    parameters, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
-    share = "" if trained == parameters else f", of which adapters of {trained:,} are trained"
+    parameters = sum(p.numel() for p in run.policy.parameters())
+    trained = sum(p.numel() for p in run.policy.parameters() if p.requires_grad)
+    adapters = f", of which adapters of {trained:,} are trained" if config.lora_rank else ""
     for line in (*notes, *run.plan.lines(config)):
         log.info(line)
     precision = "fp32" if config.mixed_precision == "no" else config.mixed_precision
@@ -197,7 +197,7 @@ def announce(run: Run, notes: list[str], memory: dict[str, int]) -> None:
     if config.method != "sft":
         log.info(f"loser scale    {config.describe_loser_scale()}")
     log.info(f"images         {run.resolution} x {run.resolution} pixels")
-    log.info(f"parameters     {parameters:,}{share}, {optimizer_name(config, run.family)}")
+    log.info(f"parameters     {parameters:,}{adapters}, {optimizer_name(config, run.family)}")
     parts = ", ".join(f"{name} {size / 2**30:.3g}" for name, size in memory.items())
     shared = ", before the engine shares its part out" if run.sharded else ""
     log.info(f"memory         {sum(memory.values()) / 2**30:.3g} GiB per device before activations{shared}: {parts}")

@@ -43,14 +43,13 @@ def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
 def merge(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """State dict of the plain model that computes what an adapted one does: W + B A in place of W, A and B.
 
-    One without adapters is as it was.
+    One without adapters is as it was. Sums are formed on the CPU, where there is room and no TF32.
     """
     merged = {name.replace(BASE, "."): value for name, value in state.items() if DOWN not in name and UP not in name}
     for name, down in state.items():
         if DOWN in name:
-            up = state[name.replace(DOWN, UP)]
-            layer = name.replace(DOWN, ".")
-            merged[layer] = merged[layer] + up @ down
+            up, layer = state[name.replace(DOWN, UP)], name.replace(DOWN, ".")
+            merged[layer] = merged[layer].cpu() + up.cpu() @ down.cpu()
     return merged
 
 

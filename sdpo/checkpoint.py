@@ -66,13 +66,14 @@ def save_state_dict(state: dict[str, Tensor], path: Path) -> None:
 def save_policy(accelerator: Accelerator, policy: nn.Module, folder: Path, ending: str = "") -> dict[str, Tensor]:
     """Write unet{ending}.pth, with adapters merged into it, and these by themselves; every rank calls this.
 
-    Returns what unet{ending}.pth holds; only the main process has all of it.
+    Returns what unet{ending}.pth holds, on the main process.
     """
     state = accelerator.get_state_dict(policy)
+    if not accelerator.is_main_process:
+        return {}
     merged = merge(state)
-    if accelerator.is_main_process:
-        save_state_dict(merged, folder / f"unet{ending}.pth")
-        save_adapters(state, folder / ADAPTERS.format(ending))
+    save_state_dict(merged, folder / f"unet{ending}.pth")
+    save_adapters(state, folder / ADAPTERS.format(ending))
     return merged
 
 

@@ -80,6 +80,8 @@ class Names(TorchFunctionMode):
             is_device = isinstance(x, (str, torch.device)) and str(x) == "cuda"
             return torch.device("cuda:0") if is_device else x
 
+        if func is torch.device and len(args) > 1:  # its number is said
+            return func(*args, **kwargs)
         args, kwargs = tuple(map(spell, args)), {name: spell(x) for name, x in (kwargs or {}).items()}
         device = kwargs.get("device")
         if func is torch.tensor and device is not None and torch.device(device).type == "cuda":

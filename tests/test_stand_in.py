@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import eval_generate
 import train
 from sdpo import cache
+from sdpo.adapters import merge
 from sdpo.batch import collate
 from sdpo.command import parse_flags
 from sdpo.generation import GPU_SHARE, EvalConfig, prepare
@@ -78,10 +79,13 @@ def test_caches(arguments, tmp_path, family):
         torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("family, precision", [("sd15", "no"), ("sdxl", "no"), ("sdxl", "bf16")])
-def test_losses_and_held_out_errors(arguments, capsys, family, precision):
+@pytest.mark.parametrize(
+    "family, precision, rank",
+    [("sd15", "no", 0), ("sdxl", "no", 0), ("sdxl", "bf16", 0), ("sd15", "no", 3), ("sdxl", "bf16", 3)],
+)
+def test_losses_and_held_out_errors(arguments, capsys, family, precision, rank):
     flags = ["--validation_pairs=5", "--use_winner_preserving=true", "--winner_preserving_mu=0.5"]
-    flags += [f"--mixed_precision={precision}"]
+    flags += [f"--mixed_precision={precision}", f"--lora_rank={rank}"]
 
     def figures(place):
         more = ["--gradient_checkpointing=auto"] if place == "gpu" else []
@@ -89,8 +93,10 @@ def test_losses_and_held_out_errors(arguments, capsys, family, precision):
         assert run.accelerator.device.type == ("cuda" if place == "gpu" else "cpu")
         batch = collate([dataset[0, i] for i in range(2)]).to(run.accelerator.device)
         assert compute_loss(run, batch)[1]["rewards/margins"].item() == 0
+        trained = [parameter for parameter in run.policy.parameters() if parameter.requires_grad]
         with torch.no_grad():
-            run.policy.conv_out.bias += 0.1
+            trained[-1] += 0.1  # the last bias, or the last B
+        assert all(value.isfinite().all() for value in merge(run.policy.state_dict()).values())
         values = compute_loss(run, batch)[1] | train.validate(run, held_out)
         return {name: float(value) for name, value in values.items()}
 
