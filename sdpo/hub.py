@@ -62,10 +62,10 @@ def load_part(cls, source: str, subfolder: str | None = None, **options):
     except InputError:
         raise
     except Exception as error:  # files, JSON, weights and connections each have errors of their own
-        raise InputError(
-            f"cannot load {part} ({brief(error)}); "
-            "give a local folder in the hub's format, or download it where the hub can be reached"
-        ) from error
+        fix = "give a local folder in the hub's format, or download it where the hub can be reached"
+        if variant := only_variant(Path(source, subfolder or "")):
+            fix = f"its weights are of the variant {variant} alone: take '.{variant}' out of their files' names"
+        raise InputError(f"cannot load {part} ({brief(error)}); {fix}") from error
     if not is_model:
         return loaded
     model, report = loaded
@@ -76,6 +76,14 @@ def load_part(cls, source: str, subfolder: str | None = None, **options):
         raise InputError(f"{part} has {len(unknown)} tensors that its config.json has no place for (e.g. {unknown[0]})")
     check_finite(model.state_dict(), part)
     return model
+
+
+def only_variant(folder: Path) -> str | None:
+    """The variant, such as fp16, that the weights in a folder are of; None where others are there, or none at all."""
+    if not folder.is_dir() or list_weights(folder):
+        return None
+    found = (re.fullmatch(r".*model\.(\w+)(-\d+-of-\d+)?\.safetensors", path.name) for path in folder.iterdir())
+    return next((match[1] for match in found if match), None)
 
 
 def check_class(cls: type[nn.Module], config: Mapping[str, Any], part: str) -> None:

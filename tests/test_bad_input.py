@@ -545,6 +545,10 @@ MODELS = {  # base model: (what writes it, message)
     "index is a list": (base(text("model_index.json", [])), r"model_index.json names no pipeline class; download the"),
     "index without class": (base(edit("model_index.json", _class_name=None)), r"names no pipeline class"),
     "index of Flux": (base(edit("model_index.json", _class_name="FluxPipeline")), r"base holds a FluxPipeline"),
+    "a variant of the UNet alone": (
+        base(lambda folder: (folder / "unet" / WEIGHTS).rename(folder / "unet" / WEIGHTS.replace(".", ".fp16.", 1))),
+        r"cannot load unet of .*base' \(.*\); its weights are of the variant fp16 alone: take '.fp16' out",
+    ),
     "UNet config of text": (base(text("unet/config.json", "{")), r"cannot load unet of .*base' \("),
     "UNet config a list": (base(text("unet/config.json", [])), r"cannot load unet of .*base' \("),
     "UNet config of no sizes": (base(text("unet/config.json", {})), r"cannot load unet of .*base' \(.*expected shape"),
