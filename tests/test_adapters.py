@@ -126,6 +126,16 @@ def test_a_resumed_run_is_the_same_run(arguments, tmp_path):
     assert {row["step"]: row for row in metrics(tmp_path / "resumed")} == rows
 
 
+def test_errors_of_the_reference_are_those_of_runs_that_train_all_weights(arguments, tmp_path):
+    common = ("--mixed_precision=bf16", "--seed=1")
+    train.main(arguments(*common, f"--reference_cache={tmp_path / 'errors'}", out="all"))
+    flags = (*common, f"--lora_rank={RANK}", "--learning_rate=0.1")
+    train.main(arguments(*flags, f"--reference_cache={tmp_path / 'errors'}", out="read"))
+    train.main(arguments(*flags, out="computed"))
+    assert same(weights(tmp_path / "read"), weights(tmp_path / "computed"))
+    assert metrics(tmp_path / "read") == metrics(tmp_path / "computed")
+
+
 def test_two_ranks_equal_one(arguments, tmp_path):
     flags = (
         f"--lora_rank={RANK}",

@@ -186,7 +186,9 @@ def test_ratios_are_of_the_speeds():
 def test_adamw_takes_18_bytes_per_parameter_before_activations():
     count = sum(p.numel() for p in BASES["small"].build("meta").load_unet().parameters())
     with like_a_gpu():
-        before, least, most = gibibytes("small", "adamw", 1, compiled=False)
+        before, least, most = gibibytes("small", "adamw", 0, 1, compiled=False)
+        adapted, *_ = gibibytes("small", "adamw", 4, 1, compiled=False)
+    assert 4 * count / 2**30 < adapted < 4.2 * count / 2**30
     assert before == pytest.approx(18 * count / 2**30, rel=0.01) and 0 < least < most
 
 

@@ -292,8 +292,8 @@ NOTHING_TO_THE_REFERENCE = {
     "use_winner_preserving", "winner_preserving_mu", "winner_preserving_per", "constant_loser_scale", "reference_cache",
     "max_train_steps", "num_train_epochs", "learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps", "use_adafactor",
     "optimizer", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "max_skipped_updates",
-    "skip_grad_norm_above", "gradient_checkpointing", "activation_memory", "cuda_graphs", "use_ema", "ema_decay",
-    "validation_steps", "validation_prompts", "output_dir", "logging_dir", "report_to", "tracker_project_name",
+    "skip_grad_norm_above", "gradient_checkpointing", "activation_memory", "cuda_graphs", "lora_rank", "use_ema",
+    "ema_decay", "validation_steps", "validation_prompts", "output_dir", "logging_dir", "report_to", "tracker_project_name",
     "logging_steps", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "resume_with_changes",
     "hub_model_id", "local_rank", "hard_skip_resume",
 }  # fmt: skip
