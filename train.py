@@ -63,7 +63,7 @@ from sdpo.stopping import DataError, MicroBatches, Skips, StopRequest
 log = logging.getLogger(__name__)
 LESS_MEMORY = (
     "try --gradient_checkpointing full, fewer pairs in --train_batch_size with as many more in "
-    "--gradient_accumulation_steps, --latent_cache, --optimizer adamw8bit, or a smaller --resolution"
+    "--gradient_accumulation_steps, --latent_cache, --optimizer adamw8bit, --lora_rank, or a smaller --resolution"
 )
 
 
@@ -100,11 +100,11 @@ def engine_conflicts(config: TrainConfig, accelerator: Accelerator) -> Iterator[
         engine in SHARDING and not OPTIMIZERS[optimizer].shards,
         f"--optimizer {optimizer} does not go with FSDP2 or DeepSpeed: use --optimizer adamw",
     )
-    alone = engine == DistributedType.NO and accelerator.device.type == "cuda"
     yield (
         config.lora_rank and engine in SHARDING,
         "--lora_rank does not go with FSDP2 or DeepSpeed, and needs neither: use configs/accelerate/ddp.yaml",
     )
+    alone = engine == DistributedType.NO and accelerator.device.type == "cuda"
     yield config.cuda_graphs and not alone, "--cuda_graphs runs on one GPU in one process: drop it"
     if engine == DistributedType.FSDP:
         yield (
@@ -216,9 +216,10 @@ def caution(run: Run, memory: dict[str, int]) -> None:
     own = run.family.own_size(run.policy)
     if config.resolution is None and own not in (None, run.resolution):
         cautions.append(f"the base makes images of {own} pixels, but is trained on {run.resolution}: see --resolution")
-    sizes = {"the trained model": 2 * memory["policy"] + memory.get("average", 0)}  # unet.pth and a pipeline
+    files = memory["policy"] * (2 if config.use_ema else 1)  # unet.pth and unet_ema.pth
+    sizes = {"the trained model": files + memory["policy"]}  # and a pipeline
     if config.checkpointing_steps:
-        sizes["a checkpoint"] = sum(memory.get(part, 0) for part in ("policy", "optimizer", "average"))
+        sizes["a checkpoint"] = files + memory["optimizer"]
     cautions += space_cautions(config.output_dir, sizes)
     for text in cautions:
         log.warning(f"CAUTION: {text}")
@@ -470,7 +471,8 @@ def save_model(run: Run) -> None:
     if run.accelerator.is_main_process:
         run.family.save_pipeline(run.accelerator.unwrap_model(run.policy).config, state, output)
         names = "unet.pth, unet_ema.pth" if run.average else "unet.pth"
-        log.info(f"saved          {names} and the pipeline in {output}")
+        adapters = ", adapters" if run.config.lora_rank else ""
+        log.info(f"saved          {names}{adapters} and the pipeline in {output}")
 
 
 def main(arguments: list[str] | None = None) -> None:

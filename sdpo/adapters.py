@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sdpo.command import InputError
 from sdpo.files import write_file
 from sdpo.hub import check_finite, check_fit, load_state
 from sdpo.rng import normal
@@ -23,10 +24,13 @@ BASE, DOWN, UP = ".base_layer.", ".lora_A.default.", ".lora_B.default."
 def add_adapters(model: nn.Module, layers: Iterable[str], rank: int, seed: int) -> None:
     """Freeze a model and add adapters to its linear layers of these names, in place; A is normal with deviation 1/rank.
 
-    What is added follows from the seed alone.
+    What is added follows from the seed alone. Raises InputError for a rank that no layer has.
     """
-    from peft import LoraConfig, inject_adapter_in_model  # the benchmark does without it
+    from peft import LoraConfig, inject_adapter_in_model  # the benchmark of training does without it
 
+    most = max(min(m.weight.shape) for name, m in model.named_modules() if name.endswith(tuple(layers)))
+    if rank > most:
+        raise InputError(f"--lora_rank {rank} is above {most}, that of the largest layers: choose a smaller one, or 0")
     model.requires_grad_(False)
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(layers)), model)
     down = [parameter for name, parameter in model.named_parameters() if DOWN in name]
@@ -36,8 +40,7 @@ def add_adapters(model: nn.Module, layers: Iterable[str], rank: int, seed: int) 
 
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers of a model that have adapters, by name."""
-    layers = {name.partition(DOWN)[0] for name, _ in model.named_parameters() if DOWN in name}
-    return {name: model.get_submodule(name) for name in layers}
+    return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
 
 
 def merge(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

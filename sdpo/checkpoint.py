@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from sdpo.adapters import adapters_in, load_adapters, merge, save_adapters
+from sdpo.adapters import adapted_layers, load_adapters, merge, save_adapters
 from sdpo.command import NO_ROOM, InputError
 from sdpo.config import TrainConfig
 from sdpo.files import error_number, parse_json, read_text, sha256, sync, write_file, write_json
@@ -66,7 +66,7 @@ def save_state_dict(state: dict[str, Tensor], path: Path) -> None:
 def save_policy(accelerator: Accelerator, policy: nn.Module, folder: Path, ending: str = "") -> dict[str, Tensor]:
     """Write unet{ending}.pth, with adapters merged into it, and these by themselves; every rank calls this.
 
-    Returns what unet{ending}.pth holds, on the main process.
+    Returns what unet{ending}.pth holds, nothing on other processes.
     """
     state = accelerator.get_state_dict(policy)
     if not accelerator.is_main_process:
@@ -90,7 +90,7 @@ def load_average(run: Run, folder: Path) -> None:
     """
     if not (folder / "unet_ema.pth").is_file():
         raise InputError(f"{folder} has no unet_ema.pth: it was trained without --use_ema; resume without it")
-    if run.config.lora_rank:
+    if adapted_layers(run.average.model):
         with run.average.in_place():
             load_adapters(run.average.model, folder / ADAPTERS.format("_ema"))
     else:
@@ -106,7 +106,7 @@ def register_hooks(accelerator: Accelerator, unet: nn.Module) -> None:
 
     def load(models, folder):
         for model in map(accelerator.unwrap_model, models):  # none under FSDP and DeepSpeed: these put back shards
-            if adapters_in(model.state_dict()):
+            if adapted_layers(model):
                 load_adapters(model, Path(folder, ADAPTERS.format("")))
             else:
                 load_weights(model, Path(folder, "unet.pth"))

@@ -113,7 +113,7 @@ def check_fit(state: Mapping[str, Tensor], own: Mapping[str, Tensor], source: st
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     resized = sorted(n for n in own.keys() & state.keys() if getattr(state[n], "shape", None) != own[n].shape)
     if missing or unknown or resized:
-        if any("lora" in name.lower() for name in unknown):
+        if any("lora" in name.lower() for name in unknown) and not any("lora" in name for name in own):
             raise InputError(
                 f"{source} holds LoRA weights, which are not read: give a UNet that they are merged into, such as the "
                 "unet.pth that train.py leaves beside them"

@@ -136,7 +136,7 @@ class ActivationCounter:
         self.model.requires_grad_(not adapted)
         for name, layer in adapted.items():
             blank = {id(p): nn.Parameter(torch.empty(p.shape), p.requires_grad) for p in layer.parameters()}
-            self.model.set_submodule(name, copy.deepcopy(layer, blank))
+            self.model.set_submodule(name, copy.deepcopy(layer, blank))  # a memo: these stand for its weights
 
     def total(self, checkpointed: set[str]) -> int:
         """Bytes kept if the named units recompute their activations."""

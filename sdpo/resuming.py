@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from sdpo.checkpoint import load_average, read_state
-from sdpo.command import InputError, is_out_of_memory
+from sdpo.command import InputError, is_out_of_memory, refuse
 from sdpo.config import TrainConfig
 from sdpo.files import brief
 from sdpo.losses import PAIR_LOSSES
@@ -41,6 +42,7 @@ HELD_OUT_FLAGS = ("validation_pairs", "validation_seed", "validation_split", "va
 
 def resume(run: Run, checkpoint: Path) -> None:
     """Put a checkpoint into the run; InputError if settings that shape the run differ and that is not meant."""
+    refuse(adapter_conflicts(run, checkpoint))
     changes = changed_settings(run, checkpoint)
     if changes and not run.config.resume_with_changes:
         raise InputError(
@@ -58,6 +60,17 @@ def resume(run: Run, checkpoint: Path) -> None:
     log.info(f"resumed        {checkpoint}, after {run.step} updates")
     if run.step and holds_out_otherwise(run.config, read_state(checkpoint)["config"]):
         log.warning(f"CAUTION: pairs that are held out now may be among those of the first {run.step} updates")
+
+
+def adapter_conflicts(run: Run, checkpoint: Path) -> Iterator[tuple[object, str]]:
+    """Pairs (is wrong, what to do about it) of what adapters cannot go on with, also where a change is meant."""
+    then, anew = read_state(checkpoint), f"start a new run from its weights with --unet_init {checkpoint}/unet.pth"
+    rank = then["config"].get("lora_rank", 0)
+    yield rank != run.config.lora_rank, f"{checkpoint} was trained with --lora_rank {rank}: go on with that, or {anew}"
+    yield (
+        rank and then["base"].get("UNet") != run.base["UNet"],
+        f"the adapters in {checkpoint} were trained on another UNet: go on with that, or {anew}",
+    )
 
 
 def holds_out_otherwise(config: TrainConfig, then: dict[str, Any]) -> bool:

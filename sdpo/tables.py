@@ -429,9 +429,15 @@ def undecoded(table: datasets.Dataset) -> datasets.Dataset:
 
 
 def labelled(table: datasets.Dataset) -> datasets.Dataset:
-    """A table with images in columns winner and loser in Pick-a-Pic's columns; any other as it is."""
-    if not OUTCOME.keys() <= set(table.column_names) or {*OUTCOME.values(), "label_0"} & set(table.column_names):
+    """A table with images in columns winner and loser in Pick-a-Pic's columns; any other as it is.
+
+    Raises InputError where there are labels as well.
+    """
+    names = set(table.column_names)
+    if not OUTCOME.keys() <= names or set(OUTCOME.values()) & names:
         return table
+    if "label_0" in names:
+        raise InputError("columns winner and loser say which image won, and so does label_0: remove that")
     log.info("data           columns winner and loser are read as jpg_0, which won, and jpg_1")
     return table.rename_columns(OUTCOME).add_column("label_0", [1.0] * len(table))
 

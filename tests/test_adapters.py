@@ -8,13 +8,14 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from recording import metrics, run_on_ranks, same, set_up, weights
+from recording import edit_json, metrics, run_on_ranks, same, set_up, weights
 from safetensors.torch import load_file, save_file
 from test_speed import kept_for_backward
 
 import train
-from sdpo.adapters import add_adapters, merge
+from sdpo.adapters import add_adapters, load_adapters, merge, save_adapters
 from sdpo.batch import collate
+from sdpo.checkpoint import seal
 from sdpo.command import InputError, parse_flags
 from sdpo.config import TrainConfig
 from sdpo.families import load_family
@@ -187,15 +188,62 @@ def test_a_checkpoint_goes_on_with_its_own_rank_and_whole_adapters(arguments, tm
     flags = ("--max_train_steps=1", "--checkpointing_steps=1")
     train.main(arguments(*flags, f"--lora_rank={RANK}"))
     for rank in (0, RANK + 1):
-        with pytest.raises(InputError, match=f"--lora_rank was {RANK}, is {rank}"):
-            train.main(arguments(f"--lora_rank={rank}"))
-    with pytest.raises(InputError, match=r"pytorch_lora_weights.safetensors .* of another shape .* --lora_rank"):
-        train.main(arguments(f"--lora_rank={RANK + 1}", "--resume_with_changes"))
+        with pytest.raises(InputError, match=f"was trained with --lora_rank {RANK}: go on .* --unet_init .*/unet.pth"):
+            train.main(arguments(f"--lora_rank={rank}", "--resume_with_changes"))
+    other = tmp_path / "run" / "checkpoint-1" / "unet.pth"
+    with pytest.raises(InputError, match=r"the adapters in .*checkpoint-1 were trained on another UNet: go on"):
+        train.main(arguments(f"--lora_rank={RANK}", f"--unet_init={other}", "--resume_with_changes"))
     path = tmp_path / "run" / "checkpoint-1" / FILE
     state = load_file(path)
     save_file(state | {min(state): state[min(state)] * torch.nan}, path)
     with pytest.raises(InputError, match=r"checkpoint-1.*has changed since it was written"):
         train.main(arguments(f"--lora_rank={RANK}"))
+
+
+def test_a_checkpoint_of_all_weights_does_not_go_on_with_adapters(arguments, tmp_path):
+    train.main(arguments("--max_train_steps=1", "--checkpointing_steps=1"))
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    edit_json(checkpoint / "state.json", config={})  # of before there were any
+    (checkpoint / "files.json").unlink()
+    seal(checkpoint)
+    with pytest.raises(InputError, match="was trained with --lora_rank 0: go on"):
+        train.main(arguments(f"--lora_rank={RANK}"))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    {
+        lambda state: dict(list(state.items())[1:]): r"pytorch_lora_weights.safetensors .* 1 tensors missing",
+        lambda state: state | {"unet.x.lora_A.weight": torch.ones(1)}: "1 unknown",
+        lambda state: {name: value * torch.nan for name, value in state.items()}: "not finite",
+    }.items(),
+)
+def test_adapters_that_do_not_fit_are_named(bases, tmp_path, change, message):
+    family = load_family("sd15", str(bases["sd15", "epsilon"]))
+    unet = family.load_unet("")
+    add_adapters(unet, family.adapted, RANK, 0)
+    save_adapters(unet.state_dict(), tmp_path / FILE)
+    save_file(change(load_file(tmp_path / FILE)), tmp_path / FILE)
+    with pytest.raises(InputError, match=message):
+        load_adapters(unet, tmp_path / FILE)
+
+
+def test_a_rank_that_no_layer_has_is_refused(arguments):
+    with pytest.raises(InputError, match=r"--lora_rank 17 is above 16, that of the largest layers"):
+        set_up(arguments("--lora_rank=17"))
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_the_room_that_is_announced_is_the_room_that_is_taken(arguments, tmp_path, monkeypatch, ema):
+    announced = {}
+    monkeypatch.setattr(train, "space_cautions", lambda _, sizes: announced.update(sizes) or [])
+    base = f"--pretrained_model_name_or_path={ROOT / 'sdpo' / 'tiny' / 'base'}"  # beside which headers are small
+    train.main(arguments(base, f"--lora_rank={RANK}", f"--use_ema={ema}", "--checkpointing_steps=3"))
+    run = tmp_path / "run"
+    models = [*run.glob("unet*.pth"), *run.glob("pytorch_lora*"), *(run / "unet").iterdir()]
+    for what, files in {"a checkpoint": (run / "checkpoint-3").iterdir(), "the trained model": models}.items():
+        taken = sum(path.stat().st_size for path in files)
+        assert announced[what] == pytest.approx(taken, rel=0.1)
 
 
 def test_adapters_of_an_earlier_run_are_set_aside(arguments, tmp_path):

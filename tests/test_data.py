@@ -224,12 +224,17 @@ def test_every_source_gives_the_labelled_winner(write, tmp_path):
     assert pairs.captions() == [[f"caption {i}"] for i in DECIDED]
 
 
-@pytest.mark.parametrize("name", ["jpg_0", "label_0"])
-def test_columns_of_both_kinds_are_not_mixed(tmp_path, name):
+@pytest.mark.parametrize(
+    "name, message",
+    {
+        "jpg_0": "column jpg_1, label_0 missing .*rename columns",
+        "label_0": "winner and loser say which image won, and so does label_0",
+    }.items(),
+)
+def test_columns_of_both_kinds_are_not_mixed(tmp_path, name, message):
     folder = as_parquet_by_outcome(tmp_path / "pairs")
-    columns = by_outcome().add_column(name, [1.0] * len(DECIDED))
-    columns.to_parquet(folder / "train.parquet")
-    with pytest.raises(InputError, match=r"column .*jpg_1.* missing .*rename columns"):
+    by_outcome().add_column(name, [1.0] * len(DECIDED)).to_parquet(folder / "train.parquet")
+    with pytest.raises(InputError, match=message):
         load(folder)
 
 
