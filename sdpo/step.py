@@ -163,7 +163,7 @@ def build_models(
     if with_reference:
         shared = {id(weight): weight for weight in unet.parameters()} if config.lora_rank else {}
         reference = copy.deepcopy(unet, shared).requires_grad_(False)  # a memo: what it holds is not copied
-        if not (config.compile or shared):  # compiled, both models run one graph, which casts weights in fp32
+        if not (config.compile or config.lora_rank):  # compiled, both run one graph, which casts weights in fp32
             hold_matmul_weights(reference, dtype)
     if (config.gradient_checkpointing or family.gradient_checkpointing) == "full":
         unet.enable_gradient_checkpointing(recompute)
