@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from sdpo.batch import collate
 from sdpo.data import PairDataset
@@ -26,6 +27,7 @@ from sdpo.ranks import together
 HELD_OUT_FILE = "heldout.parquet"  # in a run's output folder: the errors measured last, a row per pair
 STEP = b"sdpo_step"  # key of its metadata: updates made when they were
 MEMBERS = ("winner", "loser")
+SHORT = 5  # seconds that need no progress bar
 PREFIXES = {"policy": "heldout", "average": "heldout_ema"}  # model -> prefix of its figures in metrics.jsonl
 log = logging.getLogger(__name__)
 
@@ -58,7 +60,8 @@ class HeldOutPairs:
         errors = []
         unreadable = torch.zeros(self.count, dtype=torch.long, device=device)
         # Every rank makes as many passes, because ranks that share out the weights gather them together
-        for number in range(self.accelerator.process_index, math.ceil(len(starts) / ranks) * ranks, ranks):
+        numbers = range(self.accelerator.process_index, math.ceil(len(starts) / ranks) * ranks, ranks)
+        for number in self._showing_progress(numbers, "encoding held-out pairs"):
             start = starts[number % len(starts)]
             places = slice(start, min(start + batch_size, self.count))
             samples = [dataset[0, index] for index in range(self.count)[places]]
@@ -88,7 +91,13 @@ class HeldOutPairs:
 
     def measure(self, unet: nn.Module) -> Tensor:
         """Errors of a UNet on winner and loser of every pair, (pairs, 2) float64 on the CPU; every rank calls this."""
-        return self._gather([self._errors(unet, inputs.to(self.accelerator.device)) for _, inputs in self.shares])
+        shares = self._showing_progress(self.shares, "measuring held-out pairs")
+        return self._gather([self._errors(unet, inputs.to(self.accelerator.device)) for _, inputs in shares])
+
+    def _showing_progress(self, steps: Sequence, what: str) -> Iterable:
+        """The steps, with a progress bar on the main process where they take long."""
+        hidden = self.accelerator.process_index > 0
+        return tqdm(steps, desc=what, unit="batch", delay=SHORT, leave=False, disable=hidden)
 
     def figures(self, errors: Tensor, beta: float) -> dict[str, float]:
         """What `figures_of` says of errors (pairs, 2) minus the reference's, on the pairs that could be read."""

@@ -481,6 +481,14 @@ def test_held_out_pairs_are_dealt_out_and_what_any_rank_cannot_read_is_left_out(
     assert pairs.captions == ["a", "b", "b", "c", "a"]  # the first one is what they are measured with
 
 
+@pytest.mark.parametrize("short", [0, 1000])
+def test_measuring_shows_progress_where_it_takes_long(arguments, monkeypatch, capsys, short):
+    monkeypatch.setattr(heldout, "SHORT", short)
+    train.main(arguments("--validation_pairs=4", "--max_train_steps=1"))
+    said = capsys.readouterr().err
+    assert all((what in said) == (not short) for what in ("encoding held-out pairs:", "measuring held-out pairs:"))
+
+
 def test_validation_prompts_are_sampled(arguments, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
     train.main(
