@@ -12,7 +12,7 @@ from tempfile import NamedTemporaryFile
 
 from sdpo.command import InputError, Parser, parse_assignments, run_command, show
 from sdpo.report import write_report
-from sdpo.scoring import add_flags, check_models, complete_scores, plan_scores, read_flags
+from sdpo.scoring import add_flags, caution_others_are_there, check_models, complete_scores, plan_scores, read_flags
 from sdpo.winrates import (
     PAIRINGS,
     ScoredRun,
@@ -55,6 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = read_flags(args)
     # what cannot be scored, paired or written is found before hours of scoring
     pending = {label: plan_scores(manifest, options) for label, manifest in named}
+    caution_others_are_there(pending.values(), options)
     check_models({label: plan.expected(options) for label, plan in pending.items()}, options.metrics)
     unscored = [ScoredRun(label, plan.entries, {}) for label, plan in pending.items()]
     for a, b in combinations(unscored, 2):

@@ -304,6 +304,22 @@ def check_models(scored: Mapping[str, Scored], metrics: Sequence[str]) -> None:
             )
 
 
+def caution_others_are_there(pending: Iterable[Pending], options: ScoringOptions) -> None:
+    """Warn where wanted scores are missing and all images have those of metrics that are not wanted."""
+    plans = list(pending)
+    there = [
+        metric
+        for metric in METRICS
+        if metric not in options.metrics
+        and all(find_score(entry, plan.scores, metric) is not None for plan in plans for entry in plan.entries)
+    ]
+    if there and any(plan.todo for plan in plans):
+        log.warning(
+            f"CAUTION: scores of {', '.join(options.metrics)} are missing in part and will be computed; all images have "
+            f"those of {', '.join(there)}: see --metrics"
+        )
+
+
 # Groups of prompts
 
 

@@ -102,6 +102,16 @@ def test_nothing_is_scored_before_all_runs_are_known_to_be_comparable(tmp_path, 
     assert not list(tmp_path.rglob("scores.jsonl"))
 
 
+def test_scores_that_are_there_but_not_asked_for_are_pointed_out(tmp_path, caplog):
+    a, b = (picture_run(tmp_path / label, faulty) for label, faulty in (("a", 0), ("b", 3)))
+    for _ in range(2):
+        eval_vs.main(versus(a, b, "--metrics=Pixels", f"--outdir={tmp_path / 'out'}"))
+    assert not caplog.text
+    with pytest.raises(InputError):  # its weights are out of reach
+        eval_vs.main(versus(a, b, "--metrics=PickScore", f"--outdir={tmp_path / 'out'}"))
+    assert "all images have those of Pixels: see --metrics" in caplog.text
+
+
 def test_missing_scores_are_computed_once_and_several_runs_give_a_matrix(tmp_path, capsys):
     good, fair, bad = (picture_run(tmp_path / label, n) for label, n in (("good", 0), ("fair", 3), ("bad", 6)))
     command = versus(good, fair, f"--more=bad={bad}", "--metrics=Pixels", labels=("good", "fair"))
