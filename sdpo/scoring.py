@@ -315,8 +315,8 @@ def caution_others_are_there(pending: Iterable[Pending], options: ScoringOptions
     ]
     if there and any(plan.todo for plan in plans):
         log.warning(
-            f"CAUTION: scores of {', '.join(options.metrics)} are missing in part and will be computed; all images have "
-            f"those of {', '.join(there)}: see --metrics"
+            f"CAUTION: scores of {', '.join(options.metrics)} are missing in part and will be computed; all images "
+            f"have those of {', '.join(there)}: see --metrics"
         )
 
 
