@@ -284,7 +284,7 @@ def test_the_safeguard_is_measured_on_and_off(monkeypatch):
 BLOCK = """
 import importlib.util, sys
 
-MISSING = {"datasets", "ftfy", "open_clip", "pyarrow", "torchvision", "pooch", "scipy", "tensorboard"}
+MISSING = {"datasets", "ftfy", "open_clip", "peft", "pyarrow", "torchvision", "pooch", "scipy", "tensorboard"}
 find_spec = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name.split(".")[0] in MISSING else find_spec(name, *rest)
 
