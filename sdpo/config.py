@@ -167,7 +167,7 @@ class TrainConfig:
     )
     adam_beta1: Decay = flag(0.9, "beta1 of AdamW")
     adam_beta2: Decay = flag(0.999, "beta2 of AdamW")
-    adam_weight_decay: NotNegative = flag(1e-2, "weight decay of either optimizer")
+    adam_weight_decay: NotNegative = flag(1e-2, "weight decay of every optimizer")
     adam_epsilon: Positive = flag(1e-8, "epsilon of AdamW")
     max_grad_norm: NotNegative = flag(1.0, "clip the gradient's norm at this value; 0 turns clipping off")
     max_skipped_updates: Count = flag(10, "stop after this many skipped updates in a row")
@@ -213,7 +213,7 @@ class TrainConfig:
         100, "updates between measurements of held-out errors, besides those at the start and end"
     )
     validation_prompts: str | None = flag(
-        None, "text file with a prompt per line: sample an image of each whenever held-out errors are measured"
+        None, "sample an image of each prompt as held-out errors are measured: a .txt file of lines, .json or .jsonl"
     )
 
     # Output
