@@ -255,6 +255,15 @@ def test_weights_are_told_apart_by_content_not_by_place(tmp_path):
     assert ScoringOptions([], {"hpsv2.checkpoint": str(tmp_path / "one.pt")}).model("HPSv2") != names["one"][1]
 
 
+def test_scores_of_another_model_count_unless_weights_or_precision_are_named():
+    one = ScoringOptions([], {"clip.checkpoint": "me/clip:y.bin"})
+    assert (one.accepts("CLIP"), one.accepts("HPSv2")) == ("checkpoint=me/clip:y.bin", None)
+    assert ScoringOptions([]).accepts("CLIP") is None and ScoringOptions([], dtype="fp32").accepts("CLIP") == "official"
+    assert (
+        ScoringOptions([], {"hpsv21.checkpoint": "me/hps:y.bin"}).accepts("HPSv2") is None
+    )  # a name that begins alike
+
+
 def test_the_name_of_a_metrics_weights_does_not_depend_on_the_order_of_flags():
     sources = {"imagereward.tokenizer": "me/bert", "imagereward.checkpoint": "me/reward:x.pt"}
     names = [
