@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from activations import kept_for_backward
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from recording import edit_json, metrics, run_on_ranks, same, set_up, weights
 from safetensors.torch import load_file, save_file
-from test_speed import kept_for_backward
 
 import train
 from sdpo.adapters import add_adapters, load_adapters, merge, save_adapters
@@ -159,10 +159,8 @@ def test_two_ranks_equal_one(arguments, tmp_path):
 def test_activations_are_counted_as_they_are(bases, name):
     family = load_family(name, str(bases[name, "epsilon"]))
     unet = family.load_unet("")
-    noisy, conditioning = (
-        torch.randn(4, *family.latent_shape(32)),
-        family.encode_captions(["a small red circle"] * 4, 32),
-    )
+    conditioning = family.encode_captions(["a small red circle"] * 4, 32)
+    noisy = torch.randn(4, *family.latent_shape(32))
     inputs = Inputs(noisy, torch.tensor([3, 500, 3, 500]), conditioning, noisy)
     plain = choose_units(family, unet, inputs, torch.float32, float("inf"))[1]
     add_adapters(unet, family.adapted, RANK, 0)

@@ -259,9 +259,8 @@ def test_scores_of_another_model_count_unless_weights_or_precision_are_named():
     one = ScoringOptions([], {"clip.checkpoint": "me/clip:y.bin"})
     assert (one.accepts("CLIP"), one.accepts("HPSv2")) == ("checkpoint=me/clip:y.bin", None)
     assert ScoringOptions([]).accepts("CLIP") is None and ScoringOptions([], dtype="fp32").accepts("CLIP") == "official"
-    assert (
-        ScoringOptions([], {"hpsv21.checkpoint": "me/hps:y.bin"}).accepts("HPSv2") is None
-    )  # a name that begins alike
+    alike = ScoringOptions([], {"hpsv21.checkpoint": "me/hps:y.bin"})  # its name begins with the other's
+    assert alike.accepts("HPSv2") is None
 
 
 def test_the_name_of_a_metrics_weights_does_not_depend_on_the_order_of_flags():

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from activations import kept_for_backward
 from conftest import build_pipeline
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
@@ -42,20 +43,6 @@ def case(request, bases):
     conditioning = family.encode_captions(["a small red circle"] * 4, 32)
     noisy = torch.randn(4, *family.latent_shape(32))
     return family, unet, Inputs(noisy, torch.tensor([3, 500, 3, 500]), conditioning, noisy)
-
-
-def kept_for_backward(family, unet, inputs):
-    """Bytes of distinct storages, other than weights, that a real forward pass keeps alive for its backward pass."""
-    own, kept = {weight.data_ptr() for weight in unet.parameters()}, {}
-
-    def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = family.predict(unet, inputs.noisy, inputs.timesteps, inputs.conditioning)
-    assert output.requires_grad
-    return sum(size for address, size in kept.items() if address not in own)
 
 
 def test_kept_activations_are_counted_as_they_are(case):
