@@ -219,7 +219,8 @@ def caution(run: Run, memory: dict[str, int]) -> None:
     files = memory["policy"] * (2 if config.use_ema else 1)  # unet.pth and unet_ema.pth
     sizes = {"the trained model": files + memory["policy"]}  # and a pipeline
     if config.checkpointing_steps:
-        sizes["a checkpoint"] = files + memory["optimizer"]
+        shards = memory["policy"] if run.sharded else 0  # what an engine itself goes on from
+        sizes["a checkpoint"] = files + shards + memory["optimizer"]
     cautions += space_cautions(config.output_dir, sizes)
     for text in cautions:
         log.warning(f"CAUTION: {text}")
@@ -232,12 +233,7 @@ def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
     seed = choose_seed(config, accelerator, checkpoint)
     prompts = [prompt.text for prompt in read_prompts(config.validation_prompts)] if config.validation_prompts else []
     family = load_family(**config.base, encoders=not config.latent_cache or bool(prompts))
-    if config.reference_cache and PAIR_LOSSES[loss_name(config, family)].needs_drift:
-        raise InputError(
-            f"--reference_cache keeps errors of the reference, and {config.method} needs its predictions: drop it"
-        )
-    family.check_pipeline()
-    on_main(accelerator, lambda: check_places(config.output_dir, config.logging_dir, family.parts))
+    check_base(config, accelerator, family)
 
     # data: what identifies the pairs is read before a latent cache stands in for them
     if config.choice_model or config.latent_cache:
@@ -269,6 +265,16 @@ def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
     if config.gradient_checkpointing == "auto":
         log.info(choose_checkpointing(run, collate([dataset[run.step, 0]] * config.train_batch_size)))
     return run, dataset, hold_out(run, held_out_pairs)
+
+
+def check_base(config: TrainConfig, accelerator: Accelerator, family: Family) -> None:
+    """Raises InputError for a base that the flags do not go with, and where the trained model cannot be written."""
+    if config.reference_cache and PAIR_LOSSES[loss_name(config, family)].needs_drift:
+        raise InputError(
+            f"--reference_cache keeps errors of the reference, and {config.method} needs its predictions: drop it"
+        )
+    family.check_pipeline()
+    on_main(accelerator, lambda: check_places(config.output_dir, config.logging_dir, family.parts))
 
 
 def try_flags(config: TrainConfig, processes: int, family: Family) -> None:

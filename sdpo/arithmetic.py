@@ -100,17 +100,18 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
     That pass computes norms, activations and casts of weights again instead of keeping them, which leaves half to two
     thirds of the bytes. Raises InputError for a model without such blocks.
     """
-    if not any(type(block) in COMPILED for block in model.modules()):
+    blocks = [module for module in model.modules() if type(module) in COMPILED]
+    if not blocks:
         raise InputError(f"--compile knows no block of a {type(model).__name__}: drop it")
     torch._dynamo.config.recompile_limit = 128  # every shape of a block counts
     torch._functorch.config.ban_recompute_materialized_backward = False
     warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")  # of diffusers, harmless
-    for block in model.modules():
-        for norm in block.children() if type(block) in COMPILED else ():
+    for block in blocks:
+        block.requires_grad_(True)  # the reference's too, for the policy's graph; _track detaches its outputs
+        for norm in block.children():
             if isinstance(norm, nn.GroupNorm) and norm.weight.device.type != "cpu":  # where torch's keeps the format
                 norm.forward = types.MethodType(group_norm, norm)
-        for method in COMPILED.get(type(block), ()):
-            block.requires_grad_(True)  # the reference's too, for the policy's graph; _track detaches its outputs
+        for method in COMPILED[type(block)]:
             _track(block, method, torch.compile(getattr(block, method), backend=backend, fullgraph=True, dynamic=False))
 
 

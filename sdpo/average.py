@@ -13,10 +13,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class AveragedWeights:
-    """Exponential moving average of a model's weights that are trained; it starts at what they are.
-
-    Accelerate has prepared the model.
-    """
+    """Exponential moving average of the trained weights of a model that accelerate has prepared, from what they are."""
 
     def __init__(self, model: nn.Module, decay: float):
         self.model = model

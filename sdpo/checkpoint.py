@@ -1,9 +1,9 @@
 """Checkpoints that are either whole or absent.
 
 checkpoint-{step}/ holds unet.pth (plain fp32 state dict), unet_ema.pth, adapters by themselves if they are trained,
-state.json (Run.state), accelerate's optimizer, schedule and scaler, and files.json: size and sha256 of all of these,
-written last. Data and random numbers are functions of the step: accelerate's random states are saved, but nothing
-depends on them.
+state.json (Run.state), accelerate's optimizer, schedule and scaler, the policy's shards under FSDP2 and DeepSpeed, and
+files.json: size and sha256 of all of these, written last. Data and random numbers are functions of the step:
+accelerate's random states are saved, but nothing depends on them.
 """
 
 from __future__ import annotations
@@ -97,11 +97,11 @@ def load_average(run: Run, folder: Path) -> None:
         run.average.load(load_fitting_state(run.average.model, folder / "unet_ema.pth"))
 
 
-def register_hooks(accelerator: Accelerator, unet: nn.Module) -> None:
-    """Have accelerate keep the policy as save_policy does instead of a second copy of its own."""
+def register_hooks(accelerator: Accelerator, policy: nn.Module) -> None:
+    """Have accelerate keep the policy as save_policy does: in place of its own copy, or beside an engine's shards."""
 
     def save(models, weights, folder):
-        save_policy(accelerator, unet, Path(folder))
+        save_policy(accelerator, policy, Path(folder))
         weights.clear()
 
     def load(models, folder):

@@ -69,6 +69,11 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY)
 
 
+def is_of_machine(error: Exception) -> bool:
+    """Whether an error says nothing of what the user gave: memory is exhausted, or a GPU failed."""
+    return is_out_of_memory(error) or "CUDA error" in str(error)
+
+
 @contextmanager
 def within_memory(fix: str) -> Iterator[None]:
     """Say in an InputError that memory is exhausted, and what to do."""

@@ -386,7 +386,7 @@ class TrainConfig:
 
     def _idle(self, optimizer: str) -> dict[str, str]:
         """Flags that have no effect, and why; `optimizer` is the row of OPTIMIZERS."""
-        reasons = {  # flags -> (whether they have none, why)
+        reasons = {  # names of flags: (whether these have no effect, why)
             "hub_model_id": (
                 True,
                 "(nor in the official code): run `hf upload REPO OUTPUT_DIR` after training",
@@ -450,7 +450,7 @@ class TrainConfig:
 
         `loss` is the row of PAIR_LOSSES.
         """
-        found = itertools.chain(self._cautions(loss, steps), self._place_cautions())
+        found = itertools.chain(self._method_cautions(loss), self._run_cautions(steps), self._place_cautions())
         return [text for applies, text in found if applies]
 
     def _place_cautions(self) -> Iterator[tuple[object, str]]:
@@ -462,12 +462,12 @@ class TrainConfig:
                 "data: better name another folder",
             )
 
-    def _cautions(self, loss: str, steps: int) -> Iterator[tuple[object, str]]:
-        alpha = min(max(self.dmpo_alpha, 1e-6), 1 - 1e-6)  # as the loss has it
+    def _method_cautions(self, loss: str) -> Iterator[tuple[object, str]]:
+        alpha = min(max(self.dmpo_alpha, 1e-6), 1 - 1e-6)  # as the loss has it, but for its rounding
         turn = math.log1p(-alpha) - math.log(alpha)
         yield (
             self.method == "dmpo",
-            f"the gradient of dmpo with alpha {self.dmpo_alpha:g} changes sign at margin {turn:.3f}: beyond it descent "
+            f"the gradient of dmpo with alpha {self.dmpo_alpha:g} changes sign at margin {turn:.3g}: beyond it descent "
             "shrinks the margin and raises the winner's error, and scaling the loser cannot prevent that",
         )
         yield (
@@ -489,6 +489,8 @@ class TrainConfig:
             self.preserves_winners and self.winner_preserving_mu == 1,
             "--winner_preserving_mu 1 makes the scale 0 wherever <e_w, e_l> > 0: training is on winners only, mostly",
         )
+
+    def _run_cautions(self, steps: int) -> Iterator[tuple[object, str]]:
         yield (
             (self.input_perturbation > 0 or self.noise_offset > 0) and self.holds_out,
             "held-out errors are measured without --input_perturbation and --noise_offset",

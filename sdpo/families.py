@@ -30,7 +30,7 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from sdpo.command import InputError, is_out_of_memory
+from sdpo.command import InputError, is_of_machine
 from sdpo.files import brief, parse_json, read_text, sha256
 from sdpo.hub import check_vocabulary, fetch, find_weights, hash_part, is_weight_file, load_part, load_weights
 
@@ -101,7 +101,7 @@ class Family(ABC):
 
     pipeline_class: type[DiffusionPipeline]
     adapted: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")  # linear layers, for --lora_rank
-    text_parts: ClassVar[dict[str, type]]  # its tokenizers and text encoders, each before its own, by subfolder
+    text_parts: ClassVar[dict[str, type]]  # class by subfolder: every tokenizer, then its text encoder
     # official settings, for flags that are not given
     resolution: int  # pixels
     dspo_form: str
@@ -119,6 +119,7 @@ class Family(ABC):
     ):
         self.source, self.vae_source = source, vae
         self.options = {"revision": revision, "cache_dir": cache_dir}
+        self.options_elsewhere = {"cache_dir": cache_dir}  # for what another source gives: the revision is the base's
         self.scheduler = self.load(DDPMScheduler, "scheduler")
         check_scheduler(self.scheduler, source)
         self.tokenizers, self.text_encoders = [], []
@@ -143,7 +144,7 @@ class Family(ABC):
         """Source, subfolder and options of a part, by its subfolder in the base model."""
         if name == "vae" and self.vae_source:
             within = Path(self.vae_source, "vae", "config.json").is_file()  # of another pipeline
-            return self.vae_source, "vae" if within else None, {"cache_dir": self.options["cache_dir"]}
+            return self.vae_source, "vae" if within else None, self.options_elsewhere
         return self.source, name, self.options
 
     def load(self, cls: type, name: str):
@@ -181,7 +182,7 @@ class Family(ABC):
             return self.source, "unet", self.options
         # the folder of the UNet itself, not of a run or a pipeline, where it is a folder beside another config.json
         bare = Path(init, "config.json").is_file() and not Path(init, "unet").is_dir()
-        return init, None if bare else "unet", {"cache_dir": self.options["cache_dir"]}
+        return init, None if bare else "unet", self.options_elsewhere
 
     def fingerprint_unet(self, init: str = "") -> str:
         """SHA-256 over the files of the UNet that load_unet gives; it need not be loaded."""
@@ -402,7 +403,7 @@ class Family(ABC):
         try:
             yield
         except Exception as error:  # every wrong setting has one of its own
-            if is_out_of_memory(error) or "CUDA error" in str(error):
+            if is_of_machine(error):
                 raise
             raise self._misfit(brief(error)) from error
 

@@ -6,6 +6,7 @@ new tensors are copied into those it was recorded with, and gradients stay where
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -41,19 +42,18 @@ class RecordedSteps:
 
     def __init__(self, step: Step, device: torch.device):
         self.step, self.device, self.stream = step, device, torch.cuda.Stream(device)
-        self.calls: dict[tuple, int] = {}  # made before the recording, by shapes
+        self.calls: Counter[tuple] = Counter()  # made before the recording, by shapes
         self.recordings: dict[tuple, Recording] = {}
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         """What the step measures on a batch in host memory."""
         shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in batch.tensors().items())
-        if shapes in self.recordings:
-            return self.recordings[shapes](batch)
-        batch = batch.to(self.device)
-        if self.calls.setdefault(shapes, 0) < WARM_UP:
-            self.calls[shapes] += 1
-            return self._on_the_side(batch)
-        self.recordings[shapes] = Recording(self.step, batch, self.stream)
+        if shapes not in self.recordings:
+            batch = batch.to(self.device)
+            if self.calls[shapes] < WARM_UP:
+                self.calls[shapes] += 1
+                return self._on_the_side(batch)
+            self.recordings[shapes] = Recording(self.step, batch, self.stream)
         return self.recordings[shapes](batch)
 
     def _on_the_side(self, batch: Batch) -> dict[str, Tensor]:

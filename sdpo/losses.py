@@ -2,7 +2,7 @@
 
 One pair is one caption with a winner `w` and a loser `l` that share noise and timestep. Tensors of predictions and
 targets hold 2B samples, winners first. `pair_terms` and `sft` form errors in fp32 whatever the precision of their
-inputs. Nothing here knows a model, a device or a config.
+inputs. No loss knows a model, a device or a config; PAIR_LOSSES names the settings that give a loss its arguments.
 """
 
 from __future__ import annotations
@@ -91,6 +91,21 @@ def winner_preserving_scale(
     return scale if per_pair else scale.squeeze(0)
 
 
+def loser_scale(
+    residual_w: Tensor, residual_l: Tensor, mu: float | None, per_pair: bool = False, constant: float = 1.0
+) -> Tensor:
+    """Lambda without gradient, () or (B,): by the winner-preserving rule where `mu` is given, else `constant`.
+
+    residual_w, residual_l: (B, ...) prediction minus target. Raises ValueError for a constant outside [0, 1] or beside
+    mu, and as winner_preserving_scale.
+    """
+    if not 0 <= constant <= 1 or (mu is not None and constant != 1):
+        raise ValueError(f"constant must lie in [0, 1], and be 1 where mu is given; got {constant} and mu {mu}")
+    if mu is None:
+        return residual_w.new_full((), constant)
+    return winner_preserving_scale(residual_w, residual_l, mu, per_pair)
+
+
 def pair_terms(
     prediction: Tensor,
     reference: Tensor | None,
@@ -112,8 +127,6 @@ def pair_terms(
     the reference.
     """
     check_pairs(prediction, reference, target, reference_error)
-    if not 0 <= constant <= 1 or (mu is not None and constant != 1):
-        raise ValueError(f"constant must lie in [0, 1], and be 1 where mu is given; got {constant} and mu {mu}")
     prediction, target = prediction.float(), target.detach().float()
     residual = prediction - target
     residual_w, residual_l = residual.chunk(2)
@@ -125,9 +138,7 @@ def pair_terms(
     if reference_error is None:
         reference_error = sample_error(reference, target)
     reference_error_w, reference_error_l = reference_error.detach().chunk(2)
-    scale = (
-        error_l.new_full((), constant) if mu is None else winner_preserving_scale(residual_w, residual_l, mu, per_pair)
-    )
+    scale = loser_scale(residual_w, residual_l, mu, per_pair, constant)
     error_l = scale_gradient(error_l, scale)
     margin = -beta / 2 * ((error_w - error_l) - (reference_error_w - reference_error_l).float())
     return PairTerms(

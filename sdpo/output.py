@@ -61,7 +61,7 @@ def tidy_output(run: Run, checkpoint: Path | None) -> None:
         return
     if config.resume_from_checkpoint != "latest":
         found = list_checkpoints(config.output_dir)  # one of as many updates is there if the resumed one was set aside
-        later = [path for path in found if step_of(path) >= run.step and not path.samefile(checkpoint)]
+        later = [path for path in found if step_of(path) >= run.step and path.resolve() != checkpoint.resolve()]
         set_aside(later, "abandoned", "was not written before the one resumed from")
     if read_state(checkpoint).get("prune"):
         remove_older(config, checkpoint)

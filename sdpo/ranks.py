@@ -20,7 +20,7 @@ PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # while the main 
 def join_ranks(**options: Any) -> Accelerator:
     """The accelerator of this process, with the others that a launcher started; options are Accelerator's.
 
-    Raises InputError for what a launcher or its remains have left in the environment and cannot be used.
+    Raises InputError for what cannot be used of the environment that a launcher made or has left.
     """
     numbers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
     fix = "start with torchrun, accelerate or our launchers, or unset what they have left"
@@ -43,7 +43,7 @@ def join_ranks(**options: Any) -> Accelerator:
 def check_ranks(accelerator: Accelerator) -> None:
     """Raises InputError where a launcher started processes that did not join: each would do the whole work alone."""
     launched = "LOCAL_RANK" in os.environ or "RANK" in os.environ  # as launchers set them
-    started = int(os.environ.get("WORLD_SIZE") or 1) if launched else 1
+    started = int(os.environ.get("WORLD_SIZE", 1)) if launched else 1
     if started != accelerator.num_processes:
         raise InputError(
             f"{started} processes were started, but {accelerator.num_processes} found each other, as where there are "

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from sdpo.checkpoint import load_average, read_state
-from sdpo.command import InputError, is_out_of_memory, refuse
+from sdpo.command import InputError, is_of_machine, refuse
 from sdpo.config import TrainConfig
 from sdpo.files import brief
 from sdpo.losses import PAIR_LOSSES
@@ -132,7 +132,7 @@ def load_checkpoint(run: Run, checkpoint: Path) -> None:
     except InputError:
         raise
     except Exception as error:  # torch, pickle and the objects' own
-        if is_out_of_memory(error) or "CUDA error" in str(error):
+        if is_of_machine(error):
             raise
         raise InputError(
             f"{checkpoint} cannot be resumed from ({brief(error)}); remove it, or resume from another one"
@@ -160,10 +160,12 @@ def check_restored(run: Run) -> None:
         raise ValueError("the schedule's epoch is not a number")
     moments = OPTIMIZERS[optimizer_name(run.config, run.family)].moments
     for parameter, state in run.optimizer.state.items():
-        for name in moments if state else ():
+        if not state:
+            continue
+        for name in moments:
             if not is_like(state.get(name), parameter):
                 raise ValueError(f"{name} of the optimizer does not have the shape of its parameter")
-        if state and isinstance(state.get("step"), Tensor) and state["step"].numel() != 1:
+        if isinstance(state.get("step"), Tensor) and state["step"].numel() != 1:
             raise ValueError("the optimizer's step is not a number")
 
 

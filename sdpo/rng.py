@@ -10,7 +10,10 @@ from torch import Tensor
 
 
 def draw(seed: int, stream: str, *position: int) -> np.random.Generator:
-    """An independent generator for one purpose at one place, e.g. draw(seed, "noise", step, position)."""
+    """An independent generator for one purpose at one place, e.g. draw(seed, "noise", step, position).
+
+    Places of one stream have as many numbers each: one that is missing is a 0 to NumPy.
+    """
     return np.random.default_rng([seed, zlib.crc32(stream.encode()), *position])
 
 

@@ -66,9 +66,15 @@ class Run:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint says about the run besides weights and optimizer; every rank calls this."""
-        shape = {"config": self.settings(), "plan": dataclasses.asdict(self.plan)}
-        made_from = {"data": self.data, "base": self.base}
-        return {"step": self.step, "seed": self.seed, **made_from, **shape, "meter": self.meter.state()}
+        return {
+            "step": self.step,
+            "seed": self.seed,
+            "data": self.data,
+            "base": self.base,
+            "config": self.settings(),
+            "plan": dataclasses.asdict(self.plan),
+            "meter": self.meter.state(),
+        }
 
     def settings(self) -> dict[str, Any]:
         """The effective settings: aliases and "auto" resolved, flags without effect at their defaults."""
@@ -244,9 +250,10 @@ class Skipped:
 def update(run: Run, micro_batches: Iterator[Batch]) -> Skipped | None:
     """Add up the gradients of the micro-batches, then let optimizer, schedule and average step once.
 
-    If a loss or gradient of any rank is not finite, every rank leaves weights, optimizer, schedule and average as they
-    are, and what was skipped is returned; None of an update that was made. To see that, the host waits for the device
-    once. DeepSpeed's engine steps by itself and skips nothing.
+    If a loss or gradient of any rank is not finite, or the gradient's norm is above --skip_grad_norm_above, every rank
+    leaves weights, optimizer, schedule and average as they are, and what was skipped is returned; None of an update
+    that was made. To see that, the host waits for the device once. DeepSpeed's engine steps by itself and skips
+    nothing.
     """
     measured: list[dict[str, Tensor]] = []
     device = run.accelerator.device

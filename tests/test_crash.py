@@ -247,6 +247,12 @@ def test_a_run_that_goes_on_from_earlier_leaves_the_other_branch(arguments, run)
     assert damage(run / "checkpoint-3.abandoned") is None  # nothing is lost
 
 
+def test_a_later_checkpoint_on_a_disk_that_is_not_there_is_left_aside_too(arguments, run):
+    (run / "checkpoint-9").symlink_to(run / "away" / "checkpoint-9")
+    train.main(arguments(*WHOLE, f"--resume_from_checkpoint={run / 'checkpoint-1'}", "--max_train_steps=2"))
+    assert (run / "checkpoint-9.abandoned").is_symlink()
+
+
 def test_an_abandoned_branch_can_be_gone_on_with(arguments, run):
     """And every other branch stays; the limit concerns the checkpoints of this one."""
     first = arguments(*WHOLE, f"--resume_from_checkpoint={run / 'checkpoint-1'}", "--max_train_steps=2")

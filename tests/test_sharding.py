@@ -9,11 +9,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from diffusers import DiffusionPipeline
-from recording import run_on_ranks, same, weights
+from recording import run_on_ranks, same, set_up, weights
 
 import train
 from sdpo.command import InputError
 from sdpo.metrics import read_metrics
+from sdpo.step import Run
 
 run_sharded = partial(run_on_ranks, 2, Path(__file__).with_name("fsdp_on_cpu.py"))
 
@@ -40,6 +41,8 @@ def test_sharded_run_is_the_run_of_one_process(arguments, tmp_path, family, prec
         apart = sum((one[name] - sharded[name]).square().sum() for name in one).sqrt()
         assert apart < (1e-3 if precision == "no" else 0.2) * moved
         assert all(type(value) is torch.Tensor for value in sharded.values())
+    shards = (tmp_path / "sharded" / "checkpoint-2" / "pytorch_model_fsdp_0").iterdir()
+    assert sum(path.stat().st_size for path in shards) > sum(value.nbytes for value in start.values())
     exact = precision == "no"  # bf16 rounds away what held-out errors change
     for name in ("train_loss", *(["heldout/winner_error_change", "heldout_ema/winner_error_change"] if exact else [])):
         metrics = {out: dict(read_metrics(tmp_path / out, name)) for out in ("sharded", "one")}
@@ -56,6 +59,16 @@ def test_sharded_run_is_the_run_of_one_process(arguments, tmp_path, family, prec
     assert "after 2 updates" in run_sharded(arguments(*flags, family=family, out="sharded"))
     assert same(weights(tmp_path / "sharded"), sharded)
     assert same(weights(tmp_path / "sharded", "unet_ema.pth"), averaged)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_the_room_for_a_checkpoint_includes_an_engines_shards(arguments, monkeypatch, sharded):
+    announced = {}
+    monkeypatch.setattr(train, "space_cautions", lambda _, sizes: announced.update(sizes) or [])
+    monkeypatch.setattr(Run, "sharded", sharded)
+    run, _, _ = set_up(arguments("--optimizer=adamw", "--checkpointing_steps=2"))
+    weights = sum(parameter.nbytes for parameter in run.policy.parameters())
+    assert announced["a checkpoint"] == (4 if sharded else 3) * weights  # unet.pth, two moments, the shards
 
 
 @pytest.mark.parametrize(
