@@ -261,10 +261,11 @@ def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
     register_hooks(accelerator, run.policy)
     if checkpoint:
         resume(run, checkpoint)
-    tidy_output(run, checkpoint)
     if config.gradient_checkpointing == "auto":
         log.info(choose_checkpointing(run, collate([dataset[run.step, 0]] * config.train_batch_size)))
-    return run, dataset, hold_out(run, held_out_pairs)
+    held_out = hold_out(run, held_out_pairs)
+    tidy_output(run, checkpoint)  # once nothing is refused any more
+    return run, dataset, held_out
 
 
 def check_base(config: TrainConfig, accelerator: Accelerator, family: Family) -> None:
@@ -274,11 +275,13 @@ def check_base(config: TrainConfig, accelerator: Accelerator, family: Family) ->
             f"--reference_cache keeps errors of the reference, and {config.method} needs its predictions: drop it"
         )
     family.check_pipeline()
-    on_main(accelerator, lambda: check_places(config.output_dir, config.logging_dir, family.parts))
+    on_main(accelerator, lambda: check_places(config, family.parts))
 
 
 def try_flags(config: TrainConfig, processes: int, family: Family) -> None:
     """Raises InputError for what would otherwise stop the run once labels or a latent cache are made."""
+    if config.max_train_steps:  # else they depend on how many pairs there are
+        Plan.of(config, processes, pairs=1)
     config.accumulation(processes)
     OPTIMIZERS[optimizer_name(config, family)].build([nn.Parameter(torch.zeros(1))], config, config.learning_rate)
     if config.unet_init:

@@ -68,7 +68,7 @@ SDXL = {
         "projection_class_embeddings_input_dim": 2816,
     },
 }
-SMALL = {  # 49.5 M parameters: some quarter of the widths of SD1.5, its VAE included
+SMALL = {  # a UNet of 49.5 M parameters, widths 0.2 to 0.3 of SD1.5's, and a VAE of a quarter of its widths
     "scheduler": SCHEDULER,
     "text_encoder": CLIP_L | {"hidden_size": 192, "intermediate_size": 768, "num_attention_heads": 3},
     "vae": VAE | {"block_out_channels": (32, 64, 128, 128), "scaling_factor": 0.18215},

@@ -4,7 +4,7 @@
 # OUT=FOLDER takes the results; PYTHON=... names the interpreter; LIMIT=SECONDS ends the command. Flags are those of
 # benchmarks/train.py and override the ones below.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 if [ -n "${DIFFUSERS_WHEEL:-}" ]; then
   site=$(mktemp -d)

@@ -257,7 +257,7 @@ def check_baseline(base: Base, parts: dict[str, dict[str, float]], device: torch
     return {"measured": measured["flops"], "expected": expected, "ratio": measured["flops"] / expected}
 
 
-def compare(results: dict[str, Any], flops: dict[str, float], peak: float) -> None:
+def add_ratios(results: dict[str, Any], flops: dict[str, float], peak: float) -> None:
     """Add speed, ratios by round to the first contestant and to the uncompiled one, share of the peak, memory."""
     speeds = {name: [r["pairs_per_second"] for r in result["rounds"]] for name, result in results.items()}
     first = next(iter(results))
@@ -290,7 +290,7 @@ class BaseBenchmark:
     device: torch.device
     compiled: bool  # whether compiled blocks are
     rounds: int  # turns of every contestant at most
-    seconds: float  # that a turn measures at least
+    least: float  # seconds that a turn measures
     save: Callable[[], None] = lambda: None  # called after every turn
     failed: bool = False  # whether anything was not measured because of an error
     result: dict[str, Any] = field(default_factory=dict)
@@ -307,7 +307,7 @@ class BaseBenchmark:
         result["ceilings"] = ceilings(device, self.dtype)
         result["data_ms_per_pair"] = data_milliseconds(base)
         result["baseline_flops"] = self.attempt(lambda: check_baseline(base, result["per_pair"], device))
-        result["safeguard"] = self.attempt(lambda: safeguard_cost(base, device, 4 * self.seconds))
+        result["safeguard"] = self.attempt(lambda: safeguard_cost(base, device, 4 * self.least))
         print(f"  baseline's FLOPs: {show_check(result['baseline_flops'])}", flush=True)
         print(f"  safeguard: {show_safeguard(result['safeguard'])}", flush=True)
         now = time.monotonic()
@@ -328,7 +328,7 @@ class BaseBenchmark:
             for name, done in changes.items()
         }
         for _ in self.race(results, until):
-            compare(results, flops, self.result["ceilings"]["matmul_flops_per_second"])
+            add_ratios(results, flops, self.result["ceilings"]["matmul_flops_per_second"])
             self.save()
 
     def race(self, results: dict[str, dict], until: float) -> Iterator[str]:
@@ -363,7 +363,7 @@ class BaseBenchmark:
     def turn(self, name: str, parts: bool) -> dict[str, Any]:
         """Speed, memory and, if asked for, parts of one contestant, built anew."""
         contestant = build(self.base, name, self.device)
-        figures = measure_round(contestant, self.device, self.seconds)
+        figures = measure_round(contestant, self.device, self.least)
         return figures | ({"parts_ms": time_parts(contestant, self.device)} if parts else {})
 
 

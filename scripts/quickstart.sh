@@ -3,7 +3,7 @@
 # embedded tiny model and compare them; then generate, score and compare pictures of the first two with the evaluation
 # scripts. Results: output/quickstart/. Training and evaluation take the same path as the launchers for SD1.5 and SDXL.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh
 out=output/quickstart
 mkdir -p "$out"

@@ -1,6 +1,6 @@
 # Run or sourced: goes to the repository's root, makes .venv there and installs the requirements if they are not there;
 # sets PYTHON, which may name the interpreter to make it with.
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if ! cmp -s requirements.txt .venv/installed.txt; then
   python=${PYTHON:-python3}
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||

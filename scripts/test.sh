@@ -2,7 +2,7 @@
 # Install into .venv and run every check: linter, then tests. No GPU and no network beyond pip; those of the report need
 # Chromium.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh
 "$PYTHON" -m pip install --quiet "pytest>=9" "pytest-xdist>=3.8" "ruff>=0.9" "playwright>=1.50" "hypothesis>=6.170"
 "$PYTHON" -m ruff check .

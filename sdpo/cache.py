@@ -45,12 +45,11 @@ def make_keys(config: TrainConfig, family: Family, tables: dict[str, Pairs]) -> 
     """Keys of the captions and of the images of each table: all that the stored numbers depend on."""
     prints = family.fingerprints()
     dtype = DTYPES[config.mixed_precision]
-    precision = {"stored in": config.latent_cache_dtype}
     keys = {
         "captions": {
             "text encoders": prints["text encoders"],
             "computed in": str(dtype).removeprefix("torch."),
-            **precision,
+            "stored in": config.latent_cache_dtype,
         }
     }
     for name, pairs in tables.items():
@@ -58,7 +57,7 @@ def make_keys(config: TrainConfig, family: Family, tables: dict[str, Pairs]) -> 
         keys[name] = {
             "VAE": prints["VAE"],
             "computed in": str(family.vae_dtype(dtype)).removeprefix("torch."),
-            **precision,
+            "stored in": config.latent_cache_dtype,
             "resolution": config.resolution or family.resolution,
             "crop": "centre",
             "JPEGs decoded": "reduced" if pairs.min_side else "whole",

@@ -145,7 +145,7 @@ Positive = Annotated[float, Limit(lambda value: 0 < value < 2**63, "must be abov
 Share = Annotated[float, Limit(lambda value: 0 <= value <= 1, "must lie in [0, 1]")]
 Decay = Annotated[float, Limit(lambda value: 0 <= value < 1, "must lie in [0, 1)")]
 Side = Annotated[
-    int, Limit(lambda value: 8 <= value <= 2**14 and value % 8 == 0, "must be a multiple of 8, at most 16384")
+    int, Limit(lambda value: 8 <= value <= 2**13 and value % 8 == 0, "must be a multiple of 8, at most 8192")
 ]
 
 
@@ -179,11 +179,11 @@ def parse_flags(cls: type, description: str, command: str, arguments: list[str] 
 
 
 def parse_assignments(texts: Sequence[str], flag: str) -> dict[str, str]:
-    """{name: value} of NAME=VALUE texts; raises InputError for one without an equals sign, and for a name twice."""
+    """{name: value} of NAME=VALUE texts; raises InputError for one without name or equals sign, and for names twice."""
     values = {}
     for text in texts:
         name, equals, value = text.partition("=")
-        if not equals:
+        if not (name.strip() and equals):
             raise InputError(f"{flag} {text}: expected NAME=VALUE")
         if name in values:
             raise InputError(f"{flag} names {name} twice: give it once")

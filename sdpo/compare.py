@@ -177,7 +177,7 @@ def draw_errors(runs: Sequence[Measured], path: Path) -> None:
     plt.close(figure)
 
 
-def parse_arguments(command: str, about: str, arguments: list[str] | None) -> tuple[list[Measured], Path]:
+def open_runs(command: str, about: str, arguments: list[str] | None) -> tuple[list[Measured], Path]:
     """The runs that a command line names, and the folder of the results, which is made."""
     parser = Parser(command, about)
     parser.add_argument("runs", nargs="+", metavar="NAME=RUN", help="label and output folder of a run of train.py")
@@ -199,7 +199,7 @@ def write_results(runs: Sequence[Measured], rows: list[dict[str, Any]], columns:
 
 def main(arguments: list[str] | None = None) -> None:
     """Compare as the command line says."""
-    runs, out = parse_arguments("python -m sdpo.compare", __doc__, arguments)
+    runs, out = open_runs("python -m sdpo.compare", __doc__, arguments)
     write_results(runs, [row for run in runs for row in describe(run, runs[0])], COLUMNS, out)
     show("\n" + "\n".join(["settings that differ:", *differing_settings(runs)]))
     pairs, captions = len(runs[0].pairs), len(np.unique(runs[0].captions))

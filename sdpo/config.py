@@ -259,8 +259,8 @@ class TrainConfig:
         yield not self.output_dir, "--output_dir is empty: name a folder"
         yield (
             self.report_to in ("tensorboard", "all")
-            and Path(self.tracker_project_name).name != self.tracker_project_name,
-            f"--tracker_project_name {self.tracker_project_name} would be a path: give a name without slashes",
+            and (self.tracker_project_name in (".", "..") or "/" in self.tracker_project_name),
+            f"--tracker_project_name {self.tracker_project_name} would be a path: give a name",
         )
         output = os.path.realpath(self.output_dir)
         models = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "unet_init")
@@ -384,7 +384,7 @@ class TrainConfig:
         """Whether there are held-out pairs."""
         return bool(self.validation_pairs or self.validation_split or self.validation_data_dir)
 
-    def _idle(self, optimizer: str) -> dict[str, str]:
+    def idle(self, optimizer: str) -> dict[str, str]:
         """Flags that have no effect, and why; `optimizer` is the row of OPTIMIZERS."""
         reasons = {  # names of flags: (whether these have no effect, why)
             "hub_model_id": (
@@ -423,14 +423,10 @@ class TrainConfig:
 
     def without_effect(self, optimizer: str) -> list[str]:
         """A sentence for every flag that was given and has no effect; `optimizer` is the row of OPTIMIZERS."""
-        idle = self._idle(optimizer).items()
+        idle = self.idle(optimizer).items()
         return [
             f"--{name} has no effect {why}" for name, why in idle if getattr(self, name) != getattr(TrainConfig, name)
         ]
-
-    def idle_defaults(self, optimizer: str) -> dict[str, Any]:
-        """Defaults of the flags that have no effect; `optimizer` is the row of OPTIMIZERS."""
-        return {name: getattr(TrainConfig, name) for name in self._idle(optimizer)}
 
     def accumulation(self, processes: int) -> int:
         """Micro-steps per update; raises InputError for a global batch that cannot be split over the processes."""

@@ -46,7 +46,7 @@ def epoch_order(seed: int, epoch: int, pairs: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Transform:
-    """Resize the shorter side, crop to a square, flip; which crop and flip is drawn from a generator."""
+    """Resize the shorter side, crop to a square, flip; flips and random crops are drawn from generators."""
 
     resolution: int
     random_crop: bool = False

@@ -46,6 +46,7 @@ from sdpo.sampling import draw_noise, sample
 CPU_PIXELS = 128 * 128  # batch on a CPU: larger ones only pay for tiny images
 GPU_SHARE, GPU_IMAGES = 0.8, 32  # batch on a GPU: share of its free memory, and what is enough to keep it busy
 FINGERPRINT = "fingerprint.json"
+NAMES = {"base": "the base (VAE, text encoders, tokenizers, settings)"}  # of what a fingerprint says, for people
 log = logging.getLogger(__name__)
 
 
@@ -215,7 +216,7 @@ def caution_other_parts(unet: str, config: EvalConfig) -> None:
             f"CAUTION: {unet} was trained from {base}, images are made with the other parts of {config.pretrain_path}: "
             "see --pretrain_path"
         )
-    if vae != (config.vae_path or ""):
+    if os.path.realpath(vae) != os.path.realpath(config.vae_path or ""):
         own, other = (f"VAE {place}" if place else "the VAE of its base" for place in (config.vae_path, vae))
         log.warning(f"CAUTION: {unet} was trained with {other}, images are made with {own}: see --vae_path")
 
@@ -456,18 +457,18 @@ def claim_folder(run: EvalRun, group: str) -> None:
     then = read_settings(path)
     if then is None:
         raise InputError(f"{path} does not say what made the images in its folder: {fix}")
-    differ = [
-        f"{name} was {str(then.get(name))[:12]}, is {str(settings.get(name))[:12]}"
+    differ = "; ".join(
+        f"{NAMES.get(name, name)} was {str(then.get(name))[:12]}, is {str(settings.get(name))[:12]}"
         for name in sorted(then.keys() | settings.keys())
         if then.get(name) != settings.get(name)
-    ]
-    if differ and not any(folder.glob("*.png")):
-        raise InputError(
-            f"{folder} is kept for images of other settings ({'; '.join(differ)}), but has none: remove it, unless "
-            f"another command is about to make them, or {other}"
-        )
+    )
+    if differ and any(folder.glob("*.png")):
+        raise InputError(f"{folder} holds images made with other settings ({differ}): {fix}")
     if differ:
-        raise InputError(f"{folder} holds images made with other settings ({'; '.join(differ)}): {fix}")
+        raise InputError(
+            f"{folder} is kept for images of other settings ({differ}), but has none: remove it, unless another "
+            f"command is about to make them, or {other}"
+        )
 
 
 def read_settings(fingerprint: Path) -> dict[str, object] | None:
@@ -500,11 +501,11 @@ def find_missing(run: EvalRun, group: str) -> list[int]:
     def look(index: int) -> tuple[int, str]:
         return index, find_damage(run.image(group, index), run.height, run.width, run.prompts[group][index].text)
 
-    found = gather_object(together(lambda: list(map(look, there))))
-    damaged = {index: damage for index, damage in sorted(found) if damage}
-    for index, damage in damaged.items():
-        log.warning(f"CAUTION: {run.image(group, index)} is damaged ({damage}) and will be made again")
-    return sorted(set(range(count)) - {index for index, damage in found if not damage})
+    damage = dict(sorted(gather_object(together(lambda: list(map(look, there))))))  # of those there; "" where sound
+    for index, what in damage.items():
+        if what:
+            log.warning(f"CAUTION: {run.image(group, index)} is damaged ({what}) and will be made again")
+    return [index for index in range(count) if damage.get(index, "missing")]
 
 
 def make_images(run: EvalRun, group: str) -> None:
@@ -516,17 +517,14 @@ def make_images(run: EvalRun, group: str) -> None:
     hidden = not accelerator.is_main_process or not share
     label = group if accelerator.num_processes == 1 else f"{group}, process 1 of {accelerator.num_processes}"
     with tqdm(total=len(share), desc=label, unit="image", disable=hidden) as bar, ThreadPoolExecutor() as pool:
-        writes = []
+        writes: Iterable[None] = ()
         for batch in (share[start : start + size] for start in range(0, len(share), size)):
             captions, seeds = [prompts[i].text for i in batch], [run.seed(i) for i in batch]
             images = sample_images(run, captions, seeds, run.config.steps)
-            for write in writes:  # those of the batch before; a full disk stops the run
-                write.result()
-            files = [run.image(group, i) for i in batch]
-            writes = [pool.submit(save_image, *image) for image in zip(files, images, captions, strict=True)]
+            list(writes)  # waits for those of the batch before; a full disk stops the run
+            writes = pool.map(save_image, [run.image(group, i) for i in batch], images, captions)
             bar.update(len(batch))
-        for write in writes:
-            write.result()
+        list(writes)
 
 
 def write_results(run: EvalRun, group: str) -> None:

@@ -67,9 +67,8 @@ def write_manifest(path: str | Path, entries: Iterable[dict[str, Any]]) -> None:
     Each entry needs `prompt` and `gen_image_path`; `raw_image_path` and `metadata` are added where absent and further
     keys are kept.
     """
-    order = ("prompt", "gen_image_path", "raw_image_path", "metadata")
-    complete = [{**dict.fromkeys(order), "raw_image_path": "", "metadata": {}, **entry} for entry in entries]
-    write_json(Path(path), complete)
+    empty = {"prompt": None, "gen_image_path": None, "raw_image_path": "", "metadata": {}}  # in the official order
+    write_json(Path(path), [empty | entry for entry in entries])
 
 
 def read_manifest(path: str | Path) -> list[Entry]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from sdpo.checkpoint import ADAPTERS, list_checkpoints, read_state, remove_older, remove_remains, set_aside, step_of
 from sdpo.command import InputError
+from sdpo.config import TrainConfig
 from sdpo.files import PARTIAL, alone
 from sdpo.heldout import HELD_OUT_FILE
 from sdpo.step import Run
@@ -67,14 +68,16 @@ def tidy_output(run: Run, checkpoint: Path | None) -> None:
         remove_older(config, checkpoint)
 
 
-def check_places(folder: str | Path, logging_dir: str, parts: list[str]) -> None:
+def check_places(config: TrainConfig, parts: list[str]) -> None:
     """Raises InputError where the model cannot be written: over a part of another one, or where names are taken.
 
     Nor may the tracker's files take the place of what else is in the folder.
     """
-    name = os.path.normpath(logging_dir).split(os.sep)[0]
+    folder = config.output_dir
+    logs = os.path.normpath(os.path.join(config.logging_dir, config.tracker_project_name))
+    name = logs.split(os.sep)[0]
     if name in (*parts, *MODEL_FILES, *RESULTS) or re.fullmatch(r"(checkpoint|earlier)-\d+", name):
-        raise InputError(f"--logging_dir {logging_dir}: {name} is something else in --output_dir: name another folder")
+        raise InputError(f"--logging_dir: {logs} would be in the place of something else: name another folder")
     own = Path(folder).resolve()
     if own.name in parts and (own.parent / "model_index.json").is_file():
         raise InputError(f"--output_dir {folder} is a part of the model in {own.parent}: name another folder")

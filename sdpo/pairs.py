@@ -264,23 +264,15 @@ def read_label_file(path: Path, captions: list, source: str, images: str | None 
         raise InputError(
             f"cannot read labels from {path} ({brief(error)}); make it with python -m sdpo.relabel"
         ) from error
+    again = "make it again from this data with python -m sdpo.relabel"
     if len(labels) != rows:
-        raise InputError(
-            f"{path} has labels of {len(labels):,} rows, but {source} has {rows:,} rows: "
-            "make it again from this data with python -m sdpo.relabel"
-        )
+        raise InputError(f"{path} has labels of {len(labels):,} rows, but {source} has {rows:,} rows: {again}")
     if numbers != list(range(rows)):
         raise InputError(f"{path} does not have its rows in the order of the data: sort them by row")
     if made_for not in (None, hash_captions(captions)):
-        raise InputError(
-            f"{path} was made for other captions, or another order of them, than {source} has: "
-            "make it again from this data with python -m sdpo.relabel"
-        )
+        raise InputError(f"{path} was made for other captions, or another order of them, than {source} has: {again}")
     if images and about.get("images") not in (None, images):
-        raise InputError(
-            f"{path} was made for other images than {source} has: make it again from this data with python -m "
-            "sdpo.relabel"
-        )
+        raise InputError(f"{path} was made for other images than {source} has: {again}")
     if not intact:
         raise InputError(
             f"{path} does not hold what python -m sdpo.relabel wrote (sha256): make it again, or, if that is meant, "

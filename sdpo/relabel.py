@@ -90,7 +90,7 @@ class RelabelConfig:
         names = ("dataset_name", "dataset_config_name", "train_data_dir", "split", "caption_column", "cache_dir")
         data = {name: getattr(config, name) for name in names}
         weights = [text for text in config.choice_weights.split(",") if text]
-        parse_assignments(weights, "--choice_weights")
+        parse_assignments(weights, "--choice_weights")  # so that errors have the name of train.py's flag
         choice = {"metric": config.choice_model, "margin": config.choice_margin, "weights": weights}
         choice["max_unreadable_images"] = config.max_unreadable_images
         return cls(**data, **choice, out=str(config.labels_path))

@@ -19,7 +19,7 @@ from sdpo.config import TrainConfig
 from sdpo.files import brief
 from sdpo.losses import PAIR_LOSSES
 from sdpo.optimizers import OPTIMIZERS, optimizer_name
-from sdpo.step import Run, loss_name
+from sdpo.step import NO_EFFECT, Run, loss_name
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def changed_settings(run: Run, checkpoint: Path) -> list[str]:
         f"--{name} was {then['config'][name]!r}, is {value!r}"
         for name, value in now.items()
         if name not in free
-        and name in then["config"]
+        and NO_EFFECT not in (value, then["config"].get(name, NO_EFFECT))  # what makes them so is a change itself
         and comparable(name, then["config"][name]) != comparable(name, value)
     ]
     if config.seed is not None and config.seed != then["seed"]:

@@ -46,7 +46,7 @@ def sample(
 ) -> np.ndarray:
     """Images (N, H, W, 3) uint8 for N captions from standard normal `noise` (N, C, h, w), guided away from "".
 
-    Guidance and latents have the dtype of `noise`, fp32 or the UNet's own; the latter is what the official code does.
+    Guidance and latents have the dtype of `noise`, officially the UNet's own.
     Images are decoded one at a time, which bounds the memory. Raises FloatingPointError where pixels are not finite.
     """
     scheduler = family.sampler()

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import compress, islice
+from itertools import chain, compress, islice, pairwise
 from pathlib import Path
 from typing import BinaryIO, ClassVar
 
@@ -33,7 +33,7 @@ from sdpo.hub import check_finite, check_fit, check_vocabulary, fetch, load_part
 from sdpo.images import open_image, refuse_errors_of_the_machine, to_rgb
 from sdpo.tiny import pictures
 
-IN_TURN_BLOCK = 512  # images kept prepared (0.6 MB each and preprocessing) while the models take turns
+IN_TURN_BLOCK = 512  # images per turn of a model; up to twice as many are held prepared (0.6 MB each and preprocessing)
 MEMORY_MARGIN = 1.5  # device memory needed per byte of weights, to leave room for activations
 
 # Loading
@@ -138,7 +138,7 @@ class Scorer(nn.Module):
 
     @torch.no_grad()
     def score(self, pixels: Tensor, prompts: Iterable[str]) -> Tensor:
-        """Scores (N,) fp32 on the CPU of prepared images (N, 3, H, W) for N prompts; ValueError for other numbers."""
+        """Scores (N,) fp32 on the CPU of prepared images (N, 3, H, W), one per prompt; ValueError if counts differ."""
         prompts = list(prompts)
         if len(pixels) != len(prompts):
             raise ValueError(f"{len(pixels)} images, {len(prompts)} prompts: give one prompt per image")
@@ -365,10 +365,9 @@ def check_parts(sources: Mapping[str, str], metrics: Collection[str] = SCORERS) 
     """Raises InputError unless names are "metric.part" of one of the metrics, and weights files exist."""
     official = {f"{metric}.{part}": source for metric in SCORERS for part, source in SCORERS[metric].official.items()}
     check_names(sources, official)
-    for name in sources:
+    for name, source in sources.items():
         if name.rpartition(".")[0] not in metrics:
             raise InputError(f"{name} belongs to a metric that is not scored: score that too, or drop it")
-    for name, source in sources.items():
         if ":" in official[name]:  # a file, not a folder
             check_file(source)
         elif not Path(source).is_dir() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source):
@@ -477,14 +476,9 @@ def prepare(image: str | Path | BinaryIO, preprocesses: Iterable[Preprocess]) ->
 def work_ahead(pool: ThreadPoolExecutor, function: Callable, rows: Iterable, size: int) -> Iterator[tuple[list, list]]:
     """Blocks of `size` rows with the function's results, while the next block is being worked on."""
     rows = iter(rows)
-    begun = None
-    while block := list(islice(rows, size)):
-        results = pool.map(function, block)
-        if begun:
-            yield begun[0], list(begun[1])
-        begun = block, results
-    if begun:
-        yield begun[0], list(begun[1])
+    begun = ((block, pool.map(function, block)) for block in iter(lambda: list(islice(rows, size)), []))
+    for (block, results), _ in pairwise(chain(begun, [None])):  # which begins the next one
+        yield block, list(results)
 
 
 def score_block(

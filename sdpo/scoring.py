@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,7 +89,8 @@ class ScoringOptions:
             for name, source in sorted(self.sources.items())
             if name.startswith(prefix)
         ]
-        return ", ".join([*parts, *(["bf16"] if self.dtype == "bf16" else [])]) or OFFICIAL_MODEL
+        parts += ["bf16"] if self.dtype == "bf16" else []
+        return ", ".join(parts) or OFFICIAL_MODEL
 
     def accepts(self, metric: str) -> str | None:
         """The model that existing scores of a metric must be from; None, any one, if nothing was said about it."""
@@ -172,7 +174,8 @@ def complete_scores(pending: Mapping[str, Pending], options: ScoringOptions) -> 
     """Compute and keep what is missing, return all; raises InputError for weights and images that cannot be used."""
     collected = _collect(pending.values())
     if len(collected) > 1:  # weights of later ones are tried out before hours of scoring
-        options.try_out()
+        lacking = set(itertools.chain(*collected))
+        replace(options, metrics=[metric for metric in options.metrics if metric in lacking]).try_out()
     for lacking, missing in collected.items():
         _compute(missing, lacking, options)
     for path in {plan.path for plan in pending.values() if plan.todo}:
@@ -248,7 +251,7 @@ def _missing(entries: Sequence[Entry], scores: Scores, options: ScoringOptions) 
 
 
 def _collect(pending: Iterable[Pending]) -> dict[tuple[str, ...], list[tuple[Path, Entry]]]:
-    """Score files and entries of all manifests by the metrics that they lack, each once: weights are loaded once."""
+    """Score files and entries of all manifests by the metrics that they lack, each once; weights are loaded per key."""
     collected: dict[tuple[str, ...], dict[tuple, tuple[Path, Entry]]] = {}
     for plan in pending:
         for lacking, missing in plan.todo.items():

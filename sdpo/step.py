@@ -39,6 +39,7 @@ if TYPE_CHECKING:  # the benchmark trains without the packages that data on file
 # A pass uses every weight once, so autocast gains nothing by keeping its copies until the end of the pass
 AUTOCAST = AutocastKwargs(cache_enabled=False)
 REFERENCE_ERROR = "reference_error"  # among what is measured on a micro-batch
+NO_EFFECT = "no effect"
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)  # engines that may share out weights over ranks
 
 
@@ -77,7 +78,7 @@ class Run:
         }
 
     def settings(self) -> dict[str, Any]:
-        """The effective settings: aliases and "auto" resolved, flags without effect at their defaults."""
+        """The effective settings: aliases and "auto" resolved, NO_EFFECT in place of flags that have none."""
         optimizer = optimizer_name(self.config, self.family)
         settled = {
             "sft": False,
@@ -87,7 +88,7 @@ class Run:
             "dspo_form": dspo_form(self.config, self.family),
             "resolution": self.resolution,
         }
-        return dataclasses.asdict(self.config) | settled | self.config.idle_defaults(optimizer)
+        return dataclasses.asdict(self.config) | settled | dict.fromkeys(self.config.idle(optimizer), NO_EFFECT)
 
     def prepare(self) -> None:
         """Let accelerate wrap what it has to, policy, optimizer and schedule; set up recording and averaging."""

@@ -225,7 +225,8 @@ def read_split(source: str, name: str | None, split: str, cache_dir: str | None)
     """
     if Path(source).exists() and re.search(r"[*?\[\]\n]|::", os.path.realpath(source)):
         raise InputError(
-            f"data folder {source!r}: datasets takes *, ?, [, ] and :: in its path for patterns; rename it"
+            f"data folder {source!r}: datasets takes *, ?, [, ] and :: in its path for patterns, and no line breaks; "
+            "rename it"
         )
     call = hashlib.sha256(json.dumps([source, name, split]).encode()).hexdigest()[:16]
     fetched = Path(cache_dir or datasets.config.HF_DATASETS_CACHE, "sdpo", f"{call}.json")

@@ -2,8 +2,8 @@
 
 Images are paired by prompt. Files and rules are the official ones. Added to summary.json are, in each metric's row,
 `win_rate_ci95`, `sign_test_p`, `sign_test_p_holm`, `mean_difference` and `mean_difference_ci95`, and beside the rows
-`pairing` (prompts without a partner, settings by which the images differ) and `bootstrap`; to the files of a metric's
-pairs `prompt_b`, where the prompts differ.
+`pairing` (by what, prompts without a partner, settings by which the images differ, whether images of a run share their
+noise) and `bootstrap`; to the files of a metric's pairs `prompt_b`, where the prompts differ.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ from benchmarks.memory import gibibytes
 from benchmarks.tables import show_margins, show_race
 from benchmarks.train import (
     BaseBenchmark,
+    add_ratios,
     check_baseline,
-    compare,
     expected_flops,
     fill_compilers_cache,
     main,
@@ -343,9 +343,9 @@ def test_a_failing_contestant_is_named_and_the_others_go_on(monkeypatch):
 
     monkeypatch.setitem(VARIANTS, "greedy", Variant(changes=(broken,)))
     results = {name: {"rounds": []} for name in ("default", "greedy")}
-    turns = list(BaseBenchmark(MICRO, CPU, compiled=False, rounds=2, seconds=0).race(results, until=float("inf")))
+    turns = list(BaseBenchmark(MICRO, CPU, compiled=False, rounds=2, least=0).race(results, until=float("inf")))
     assert turns == ["default", "greedy", "default"]
-    compare(results, {"default": 1.0, "greedy": 1.0}, peak=1.0)
+    add_ratios(results, {"default": 1.0, "greedy": 1.0}, peak=1.0)
     assert len(results["default"]["rounds"]) == 2
     assert show_margins({"against_default": results}) == "0 in all 1 contestants"
     assert "| greedy | OutOfMemoryError: no memory for this one |" in show_race(results)
@@ -356,20 +356,20 @@ def test_compiled_blocks_are_compared_with_the_same_without():
         name: {"rounds": [{"pairs_per_second": v, "parts_ms": {"other": v}} for v in (speed, speed, 4 * speed)]}
         for name, speed in SPEEDS.items()
     }
-    compare(results, dict.fromkeys(SPEEDS, 1e12), peak=1e13)
+    add_ratios(results, dict.fromkeys(SPEEDS, 1e12), peak=1e13)
     assert results["fast, compiled"]["ratio_to_baseline"] == {"median": 3.0, "low": 3.0, "high": 3.0, "rounds": 3}
     assert results["fast"]["parts_ms"] == {"other": SPEEDS["fast"]}  # of the first round
     assert results["fast, compiled"]["ratio_to_fast"]["median"] == 1.5
     assert results["fast"]["share_of_matmul_peak"] == pytest.approx(0.2)
     alone = {name: results[name] for name in ("baseline", "fast, compiled")}
-    compare(alone, dict.fromkeys(alone, 1e12), peak=1e13)  # where the uncompiled one is left out
+    add_ratios(alone, dict.fromkeys(alone, 1e12), peak=1e13)  # where the uncompiled one is left out
     assert alone["fast, compiled"]["ratio_to_baseline"]["median"] == 3.0
 
 
 def test_rounds_end_with_the_time():
     results = {"default": {"rounds": []}}
-    assert not list(BaseBenchmark(MICRO, CPU, compiled=False, rounds=2, seconds=0).race(results, until=0.0))
-    compare(results, {"default": 1.0}, peak=1.0)
+    assert not list(BaseBenchmark(MICRO, CPU, compiled=False, rounds=2, least=0).race(results, until=0.0))
+    add_ratios(results, {"default": 1.0}, peak=1.0)
     assert "| default | no time left |" in show_race(results)
 
 

@@ -459,6 +459,14 @@ def test_data_is_described_by_rows_captions_and_sizes(form, tmp_path):
     }
 
 
+def test_what_will_be_refused_is_refused_before_hours_of_encoding(flags, tmp_path):
+    wrong = ("--lr_scheduler=polynomial", "--learning_rate=1e-8"), ("--global_batch_size=3", "--train_batch_size=2")
+    for flag in wrong:
+        with pytest.raises(InputError, match=r"needs a higher learning rate|not a multiple of"):
+            set_up(flags(*flag))
+    assert not (tmp_path / "cache").exists()
+
+
 @pytest.mark.parametrize(
     "more, message",
     [

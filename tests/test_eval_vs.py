@@ -373,15 +373,18 @@ def test_a_folder_that_cannot_hold_scores_is_named_before_any_is_computed(tmp_pa
         scoring.main([str(manifest), "--metrics=Pixels"])
 
 
-def test_weights_of_all_metrics_are_tried_before_the_first_are_computed(tmp_path, monkeypatch):
+def test_weights_of_all_missing_scores_are_tried_before_the_first_are_computed(tmp_path, monkeypatch):
     a, b = (str(picture_run(tmp_path / name, seed)) for seed, name in enumerate("ab"))
+    for manifest in (a, b):  # all scores of HPSv2 are there
+        rows = [{"image": entry.image, "prompt": entry.prompt, "HPSv2": 0.25} for entry in read_manifest(manifest)]
+        append_scores(Path(manifest).with_name("scores.jsonl"), rows)
     scoring.main([a, "--metrics=Pixels"])
     before = (tmp_path / "a" / "scores.jsonl").read_text()
     monkeypatch.setattr(scoring, "_compute", None)
     monkeypatch.setattr(ScoringOptions, "load", lambda self, metrics: tried.append(metrics) or {})
     tried = []
     with pytest.raises(TypeError, match="'NoneType' object is not callable"):  # what would compute
-        scoring.main([a, b, "--metrics", "Pixels", "CLIP"])
+        scoring.main([a, b, "--metrics", "Pixels", "HPSv2", "CLIP"])
     assert tried == [["Pixels"], ["CLIP"]] and (tmp_path / "a" / "scores.jsonl").read_text() == before
 
 

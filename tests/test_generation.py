@@ -289,7 +289,7 @@ def test_other_settings_of_the_base_are_refused(arguments, bases, tmp_path, part
     copy = shutil.copytree(bases["sd15", "epsilon"], tmp_path / "base")
     eval_generate.main(arguments(f"--pretrain_path={copy}"))
     edit_json(copy / part, **values)
-    with pytest.raises(InputError, match=r"holds images made with other settings .*base was"):
+    with pytest.raises(InputError, match=r"holds images made with other settings .*the base .* was"):
         eval_generate.main(arguments(f"--pretrain_path={copy}"))
 
 
@@ -303,7 +303,7 @@ def test_a_base_whose_files_leave_out_defaults_is_the_same(arguments, bases, tmp
     edit_json(copy / "scheduler/scheduler_config.json", num_train_timesteps=None)
     eval_generate.main(arguments(f"--pretrain_path={copy}"))
     edit_json(copy / "scheduler/scheduler_config.json", timestep_spacing=None)  # whose default is Euler's own
-    with pytest.raises(InputError, match=r"holds images made with other settings .*base was"):
+    with pytest.raises(InputError, match=r"holds images made with other settings .*the base .* was"):
         eval_generate.main(arguments(f"--pretrain_path={copy}"))
 
 
@@ -410,7 +410,7 @@ def test_another_tokenizer_of_the_base_is_refused(arguments, bases, tmp_path):
     rules = json.loads(path.read_text())
     rules["model"]["merges"].pop()
     path.write_text(json.dumps(rules))
-    with pytest.raises(InputError, match=r"holds images made with other settings .*base was"):
+    with pytest.raises(InputError, match=r"holds images made with other settings .*the base .* was"):
         eval_generate.main(arguments(f"--pretrain_path={copy}"))
 
 
@@ -424,7 +424,7 @@ def test_other_settings_or_weights_are_refused(arguments, bases, tmp_path):
         ("--noise=per-prompt",): "noise was shared, is per-prompt",
         ("--dtype=bf16",): "dtype was fp32, is bf16; latents_dtype was fp32, is bf16",
         (f"--unet_path={tmp_path / 'unet.pth'}",): r"\(checkpoint was [0-9a-f]{12}, is [0-9a-f]{12}\)",
-        (f"--pretrain_path={bases['sd15', 'v_prediction']}",): "base was",
+        (f"--pretrain_path={bases['sd15', 'v_prediction']}",): r"the base \(VAE, .*\) was",
     }.items():
         with pytest.raises(
             InputError, match=rf"{NAME} holds images made with other settings .*{message}.* another --output_path"
@@ -677,7 +677,7 @@ def test_a_unet_that_was_trained_with_another_vae_or_prediction_is_noticed(argum
     assert (
         f"was trained with VAE {base / 'vae'}, images are made with the VAE of its base: see" in capsys.readouterr().err
     )
-    eval_generate.main(arguments(f"--vae_path={base / 'vae'}", unet=run, out="again"))
+    eval_generate.main(arguments(f"--vae_path={base / 'vae'}/", unet=run, out="again"))
     assert "was trained" not in capsys.readouterr().err
     (run / "config.json").write_text(json.dumps({"config": settings | {"pretrained_model_name_or_path": "a/base"}}))
     eval_generate.main(arguments(f"--vae_path={base / 'vae'}", unet=run, out="again"))

@@ -595,6 +595,13 @@ def test_resuming_with_a_change_must_be_meant(arguments, tmp_path, capsys, chang
     assert [step for step, _ in read_metrics(tmp_path / "run", "train_loss")] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("then, now", [(["--use_ema"], []), ([], ["--use_ema"])])
+def test_flags_that_lose_or_gain_their_effect_by_a_change_are_not_named_with_it(arguments, then, now):
+    train.main(arguments("--checkpointing_steps=1", "--max_train_steps=1", "--ema_decay=0.5", *then))
+    with pytest.raises(InputError, match=r"another run: --use_ema was \w+, is \w+\. Restore them"):
+        train.main(arguments("--ema_decay=0.5", *now))
+
+
 def test_pairs_that_were_trained_on_before_they_were_held_out_are_pointed_out(arguments, capsys):
     train.main(arguments("--checkpointing_steps=1", "--max_train_steps=1"))
     train.main(arguments("--max_train_steps=2", "--validation_pairs=4", "--resume_with_changes"))

@@ -138,14 +138,16 @@ def test_the_reading_states_the_tables_own_figures(tmp_path):
 
 def test_runs_of_other_pairs_or_bases_are_not_compared(tmp_path):
     settings = {"seed": 0, "unet_init": "", "beta_dpo": 200, "steps": 100}
-    changes = {"a": {}, "b": {"beta_dpo": 300}, "c": {"seed": 1, "unet_init": "x"}}
+    changes = {"a": {}, "b": {"beta_dpo": 300}, "c": {"seed": 1, "unet_init": "x"}, "d": {"pairs": 5, "split": "x"}}
     runs = {name: SimpleNamespace(label=name, folder=tmp_path, settings=settings | changes[name]) for name in changes}
     with pytest.raises(InputError, match="is no run that ended"):
         compare.refuse_unlike([runs["a"]])
     (tmp_path / "unet.pth").touch()
     compare.refuse_unlike([runs["a"], runs["b"]])
     with pytest.raises(InputError, match="a and c differ in unet_init, seed: compare runs that do not"):
-        compare.refuse_unlike(list(runs.values()))
+        compare.refuse_unlike([runs["a"], runs["b"], runs["c"]])
+    with pytest.raises(InputError, match="a and d differ in split, pairs: compare runs that do not"):
+        compare.refuse_unlike([runs["a"], runs["d"]])
 
 
 def test_runs_are_compared(tmp_path, monkeypatch, capsys):

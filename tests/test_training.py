@@ -215,11 +215,27 @@ def test_a_trained_model_is_neither_overwritten_nor_mixed_with_another(arguments
     assert (run / "earlier-2" / "metrics.jsonl").exists()
 
 
+def test_a_refused_command_leaves_what_is_there(arguments, tmp_path):
+    flags = arguments("--checkpointing_steps=1", "--max_train_steps=2")
+    train.main(flags)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    first = f"--resume_from_checkpoint={tmp_path / 'run' / 'checkpoint-1'}"
+    for start in ([first], [first, "--seed=8", "--resume_with_changes", "--max_train_steps=3"]):
+        with pytest.raises(InputError, match="say how many GiB may be kept"):
+            train.main([*flags, *start, "--gradient_checkpointing=auto"])
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
 @pytest.mark.parametrize("name", ["", ".", "logs", "logs/checkpoint-1", "/elsewhere/unet", "checkpoint-1x"])
 def test_other_tracker_folders_are_in_nobodys_place(tmp_path, name):
-    check_places(tmp_path, name, ["unet", "vae"])
-    with pytest.raises(InputError, match="--logging_dir vae/x: vae is something else"):
-        check_places(tmp_path, "vae/x", ["unet", "vae"])
+    def check(logging_dir, project="tuning"):
+        config = SimpleNamespace(output_dir=tmp_path, logging_dir=logging_dir, tracker_project_name=project)
+        check_places(config, ["unet", "vae"])
+
+    check(name)
+    for place in (["vae/x"], ["./checkpoint-2"], [".", "vae"]):
+        with pytest.raises(InputError, match=r"--logging_dir: .* would be in the place of something else"):
+            check(*place)
 
 
 def test_a_tracker_folder_called_like_an_evaluations_is_moved_once(tmp_path):

@@ -14,7 +14,7 @@ import torch
 from matplotlib import pyplot as plt
 
 from sdpo.command import InputError, run_command, show
-from sdpo.compare import COLUMNS, Measured, describe, parse_arguments, write_results
+from sdpo.compare import COLUMNS, Measured, describe, open_runs, write_results
 from sdpo.console import quiet_libraries
 from sdpo.families import Family, load_family
 from sdpo.heldout import mean_of, prompt_ids
@@ -27,8 +27,9 @@ STEPS, GUIDANCE, PER_CAPTION = 20, 1.0, 8  # guidance 1: the conditional model i
 FILES = {"raw": "unet.pth", "averaged": "unet_ema.pth"}
 SCORE_COLUMNS = {"sample score": ("score", 1, 3), "all correct": ("all_correct", 1, 2)}  # columns of the table
 ALIKE = (  # settings that runs to be compared have in common
-    "pretrained_model_name_or_path", "unet_init", "dataset_name", "train_data_dir", "labels_file", "seed",
-    "validation_pairs", "validation_seed", "global_batch", "steps",
+    "pretrained_model_name_or_path", "unet_init", "dataset_name", "train_data_dir", "split", "labels_file",
+    "choice_model", "choice_margin", "choice_weights", "dreamlike_pairs_only", "max_train_samples", "seed", "pairs",
+    "validation_pairs", "validation_split", "validation_data_dir", "validation_seed", "global_batch", "steps",
 )  # fmt: skip
 
 
@@ -100,7 +101,7 @@ def draw_samples(images: dict[str, np.ndarray], path: Path, per_row: int = 20) -
 
 def main(arguments: list[str] | None = None) -> None:
     """Score the base and every run, raw and averaged weights."""
-    runs, out = parse_arguments("python -m sdpo.tiny.compare", __doc__, arguments)
+    runs, out = open_runs("python -m sdpo.tiny.compare", __doc__, arguments)
     refuse_unlike(runs)
     quiet_libraries()
     family = load_family(None, str(BASE))

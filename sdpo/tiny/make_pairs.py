@@ -20,7 +20,7 @@ FAULTY_WINNERS = 0.1  # share of pairs whose winner has a fault too, as human la
 
 
 def make_pair(spec: pictures.Spec, rng: np.random.Generator) -> dict:
-    """One row: two pictures of a caption in the same place, the one without fault mostly preferred."""
+    """One row: two pictures of a caption, the one without fault mostly preferred; in one place unless sizes differ."""
     centre = pictures.draw_centre(spec, rng)
     winner = (
         pictures.render_fault(spec, centre, rng) if rng.random() < FAULTY_WINNERS else pictures.render(spec, centre)
