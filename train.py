@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers.integrations import unset_hf_deepspeed_config
 
+from sdpo.adapters import check_rank
 from sdpo.batch import collate
 from sdpo.cache import CachedPairs, open_cache
 from sdpo.checkpoint import (
@@ -39,7 +40,7 @@ from sdpo.checkpoint import (
 from sdpo.command import InputError, parse_flags, refuse, run_command, within_memory
 from sdpo.config import Plan, TrainConfig
 from sdpo.console import start_console
-from sdpo.data import PairDataset, Transform, train_batches
+from sdpo.data import PairDataset, Transform, check_shared_memory, train_batches
 from sdpo.families import FAMILIES, Family, load_family
 from sdpo.files import write_json
 from sdpo.heldout import HELD_OUT_FILE, PREFIXES, HeldOutPairs
@@ -52,15 +53,16 @@ from sdpo.optimizers import OPTIMIZERS, optimizer_name
 from sdpo.output import alone_in, check_places, space_cautions, tidy_output
 from sdpo.pairs import Pairs, prepare_pairs
 from sdpo.prompts import read_prompts
-from sdpo.ranks import join_ranks, main_first, on_main
+from sdpo.ranks import join_ranks, main_first, on_main, together
 from sdpo.references import open_references
-from sdpo.resuming import resume
+from sdpo.resuming import changed_flags, refuse_other_settings, resume
 from sdpo.rng import normal
 from sdpo.sampling import sample
 from sdpo.step import AUTOCAST, SHARDING, Run, build_run, loss_name, update
 from sdpo.stopping import DataError, MicroBatches, Skips, StopRequest
 
 log = logging.getLogger(__name__)
+SAMPLING_STEPS = 25  # of images of --validation_prompts
 LESS_MEMORY = (
     "try --gradient_checkpointing full, fewer pairs in --train_batch_size with as many more in "
     "--gradient_accumulation_steps, --latent_cache, --optimizer adamw8bit, --lora_rank, or a smaller --resolution"
@@ -106,6 +108,10 @@ def engine_conflicts(config: TrainConfig, accelerator: Accelerator) -> Iterator[
     )
     alone = engine == DistributedType.NO and accelerator.device.type == "cuda"
     yield config.cuda_graphs and not alone, "--cuda_graphs runs on one GPU in one process: drop it"
+    yield (
+        config.gradient_checkpointing == "auto" and not config.activation_memory and accelerator.device.type != "cuda",
+        "--gradient_checkpointing auto: say how many GiB may be kept with --activation_memory",
+    )
     if engine == DistributedType.FSDP:
         yield (
             not accelerator.is_fsdp2,
@@ -233,11 +239,9 @@ def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
     seed = choose_seed(config, accelerator, checkpoint)
     prompts = [prompt.text for prompt in read_prompts(config.validation_prompts)] if config.validation_prompts else []
     family = load_family(**config.base, encoders=not config.latent_cache or bool(prompts))
-    check_base(config, accelerator, family)
+    on_main(accelerator, lambda: check_start(config, accelerator.num_processes, family, checkpoint))
 
     # data: what identifies the pairs is read before a latent cache stands in for them
-    if config.choice_model or config.latent_cache:
-        on_main(accelerator, lambda: try_flags(config, accelerator.num_processes, family))
     pairs, held_out_pairs, notes = main_first(accelerator, lambda: prepare_pairs(config, seed))
     plan = Plan.of(config, accelerator.num_processes, len(pairs))
     references = open_references(config, accelerator, family, plan, seed, pairs)
@@ -261,31 +265,42 @@ def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
     register_hooks(accelerator, run.policy)
     if checkpoint:
         resume(run, checkpoint)
+    together(lambda: try_loading(run, dataset))
     if config.gradient_checkpointing == "auto":
         log.info(choose_checkpointing(run, collate([dataset[run.step, 0]] * config.train_batch_size)))
     held_out = hold_out(run, held_out_pairs)
+    if run.reference_errors:
+        run.reference_errors.claim()
     tidy_output(run, checkpoint)  # once nothing is refused any more
     return run, dataset, held_out
 
 
-def check_base(config: TrainConfig, accelerator: Accelerator, family: Family) -> None:
-    """Raises InputError for a base that the flags do not go with, and where the trained model cannot be written."""
+def check_start(config: TrainConfig, processes: int, family: Family, checkpoint: Path | None) -> None:
+    """Raises InputError for what would stop the run once data are fetched, labelled and encoded."""
     if config.reference_cache and PAIR_LOSSES[loss_name(config, family)].needs_drift:
         raise InputError(
             f"--reference_cache keeps errors of the reference, and {config.method} needs its predictions: drop it"
         )
     family.check_pipeline()
-    on_main(accelerator, lambda: check_places(config, family.parts))
-
-
-def try_flags(config: TrainConfig, processes: int, family: Family) -> None:
-    """Raises InputError for what would otherwise stop the run once labels or a latent cache are made."""
+    check_places(config, family.parts)
+    if config.validation_prompts:
+        family.check_sampler(SAMPLING_STEPS, "drop --validation_prompts")
+    if checkpoint and not config.resume_with_changes:
+        refuse_other_settings(checkpoint, changed_flags(config, family, checkpoint))
     if config.max_train_steps:  # else they depend on how many pairs there are
         Plan.of(config, processes, pairs=1)
     config.accumulation(processes)
     OPTIMIZERS[optimizer_name(config, family)].build([nn.Parameter(torch.zeros(1))], config, config.learning_rate)
-    if config.unet_init:
-        family.load_unet(config.unet_init)
+    unet = family.load_unet(config.unet_init)
+    if config.lora_rank:
+        check_rank(unet, family.adapted, config.lora_rank)
+
+
+def try_loading(run: Run, dataset: PairDataset) -> None:
+    """Raises InputError where the first pair of the next update cannot be loaded, or loader workers have no room."""
+    if run.step < run.plan.steps:
+        size = run.config.train_batch_size * collate([dataset[run.step, 0]]).nbytes
+        check_shared_memory(run.config.dataloader_num_workers, size)
 
 
 @torch.compiler.set_stance("force_eager")  # for an image of another size than those trained on
@@ -455,8 +470,8 @@ def sample_prompts(run: Run, unet: nn.Module) -> None:
     for index, prompt in enumerate(run.prompts):
         noise = normal(run.seed, "validation-image", (index,), (1, *shape))
         try:
-            with run.accelerator.autocast():
-                image = sample(run.family, unet, [prompt], noise, steps=25, guidance_scale=7.5)  # (1, H, W, 3)
+            with run.accelerator.autocast():  # (1, H, W, 3)
+                image = sample(run.family, unet, [prompt], noise, steps=SAMPLING_STEPS, guidance_scale=7.5)
         except FloatingPointError as error:
             log.error(f"no image of {prompt!r} after {run.step} updates: {error}")
             continue

@@ -28,14 +28,19 @@ def add_adapters(model: nn.Module, layers: Iterable[str], rank: int, seed: int) 
     """
     from peft import LoraConfig, inject_adapter_in_model  # the benchmark of training does without it
 
-    most = max(min(m.weight.shape) for name, m in model.named_modules() if name.endswith(tuple(layers)))
-    if rank > most:
-        raise InputError(f"--lora_rank {rank} is above {most}, that of the largest layers: choose a smaller one, or 0")
+    check_rank(model, layers, rank)
     model.requires_grad_(False)
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(layers)), model)
     down = [parameter for name, parameter in model.named_parameters() if DOWN in name]
     for index, parameter in enumerate(down):
         parameter.data.copy_(normal(seed, "adapters", (index,), tuple(parameter.shape)) / rank)
+
+
+def check_rank(model: nn.Module, layers: Iterable[str], rank: int) -> None:
+    """Raises InputError for a rank that none of a model's linear layers of these names has."""
+    most = max(min(m.weight.shape) for name, m in model.named_modules() if name.endswith(tuple(layers)))
+    if rank > most:
+        raise InputError(f"--lora_rank {rank} is above {most}, that of the largest layers: choose a smaller one, or 0")
 
 
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:

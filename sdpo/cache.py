@@ -291,6 +291,7 @@ def open_cache(
         stores[name].scan()
         if missing := sorted(names - stores[name].places.keys()):
             works.append(Work(stores[name], missing, tables.get(name)))
+    works.sort(key=lambda work: work.pairs is None)  # images first, of which some may be unreadable
     if works:
         fill(config, accelerator, works)
         torch.cuda.empty_cache()
@@ -337,12 +338,18 @@ def verify(folder: Path, accelerator: Accelerator) -> None:
     log.info(f"verified       {len(paths):,} files")
 
 
+def check_base(config: CacheConfig) -> None:
+    """Raises InputError for a base that cannot be loaded, before data are fetched and labelled."""
+    load_family(**config.base, encoders=False).load_unet(config.unet_init)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Fill a cache as the command line says."""
     config = parse_flags(CacheConfig, __doc__.splitlines()[0], "python -m sdpo.cache", arguments)
     check_precision(config.mixed_precision)
     accelerator = join_ranks()
     start_console(accelerator.is_main_process)
+    on_main(accelerator, lambda: check_base(config))
     pairs, held_out, notes = main_first(accelerator, lambda: prepare_pairs(config, config.seed or 0))
     for line in notes:
         log.info(line)

@@ -192,9 +192,9 @@ def open_runs(command: str, about: str, arguments: list[str] | None) -> tuple[li
 
 def write_results(runs: Sequence[Measured], rows: list[dict[str, Any]], columns: dict, out: Path) -> None:
     """Write table.json, table.md and errors.png into a folder, and show the table; columns are as in COLUMNS."""
+    draw_errors(runs, out / "errors.png")
     write_json(out / "table.json", list(map(without_nan, rows)))
     show(write_table(rows, out / "table.md", columns))
-    draw_errors(runs, out / "errors.png")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -291,6 +291,14 @@ class TrainConfig:
             f"--validation_split {self.split} is the split trained on: name another one, or use --validation_pairs",
         )
         yield (
+            self.labels_file and not Path(self.labels_file).is_file(),
+            f"--labels_file {self.labels_file} is not a file: make it with python -m sdpo.relabel",
+        )
+        yield (
+            self.validation_data_dir and not Path(self.validation_data_dir).exists(),
+            f"data folder {self.validation_data_dir} does not exist: correct --validation_data_dir",
+        )
+        yield (
             self.validation_prompts is not None and not Path(self.validation_prompts).is_file(),
             f"--validation_prompts {self.validation_prompts} is not a file; give one prompt per line",
         )

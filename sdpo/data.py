@@ -241,16 +241,13 @@ def explain_failures(batches: Iterator) -> Iterator:
 def train_batches(config: TrainConfig, dataset: PairDataset, plan: Plan, rank: int, first_step: int) -> Iterator[Batch]:
     """Micro-batches of this rank from `first_step` to the end of the run.
 
-    Raises InputError for too little shared memory and, later, for unreadable pairs beyond the limit and killed workers.
+    Where they are drawn, InputError is raised for unreadable pairs beyond the limit and for killed workers.
     """
-    workers = config.dataloader_num_workers
-    if workers:
-        check_shared_memory(workers, config.train_batch_size * collate([dataset[first_step, 0]]).nbytes)
     loader = DataLoader(
         dataset,
         batch_sampler=deal_out(plan, rank, first_step),
         collate_fn=collate,
-        num_workers=workers,
+        num_workers=config.dataloader_num_workers,
         worker_init_fn=outlive_signals,
         pin_memory=torch.cuda.is_available(),
     )

@@ -355,6 +355,19 @@ class Family(ABC):
         """A new scheduler that samples by Euler's method, its timesteps not set yet."""
         return EulerDiscreteScheduler.from_config(self.scheduler.config)
 
+    def check_sampler(self, steps: int, fix: str) -> None:
+        """Raises InputError for more steps than there are timesteps, and settings that Euler's method does not take."""
+        most = self.scheduler.config.num_train_timesteps
+        if steps > most:
+            raise InputError(f"{self.source} has {most} timesteps, of which {steps} steps cannot be sampled: {fix}")
+        try:
+            self.sampler().set_timesteps(steps)
+        except Exception as error:  # each wrong setting has one of its own
+            raise InputError(
+                f"the scheduler of {self.source} does not support Euler sampling ({brief(error)}): correct its "
+                "scheduler_config.json"
+            ) from error
+
     def add_noise(
         self, latents: Tensor, noise: Tensor, timesteps: Tensor, perturbed: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:

@@ -56,6 +56,13 @@ def _refuse_doubles(items: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
+def can_be_written(folder: str | Path) -> bool:
+    """Whether files can be written into a folder, which need not exist yet."""
+    path = Path(folder).absolute()
+    nearest = next(place for place in (path, *path.parents) if place.exists())
+    return nearest.is_dir() and os.access(nearest, os.W_OK)
+
+
 def is_text(value: Any) -> bool:
     """Whether a value is a text of characters; JSON may hold halves of surrogate pairs, which are none."""
     if not isinstance(value, str):

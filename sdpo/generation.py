@@ -347,15 +347,7 @@ def load_run(config: EvalConfig, accelerator: Accelerator) -> EvalRun:
     unet = family.load_unet(source).requires_grad_(False).eval()
     if source:
         caution_other_parts(source, config)
-    if config.steps > (most := family.scheduler.config.num_train_timesteps):
-        raise InputError(f"--steps must be at most {most} for {config.pretrain_path}, got {config.steps}")
-    try:
-        family.sampler().set_timesteps(config.steps)
-    except Exception as error:  # each wrong setting has one of its own
-        raise InputError(
-            f"the scheduler of {config.pretrain_path} does not support Euler sampling ({brief(error)}): "
-            "correct its scheduler_config.json"
-        ) from error
+    family.check_sampler(config.steps, "lower --steps")
     height, width = choose_size(config, family, unet)
     made_with = describe_images(config, family, unet, device) | {"height": height, "width": width}
     with within_memory("use --dtype bf16, or a GPU with more memory"):
@@ -428,15 +420,35 @@ def find_damage(path: Path, height: int, width: int, prompt: str) -> str:
     return "" if size == (width, height) else f"{size[0]} x {size[1]} pixels"
 
 
+def settings_of(run: EvalRun, group: str) -> dict[str, object]:
+    """What determines the images of a group."""
+    texts = json.dumps([prompt.text for prompt in run.prompts[group]])
+    return {**run.made_with, "prompts": hashlib.sha256(texts.encode()).hexdigest()}
+
+
 def claim_folder(run: EvalRun, group: str) -> None:
-    """Write the fingerprint of a group's folder; raises InputError if images there were made with other settings.
+    """Write the fingerprint of a group's folder; raises InputError, as check_folder, where another command was first.
 
     A manifest whose images are no longer there is renamed.
     """
+    folder, manifest = run.folder(group), run.beside(group, ".json")
+    path = folder / FINGERPRINT
+    if not path.exists():
+        if manifest.exists():
+            kept = manifest.with_name(f"{manifest.name}.old")
+            manifest.replace(kept)
+            log.warning(f"CAUTION: {manifest} is of images that are no longer in {folder}, and is now {kept.name}")
+        about = {"unet_path": run.config.unet_path, "pretrain_path": run.config.pretrain_path}
+        about |= {"torch": torch.__version__, "diffusers": diffusers.__version__}
+        write_json(path, {"settings": settings_of(run, group), "about": about}, replace=False)
+    check_folder(run, group)
+
+
+def check_folder(run: EvalRun, group: str) -> None:
+    """Raises InputError if there are images of a group that were made with other settings, or as nobody knows."""
     folder = run.folder(group)
     path = folder / FINGERPRINT
-    texts = json.dumps([prompt.text for prompt in run.prompts[group]])
-    settings = {**run.made_with, "prompts": hashlib.sha256(texts.encode()).hexdigest()}
+    settings = settings_of(run, group)
     other = "choose another --output_path"
     fix = f"{other}, or remove the folder"
     if not path.exists():
@@ -447,13 +459,7 @@ def claim_folder(run: EvalRun, group: str) -> None:
             raise InputError(f"{folder} holds images but no {FINGERPRINT} that says what made them: {fix}")
         if packed.exists():
             raise InputError(f"{packed} holds images of an earlier run: {other}, or move it away")
-        if manifest.exists():
-            kept = manifest.with_name(f"{manifest.name}.old")
-            manifest.replace(kept)
-            log.warning(f"CAUTION: {manifest} is of images that are no longer in {folder}, and is now {kept.name}")
-        about = {"unet_path": run.config.unet_path, "pretrain_path": run.config.pretrain_path}
-        about |= {"torch": torch.__version__, "diffusers": diffusers.__version__}
-        write_json(path, {"settings": settings, "about": about}, replace=False)  # another command may be first
+        return
     then = read_settings(path)
     if then is None:
         raise InputError(f"{path} does not say what made the images in its folder: {fix}")
@@ -561,7 +567,7 @@ def pack(files: Iterable[Path], path: Path) -> None:
 
 
 def prepare(config: EvalConfig, accelerator: Accelerator) -> EvalRun:
-    """Models loaded, folders of the prompt groups claimed, missing images found; every rank calls this.
+    """Models loaded, folders of the prompt groups checked, missing images found; every rank calls this.
 
     Raises InputError for input that cannot be used.
     """
@@ -569,9 +575,10 @@ def prepare(config: EvalConfig, accelerator: Accelerator) -> EvalRun:
     run = load_run(config, accelerator)
     run.prompts = prompts
     for group in prompts:
-        on_main(accelerator, partial(claim_folder, run, group))
+        on_main(accelerator, partial(check_folder, run, group))
         if any(prompt.negative for prompt in prompts[group]):
             log.warning(f"CAUTION: negative prompts of {group} are not used: the empty caption is")
+    run.output.mkdir(parents=True, exist_ok=True)
     run.missing = {group: find_missing(run, group) for group in prompts}
     return run
 
@@ -582,6 +589,8 @@ def generate(run: EvalRun) -> dict[str, Path]:
     Raises InputError where images cannot be made or written; those made until then stay.
     """
     accelerator = run.accelerator
+    for group in run.prompts:
+        on_main(accelerator, partial(claim_folder, run, group))
     for group, prompts in run.prompts.items():
         count = len(run.missing[group])
         log.info(

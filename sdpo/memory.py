@@ -18,7 +18,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sdpo.adapters import adapted_layers
 from sdpo.arithmetic import compile_blocks, recompute
 from sdpo.batch import Batch
-from sdpo.command import InputError
 from sdpo.families import Family
 from sdpo.hub import DTYPES
 from sdpo.inputs import Inputs, make_inputs
@@ -50,15 +49,12 @@ def planned_memory(run: Run) -> dict[str, int]:
 def choose_checkpointing(run: Run, batch: Batch) -> str:
     """Checkpoint as few of the policy's units as keep the activations of micro-batches like this one within budget.
 
-    Returns a sentence for the console. The budget is --activation_memory, or what is free on the fullest GPU; raises
-    InputError where there is neither.
+    Returns a sentence for the console. The budget is --activation_memory, or what is free on the fullest GPU.
     """
     config = run.config
     device = run.accelerator.device
     budget = config.activation_memory
     if budget is None:
-        if device.type != "cuda":
-            raise InputError("--gradient_checkpointing auto: say how many GiB may be kept with --activation_memory")
         torch.cuda.empty_cache()  # blocks that nobody uses any more would count as taken
         room = room_for_activations(run, torch.cuda.mem_get_info(device)[0])
         rooms = run.accelerator.gather(torch.tensor([room / 2**30], device=device))

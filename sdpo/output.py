@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import os
 import re
@@ -14,7 +15,7 @@ from pathlib import Path
 from sdpo.checkpoint import ADAPTERS, list_checkpoints, read_state, remove_older, remove_remains, set_aside, step_of
 from sdpo.command import InputError
 from sdpo.config import TrainConfig
-from sdpo.files import PARTIAL, alone
+from sdpo.files import PARTIAL, alone, can_be_written
 from sdpo.heldout import HELD_OUT_FILE
 from sdpo.step import Run
 
@@ -43,8 +44,8 @@ def alone_in(folder: str | Path) -> Iterator[None]:
     busy = f"another run is in {folder}: wait until it ends, or choose another --output_dir"
     with alone(Path(folder, ".lock"), busy):
         for path in Path(folder).glob(PARTIAL):
-            if path.is_file():
-                path.unlink()
+            if path.is_file() and path.name.rsplit(".", 2)[0] in (*MODEL_FILES, *RESULTS):
+                path.unlink()  # others may be those of an evaluation that goes on
         remove_remains(folder)
         yield
 
@@ -69,23 +70,45 @@ def tidy_output(run: Run, checkpoint: Path | None) -> None:
 
 
 def check_places(config: TrainConfig, parts: list[str]) -> None:
-    """Raises InputError where the model cannot be written: over a part of another one, or where names are taken.
+    """Raises InputError where the model cannot be written: over another one, or where names are taken.
 
     Nor may the tracker's files take the place of what else is in the folder.
     """
-    folder = config.output_dir
+    folder = Path(config.output_dir)
     logs = os.path.normpath(os.path.join(config.logging_dir, config.tracker_project_name))
     name = logs.split(os.sep)[0]
     if name in (*parts, *MODEL_FILES, *RESULTS) or re.fullmatch(r"(checkpoint|earlier)-\d+", name):
         raise InputError(f"--logging_dir: {logs} would be in the place of something else: name another folder")
-    own = Path(folder).resolve()
+    if config.report_to != "none" and not can_be_written(folder / logs):
+        raise InputError(f"--logging_dir: {folder / logs} cannot be written: name another folder")
+    own = folder.resolve()
     if own.name in parts and (own.parent / "model_index.json").is_file():
         raise InputError(f"--output_dir {folder} is a part of the model in {own.parent}: name another folder")
-    places = [Path(folder, name) for name in parts]
-    in_the_way = [place for place in places if place.exists() and not place.is_dir()]
-    in_the_way += [place for name in MODEL_FILES if (place := Path(folder, name)).is_dir()]
+    if holds_another_model(folder):
+        raise InputError(
+            f"--output_dir {folder} holds a model that train.py has not made, and training would write over it: name "
+            "another folder"
+        )
+    places = [folder / name for name in parts]
+    in_the_way = [place for place in places if place.is_symlink() or (place.exists() and not can_be_written(place))]
+    in_the_way += [place for name in (*MODEL_FILES, *RESULTS) if "." in name and (place := folder / name).is_dir()]
     if in_the_way:
-        raise InputError(f"{in_the_way[0]} is in the way of the trained model: move it, or choose another --output_dir")
+        raise InputError(
+            f"{in_the_way[0]} is in the way of the trained model, or cannot be written: move it, or choose another "
+            "--output_dir"
+        )
+
+
+def holds_another_model(folder: Path) -> bool:
+    """Whether a folder holds a model of diffusers', or a part of one, and nothing that a run of train.py leaves."""
+    if (folder / "unet.pth").exists() or list_checkpoints(folder) or any(folder.glob("earlier-*")):
+        return False
+    try:
+        if {"config", "plan"} <= json.loads((folder / "config.json").read_text(encoding="utf-8")).keys():
+            return False
+    except (OSError, ValueError, AttributeError, RecursionError):  # not there, or not a run's
+        pass
+    return any((folder / name).is_file() for name in ("model_index.json", "config.json"))
 
 
 def set_results_aside(folder: Path, logging_dir: str, anew: bool) -> None:

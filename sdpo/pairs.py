@@ -392,12 +392,15 @@ def check_before_labelling(config: TrainConfig) -> None:
         check_columns(table, [config.caption_column, *IMAGES, *names], config.caption_column, IMAGES, source)
         for name in names:
             name_dreamlike(table, name, source)
-    if config.validation_data_dir or config.validation_split not in (None, config.split):
+    if config.validation_data_dir or config.validation_split:
+        refuse_trained_on(config)
         load_pairs(config, config.validation_split or "train", config.validation_data_dir)
+    elif config.validation_pairs and config.validation_pairs >= (rows := len(read_table(config, config.split))):
+        raise InputError(f"--validation_pairs {config.validation_pairs} leaves nothing of {rows:,} rows to train on")
 
 
-def load_held_out(config: TrainConfig, pairs: Pairs) -> tuple[Pairs, list[str]]:
-    """(held-out pairs of another split or folder, sentences); raises InputError where that is what is trained on."""
+def refuse_trained_on(config: TrainConfig) -> None:
+    """Raises InputError where the pairs to hold out are those of the training split."""
     split = config.validation_split or "train"
     trained, other = (
         place and (find_pair_file(Path(place)) or Path(place)).resolve()
@@ -408,7 +411,12 @@ def load_held_out(config: TrainConfig, pairs: Pairs) -> tuple[Pairs, list[str]]:
             f"--validation_data_dir {config.validation_data_dir} holds the pairs trained on: name another folder "
             "or --validation_split, or use --validation_pairs"
         )
-    held_out, notes = load_pairs(config, split, config.validation_data_dir)
+
+
+def load_held_out(config: TrainConfig, pairs: Pairs) -> tuple[Pairs, list[str]]:
+    """(held-out pairs of another split or folder, sentences); raises InputError where that is what is trained on."""
+    refuse_trained_on(config)
+    held_out, notes = load_pairs(config, config.validation_split or "train", config.validation_data_dir)
     held_out = draw_subset(held_out, config.validation_pairs or None, config.validation_seed, "held-out")
     notes.append(f"held out {describe_size(held_out)}")
     trained_on = set(itertools.chain(*as_prompts(pairs.captions())))

@@ -52,6 +52,13 @@ class ReferenceErrors:
         self.known = KnownErrors(shards, dict(shards.places))
         self.new: dict[int, list[Tensor]] = {}  # update: (2B,) per micro-step of this rank, winners first
 
+    def claim(self) -> None:
+        """Make the folder these errors' own, for this run will begin; every rank calls this.
+
+        Raises InputError where another run was first.
+        """
+        on_main(self.accelerator, self.shards.create)
+
     @property
     def complete(self) -> bool:
         """Whether the errors of every update of the run are on file."""
@@ -101,8 +108,6 @@ def open_references(
     key = on_main(accelerator, lambda: make_key(config, accelerator, family, plan, seed, pairs))
     shards = Shards(Path(config.reference_cache), key, "--reference_cache")
     refuse_changes([shards])
-    if accelerator.is_main_process:
-        shards.create()  # before another run does
     shards.scan()
     refuse_damaged(shards.files)
     references = ReferenceErrors(shards, accelerator, plan)

@@ -37,7 +37,7 @@ from sdpo.command import (
 )
 from sdpo.config import CHOICE_MODELS, TrainConfig, check_texts, source_conflicts
 from sdpo.console import start_console
-from sdpo.files import alone, brief, identify_source, parse_json, read_text, write_file, write_text
+from sdpo.files import alone, brief, can_be_written, identify_source, parse_json, read_text, write_file, write_text
 from sdpo.images import image_source
 from sdpo.manifest import check_score
 from sdpo.pairs import IMAGES, LABELS_ABOUT, check_columns, check_rows_have_images, hash_labels
@@ -125,14 +125,20 @@ def relabel(config: RelabelConfig) -> str:
     Another margin needs no new scores. Raises InputError for data, weights and images that cannot be used, and for a
     file of something else.
     """
+    check_parts(config.sources, [CHOICE_MODELS[config.metric]])
+    out = Path(config.out)
+    then = read_about(out)
+    if out.exists() and not (isinstance(then, dict) and "margin" in then):
+        raise InputError(f"--out {out} is there already and is not a label file: name another one")
+    if not out.exists():
+        check_device(config.device)
+        if not can_be_written(out.parent):
+            raise InputError(f"--out {out} cannot be written: name another file")
     source = f"{config.dataset_name or config.train_data_dir} ({config.split})"
     table = read_table(config, config.split)
     check_columns(table, [config.caption_column, *IMAGES], config.caption_column, IMAGES, source)
-    check_parts(config.sources, [CHOICE_MODELS[config.metric]])
     scored = describe_scores(config, table)
-    out = Path(config.out)
     kept = out.with_name(out.name + ".scores.jsonl")
-    then = read_about(out)
     if out.exists():
         refuse_others(out, then, scored)
         scores = read_scored(out, then, len(table))
@@ -173,10 +179,8 @@ def read_about(path: Path) -> dict | None:
         return None
 
 
-def refuse_others(out: Path, then: dict | None, scored: dict) -> None:
+def refuse_others(out: Path, then: dict, scored: dict) -> None:
     """Raises InputError unless a label file, made from `then`, holds scores like these."""
-    if not isinstance(then, dict) or "margin" not in then:
-        raise InputError(f"--out {out} is there already and is not a label file: name another one")
     if changes := [name for name, value in scored.items() if then.get(name) != value]:
         raise InputError(
             f"--out {out} holds labels by {then.get('metric')} made from something else (other {', '.join(changes)}): "

@@ -16,10 +16,11 @@ from torch.distributed.tensor import DTensor
 from sdpo.checkpoint import load_average, read_state
 from sdpo.command import InputError, is_of_machine, refuse
 from sdpo.config import TrainConfig
+from sdpo.families import Family
 from sdpo.files import brief
 from sdpo.losses import PAIR_LOSSES
 from sdpo.optimizers import OPTIMIZERS, optimizer_name
-from sdpo.step import NO_EFFECT, Run, loss_name
+from sdpo.step import NO_EFFECT, Run, effective_settings, loss_name
 
 log = logging.getLogger(__name__)
 
@@ -43,12 +44,9 @@ HELD_OUT_FLAGS = ("validation_pairs", "validation_seed", "validation_split", "va
 def resume(run: Run, checkpoint: Path) -> None:
     """Put a checkpoint into the run; InputError if settings that shape the run differ and that is not meant."""
     refuse(adapter_conflicts(run, checkpoint))
-    changes = changed_settings(run, checkpoint)
-    if changes and not run.config.resume_with_changes:
-        raise InputError(
-            f"{checkpoint} was made with other settings, so this would be another run: {'; '.join(changes)}. Restore "
-            "them, choose another --output_dir, or add --resume_with_changes"
-        )
+    changes = changed_flags(run.config, run.family, checkpoint) + changed_inputs(run, checkpoint)
+    if not run.config.resume_with_changes:
+        refuse_other_settings(checkpoint, changes)
     for change in changes:
         log.warning(f"CAUTION: resuming with a change: {change}")
     load_checkpoint(run, checkpoint)
@@ -60,6 +58,15 @@ def resume(run: Run, checkpoint: Path) -> None:
     log.info(f"resumed        {checkpoint}, after {run.step} updates")
     if run.step and holds_out_otherwise(run.config, read_state(checkpoint)["config"]):
         log.warning(f"CAUTION: pairs that are held out now may be among those of the first {run.step} updates")
+
+
+def refuse_other_settings(checkpoint: Path, changes: list[str]) -> None:
+    """Raises InputError if there are changes."""
+    if changes:
+        raise InputError(
+            f"{checkpoint} was made with other settings, so this would be another run: {'; '.join(changes)}. Restore "
+            "them, choose another --output_dir, or add --resume_with_changes"
+        )
 
 
 def adapter_conflicts(run: Run, checkpoint: Path) -> Iterator[tuple[object, str]]:
@@ -86,16 +93,15 @@ def comparable(name: str, value: Any) -> Any:
     return os.path.realpath(value) if name == "validation_data_dir" and value else value
 
 
-def changed_settings(run: Run, checkpoint: Path) -> list[str]:
-    """What shapes the numbers of a run and differs from what the checkpoint was trained with."""
-    config, plan = run.config, run.plan
+def changed_flags(config: TrainConfig, family: Family, checkpoint: Path) -> list[str]:
+    """Flags that shape the numbers of a run and differ from what the checkpoint was trained with."""
     then = read_state(checkpoint)
-    now = run.settings()
+    now = effective_settings(config, family)
     free = {*FREE, "seed"}
     if config.lr_scheduler.startswith("constant"):
         free |= {"max_train_steps", "num_train_epochs"}
     pooled = config.preserves_winners and config.winner_preserving_per == "batch"
-    loss = PAIR_LOSSES.get(loss_name(config, run.family))  # none of sft
+    loss = PAIR_LOSSES.get(loss_name(config, family))  # none of sft
     if not (pooled or (loss and loss.per_micro_batch)):  # each pair counts for itself
         free |= {"train_batch_size"}
     changes = [
@@ -107,6 +113,13 @@ def changed_settings(run: Run, checkpoint: Path) -> list[str]:
     ]
     if config.seed is not None and config.seed != then["seed"]:
         changes.append(f"--seed was {then['seed']}, is {config.seed}")
+    return changes
+
+
+def changed_inputs(run: Run, checkpoint: Path) -> list[str]:
+    """What differs of the pairs, the global batch and the base from what the checkpoint was trained with."""
+    then, plan = read_state(checkpoint), run.plan
+    changes = []
     for name, what in {"global_batch": "the global batch", "pairs": "the number of pairs"}.items():
         old, new = then["plan"].get(name), getattr(plan, name)
         if old != new:

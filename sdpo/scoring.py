@@ -147,7 +147,8 @@ def check_writable(path: Path) -> None:
     """Raises InputError unless scores can be appended to a file."""
     try:
         with locked(path):
-            pass
+            if path.exists():
+                path.open("ab").close()
     except OSError as error:
         raise InputError(
             f"{path.parent} cannot be written ({error.strerror}), and scores are kept beside the manifest: "
@@ -175,7 +176,8 @@ def complete_scores(pending: Mapping[str, Pending], options: ScoringOptions) -> 
     collected = _collect(pending.values())
     if len(collected) > 1:  # weights of later ones are tried out before hours of scoring
         lacking = set(itertools.chain(*collected))
-        replace(options, metrics=[metric for metric in options.metrics if metric in lacking]).try_out()
+        prompts = [entry.prompt for entries in collected.values() for _, entry in entries]
+        replace(options, metrics=[metric for metric in options.metrics if metric in lacking]).try_out(prompts)
     for lacking, missing in collected.items():
         _compute(missing, lacking, options)
     for path in {plan.path for plan in pending.values() if plan.todo}:
@@ -338,6 +340,8 @@ def try_scoring(
     except InputError as error:
         raise InputError(f"{error}; or choose other --metrics (none: images alone); no image was made") from error
     path = output / "scores.jsonl"
+    if options.metrics:
+        check_writable(path)
     take_in_shares(path)
     rows = read_scores(path).values()
     own = [row for row in rows if os.path.dirname(row["image"]) in prompts and os.path.isfile(row["image"])]

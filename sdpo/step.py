@@ -72,23 +72,10 @@ class Run:
             "seed": self.seed,
             "data": self.data,
             "base": self.base,
-            "config": self.settings(),
+            "config": effective_settings(self.config, self.family),
             "plan": dataclasses.asdict(self.plan),
             "meter": self.meter.state(),
         }
-
-    def settings(self) -> dict[str, Any]:
-        """The effective settings: aliases and "auto" resolved, NO_EFFECT in place of flags that have none."""
-        optimizer = optimizer_name(self.config, self.family)
-        settled = {
-            "sft": False,
-            "train_method": self.config.method,
-            "use_adafactor": False,
-            "optimizer": optimizer,
-            "dspo_form": dspo_form(self.config, self.family),
-            "resolution": self.resolution,
-        }
-        return dataclasses.asdict(self.config) | settled | dict.fromkeys(self.config.idle(optimizer), NO_EFFECT)
 
     def prepare(self) -> None:
         """Let accelerate wrap what it has to, policy, optimizer and schedule; set up recording and averaging."""
@@ -179,6 +166,20 @@ def build_models(
         if model is not None:
             set_up_passes(model)
     return unet, reference
+
+
+def effective_settings(config: TrainConfig, family: Family) -> dict[str, Any]:
+    """Values by flag: aliases and "auto" resolved, NO_EFFECT in place of flags that have none."""
+    optimizer = optimizer_name(config, family)
+    settled = {
+        "sft": False,
+        "train_method": config.method,
+        "use_adafactor": False,
+        "optimizer": optimizer,
+        "dspo_form": dspo_form(config, family),
+        "resolution": config.resolution or family.resolution,
+    }
+    return dataclasses.asdict(config) | settled | dict.fromkeys(config.idle(optimizer), NO_EFFECT)
 
 
 def dspo_form(config: TrainConfig, family: Family) -> str:

@@ -224,7 +224,7 @@ TRAIN_FLAGS = {
     "--max_unreadable_images=-1": r"--max_unreadable_images must be at least 0 and below 2.63, got -1",
     "--dataloader_num_workers=-1": r"--dataloader_num_workers must be at least 0 and below 2.63, got -1",
     "--proportion_empty_prompts=2": r"--proportion_empty_prompts must lie in \[0, 1\], got 2",
-    "--labels_file=/nowhere": r"cannot read labels from /nowhere \(.*\); make it with python -m sdpo.relabel",
+    "--labels_file=/nowhere": r"--labels_file /nowhere is not a file: make it with python -m sdpo.relabel",
     "--choice_model=blip": r"--choice_model 'blip': choose from pickscore, .* or drop it",
     "--choice_model=aes --labels_file=x": r"--choice_model and --labels_file exclude each other",
     "--choice_margin=0.1": r"--choice_margin and --choice_weights go with --choice_model; drop them",
@@ -335,7 +335,7 @@ RELABEL_FLAGS = {
     "--device=cuda:99": r"--device cuda:99 cannot be used \(.*\); give cpu",
     "--out=": r"--out '' is not the name of a file; give one",
     "--out={f}": r"--out '.*' is not the name of a file; give one",
-    "--out={f}/few.json/labels.parquet": r"few.json cannot be used \(File exists\): correct the path",
+    "--out={f}/few.json/labels.parquet": r"--out .*few.json/labels.parquet cannot be written: name another",
     "--nonsense": r"unknown flag --nonsense; .* lists the flags",
 }  # fmt: skip
 
@@ -355,7 +355,7 @@ GENERATE_FLAGS = {
     "--resolution=0": r"--resolution must be at least 1 and below 2.31, got 0",
     "--steps=0": r"--steps must be at least 1 and below 2.31, got 0",
     "--resolution=4000000": r"memory is exhausted \(.*\): 1 images of 4000000x4000000 at .* smaller --batch_size",
-    "--steps=1001": r"--steps must be at most 1000 for .*, got 1001",
+    "--steps=1001": r" has 1000 timesteps, of which 1001 steps cannot be sampled: lower --steps",
     "--steps=many": r"--steps.*: invalid int value: 'many'",
     "--batch_size=0": r"--batch_size must be at least 1 and below 2.31, got 0",
     "--score_batch_size=0": r"--score_batch_size must be at least 1 and below 2.31, got 0",
@@ -375,7 +375,7 @@ GENERATE_FLAGS = {
     "--metrics CLIP --weights clip.x=y": r"there is no 'clip.x'; choose from",
     "--output_path=": r"--output_path is empty: name a folder or leave the flag out",
     "--test_json=": r"--test_json is empty: name a file with prompts",
-    "--output_path={f}/few.json": r"few.json/.* cannot be used \(Not a directory\): correct the path",
+    "--output_path={f}/few.json": r"few.json cannot be used \(File exists\): correct the path",
     "--output_path=/proc/nowhere": r"/proc/nowhere cannot be used \(.*\): correct the path",
     "--test_json=/nowhere.json": r"/nowhere.json cannot be read .*; groups known by name: papv2",
     "--test_json={f}": r": prompts are read from .json, .jsonl, .txt files",
@@ -460,7 +460,7 @@ DATA = {  # pairs: (what writes them, flags of train.py, message)
     "images, metadata of text": (both(text("train/a.png", PNG), text("train/metadata.jsonl", '{"file_name": "a.png"}\n{"file_name')), "", r"cannot read pairs from .*metadata.jsonl, line 2: not valid JSON"),
     "saved, state a list": (both(saved(()), text("state.json", [])), "", r"cannot read pairs from .*data"),
     "single, held out": (SINGLE, "--sft --validation_pairs=2", r"has single images; .*drop --validation_pairs"),
-    "single, labels": (SINGLE, "--sft --labels_file=x", r"has single images, .*drop --choice_model and --labels_file"),
+    "single, labels": (SINGLE, "--sft --labels_file={pairs}/train.parquet", r"has single images, .*drop --choice_model and --labels_file"),
     "all held out": (parquet(), "--validation_pairs=4", r"--validation_pairs 4 leaves nothing .* 4 pairs .*use fewer"),
     "split of a pair file": (jsonl(ROW), "--validation_split=x", r"pairs.jsonl has no splits, .*--validation_data_dir"),
     "several pair files": (both(jsonl(ROW), table(HEAD)), "", r"pair files \(pairs.csv, pairs.jsonl\): name one"),
@@ -533,7 +533,7 @@ DATA = {  # pairs: (what writes them, flags of train.py, message)
     "settings in the way": (
         text("config.json/x", ""),
         "--output_dir={f}/data --train_data_dir={pairs}",
-        r"data/config.json cannot be used \(Is a directory\): correct the path",
+        r"data/config.json is in the way of the trained model",
     ),
 }  # fmt: skip
 
@@ -956,7 +956,10 @@ def trained(bases, pairs_folder, tmp_path_factory):
 @pytest.mark.parametrize("name", ["vae", "scheduler", "unet.pth/x"])
 def test_what_is_in_the_way_of_the_trained_model(refused, tmp_path, name):
     text(f"run/{name}", "x")(tmp_path)
-    check(refused("train"), rf"run/{name.removesuffix('/x')} is in the way of the trained model: move it")
+    check(
+        refused("train"),
+        rf"run/{name.removesuffix('/x')} is in the way of the trained model, or cannot be written: move",
+    )
 
 
 @pytest.mark.parametrize("case", CHECKPOINTS)

@@ -449,6 +449,26 @@ def test_other_settings_or_weights_are_refused(arguments, bases, tmp_path):
     assert packed.exists() and (tmp_path / "run" / f"{NAME}.json").exists()
 
 
+def test_a_refused_command_claims_no_folder(arguments, tmp_path):
+    """Neither where another group is refused, nor where scores cannot be computed."""
+    (tmp_path / "other.json").write_text(json.dumps(PROMPTS[:1]))
+    eval_generate.main(arguments(f"--test_json={tmp_path / 'other.json'}"))
+    manifest = tmp_path / "run" / f"{NAME}.json"
+    manifest.write_text("[]")
+    for flags, message in {
+        (
+            "--guidance=standard",
+            "--test_json",
+            str(tmp_path / "few.json"),
+            str(tmp_path / "other.json"),
+        ): "was official",
+        ("--metrics=ImageReward", f"--weights=imagereward.checkpoint={manifest}"): "no image was made",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            eval_generate.main(arguments(*flags))
+        assert manifest.exists() and not (tmp_path / "run" / NAME).exists()
+
+
 def test_a_folder_that_was_claimed_for_nothing_may_be_removed(arguments, tmp_path, monkeypatch):
     """As where the first images overflow in fp16, and the fix is another precision."""
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

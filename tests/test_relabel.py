@@ -264,7 +264,7 @@ def test_label_files_of_other_data_or_none_are_refused(pairs_folder, tmp_path):
         load_pairs(config(pairs_folder, labels_file=str(tmp_path / "validation.parquet")), "train")
     (tmp_path / "text.parquet").write_text("no parquet")
     pq.write_table(pa.table({"score": [1.0] * 120}), tmp_path / "other.parquet")
-    for name in ("text", "other", "absent"):
+    for name in ("text", "other"):
         path = tmp_path / f"{name}.parquet"
         with pytest.raises(InputError, match=f"cannot read labels from {path}"):
             load_pairs(config(pairs_folder, labels_file=str(path)), "train")
@@ -287,7 +287,7 @@ def test_single_images_need_no_labels(pairs_folder, tmp_path):
     table = pa.table({"caption": [row["caption"] for row in rows], "image": [row["jpg_0"] for row in rows]})
     pq.write_table(table, tmp_path / "data" / "train.parquet")
     with pytest.raises(InputError, match="single images, which need no labels"):
-        load_pairs(config(tmp_path / "data", sft=True, labels_file="labels.parquet"), "train")
+        load_pairs(config(tmp_path / "data", sft=True, labels_file=str(tmp_path / "data" / "train.parquet")), "train")
     with pytest.raises(InputError, match="column jpg_0, jpg_1 missing"):
         relabel(RelabelConfig(train_data_dir=str(tmp_path / "data"), metric="pixels", out=str(tmp_path / "l.parquet")))
 
@@ -343,7 +343,8 @@ def test_what_scores_are_made_from_tells_weights_apart(tmp_path):
     "flags, message",
     [
         ("--dreamlike_pairs_only", "column model_0 missing: drop --dreamlike_pairs_only"),
-        ("--validation_data_dir=/nowhere", "/nowhere"),
+        ("--validation_pairs=9000", "--validation_pairs 9000 leaves nothing of 120 rows to train on"),
+        ("--validation_data_dir={pairs_folder}", "holds the pairs trained on: name another folder"),
     ],
 )
 def test_data_that_will_be_refused_are_refused_before_hours_of_scoring(
@@ -351,9 +352,28 @@ def test_data_that_will_be_refused_are_refused_before_hours_of_scoring(
 ):
     monkeypatch.setattr(module, "score_rows", None)  # cannot be called
     command = ["--pretrained_model_name_or_path=base", f"--train_data_dir={pairs_folder}", "--choice_model=pixels"]
-    config = parse_flags(TrainConfig, "", "", [*command, f"--output_dir={tmp_path}", flags])
+    config = parse_flags(
+        TrainConfig, "", "", [*command, f"--output_dir={tmp_path}", flags.format(pairs_folder=pairs_folder)]
+    )
     with pytest.raises(InputError, match=message):
         prepare_pairs(config, 0)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    {
+        ("--metric=clip", "--weights=clip.checkpoint=/nowhere.pt"): "nowhere.pt",
+        ("--metric=pixels", "--device=cuda:7"): "--device cuda:7 cannot be used",
+        ("--metric=pixels", "--out={tmp_path}/file/labels.parquet"): r"--out .*labels.parquet cannot be written: name",
+        ("--metric=pixels", "--out={tmp_path}/file"): r"file is there already and is not a label file",
+    }.items(),
+)
+def test_flags_are_refused_before_data_are_read(tmp_path, monkeypatch, flags, message):
+    monkeypatch.setattr(module, "read_table", None)  # cannot be called
+    (tmp_path / "file").touch()
+    command = ["--train_data_dir=data", f"--out={tmp_path}/labels.parquet"]
+    with pytest.raises(InputError, match=message):
+        module.main([*command, *(flag.replace("{tmp_path}", str(tmp_path)) for flag in flags)])
 
 
 def test_images_are_scored_for_the_first_of_several_captions(tmp_path):

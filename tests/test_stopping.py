@@ -21,7 +21,7 @@ from forks import finish, started_on_ranks
 from recording import metrics, optimizer_state, run_on_ranks, same, weights
 
 import train
-from sdpo import data, ranks
+from sdpo import ranks
 from sdpo.batch import collate
 from sdpo.command import InputError
 from sdpo.console import start_console
@@ -293,11 +293,10 @@ def test_shared_memory_must_hold_what_the_workers_of_all_ranks_prepare(arguments
     batch = collate([dataset[0, position] for position in range(config.train_batch_size)])
     needed = processes * 2 * PREFETCHED * batch.nbytes
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    monkeypatch.setattr(data, "start_loading", lambda loader: loader)  # no workers
 
     def load(total):
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=total))
-        data.train_batches(config, dataset, run.plan, 0, 0)
+        train.try_loading(run, dataset)
 
     load(needed)
     load(0)  # is without a limit
@@ -578,7 +577,7 @@ def test_a_gradient_above_the_limit_is_skipped(arguments, tmp_path):
     {
         "--beta_dpo=200": "--beta_dpo was 100.0, is 200.0",
         "--seed=8": "--seed was 7, is 8",
-        "--max_train_samples=50": "the number of pairs was 116, is 50",
+        "--max_train_samples=50": "--max_train_samples was None, is 50",
         "--global_batch_size=8": "the global batch was 4, is 8",
         "--train_batch_size=4": "--train_batch_size was 2, is 4",  # the safeguard's scale is per micro-batch
         "--lr_scheduler=cosine": "--lr_scheduler was 'constant_with_warmup', is 'cosine'",

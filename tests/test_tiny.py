@@ -53,6 +53,13 @@ def test_blur_noise_and_emptiness_fail():
     assert not any(passed for name, passed in checks.items() if name != "background")
 
 
+def test_pairs_are_not_written_over_others(tmp_path):
+    (tmp_path / "train.parquet").write_bytes(b"mine")
+    with pytest.raises(InputError, match=r"train.parquet is there already: name another --out"):
+        make_pairs.main([f"--out={tmp_path}"])
+    assert (tmp_path / "train.parquet").read_bytes() == b"mine"
+
+
 def test_only_its_own_captions_can_be_scored():
     with pytest.raises(ValueError, match="is not a caption of the tiny pictures"):
         pictures.score(np.zeros((32, 32, 3), np.uint8), "a photo of a cat")
@@ -139,7 +146,10 @@ def test_the_reading_states_the_tables_own_figures(tmp_path):
 def test_runs_of_other_pairs_or_bases_are_not_compared(tmp_path):
     settings = {"seed": 0, "unet_init": "", "beta_dpo": 200, "steps": 100}
     changes = {"a": {}, "b": {"beta_dpo": 300}, "c": {"seed": 1, "unet_init": "x"}, "d": {"pairs": 5, "split": "x"}}
-    runs = {name: SimpleNamespace(label=name, folder=tmp_path, settings=settings | changes[name]) for name in changes}
+    runs = {
+        name: SimpleNamespace(label=name, folder=tmp_path, settings=settings | changes[name], errors={})
+        for name in changes
+    }
     with pytest.raises(InputError, match="is no run that ended"):
         compare.refuse_unlike([runs["a"]])
     (tmp_path / "unet.pth").touch()

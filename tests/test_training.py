@@ -215,21 +215,64 @@ def test_a_trained_model_is_neither_overwritten_nor_mixed_with_another(arguments
     assert (run / "earlier-2" / "metrics.jsonl").exists()
 
 
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
 def test_a_refused_command_leaves_what_is_there(arguments, tmp_path):
+    """Also where it is refused once pairs are looked at: held-out ones of which none can be read."""
+    (tmp_path / "broken").mkdir()
+    rows = [{"caption": "a", "jpg_0": b"no image", "jpg_1": b"none", "label_0": 1.0}] * 4
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "broken" / "train.parquet")
+    late = (f"--validation_data_dir={tmp_path / 'broken'}", "--max_unreadable_images=0", "--resume_with_changes")
     flags = arguments("--checkpointing_steps=1", "--max_train_steps=2")
     train.main(flags)
-    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    first = f"--resume_from_checkpoint={tmp_path / 'run' / 'checkpoint-1'}"
-    for start in ([first], [first, "--seed=8", "--resume_with_changes", "--max_train_steps=3"]):
-        with pytest.raises(InputError, match="say how many GiB may be kept"):
-            train.main([*flags, *start, "--gradient_checkpointing=auto"])
-    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    before = contents(tmp_path / "run")
+    for checkpoint in (tmp_path / "run" / "checkpoint-1", tmp_path / "elsewhere"):
+        if not checkpoint.exists():
+            shutil.copytree(tmp_path / "run" / "checkpoint-1", checkpoint)
+        with pytest.raises(InputError, match="no readable pair"):
+            train.main([*flags, *late, f"--resume_from_checkpoint={checkpoint}"])
+    assert contents(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "config.json"])
+def test_the_model_of_somebody_else_is_not_written_over(arguments, bases, tmp_path, name):
+    base = bases["sd15", "v_prediction"]
+    shutil.copytree(base if name == "model_index.json" else base / "unet", tmp_path / "run")
+    before = contents(tmp_path / "run")
+    with pytest.raises(InputError, match=r"--output_dir .*run holds a model that train.py has not made"):
+        train.main(arguments())
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_link_to_a_part_of_another_model_is_not_written_through(arguments, bases, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "vae").symlink_to(bases["sd15", "v_prediction"] / "vae")
+    with pytest.raises(InputError, match=r"run/vae is in the way of the trained model"):
+        train.main(arguments())
+
+
+def test_what_the_flags_and_the_base_tell_is_refused_before_data_are_read(arguments, bases, tmp_path, monkeypatch):
+    train.main(arguments("--checkpointing_steps=1", "--max_train_steps=1"))
+    monkeypatch.setattr(train, "prepare_pairs", None)  # cannot be called
+    for flags, message in {
+        ("--beta_dpo=7",): "would be another run: --beta_dpo was 100.0, is 7.0",
+        ("--lora_rank=17", "--resume_with_changes"): "--lora_rank 17 is above 16",
+        ("--unet_init=/nowhere", "--resume_with_changes"): "/nowhere",
+        ("--global_batch_size=3", "--train_batch_size=2"): "not a multiple of 2",
+        ("--lr_scheduler=polynomial", "--learning_rate=1e-8", "--resume_with_changes"): "needs a higher learning rate",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            train.main(arguments(*flags))
 
 
 @pytest.mark.parametrize("name", ["", ".", "logs", "logs/checkpoint-1", "/elsewhere/unet", "checkpoint-1x"])
 def test_other_tracker_folders_are_in_nobodys_place(tmp_path, name):
     def check(logging_dir, project="tuning"):
-        config = SimpleNamespace(output_dir=tmp_path, logging_dir=logging_dir, tracker_project_name=project)
+        config = SimpleNamespace(
+            output_dir=tmp_path, logging_dir=logging_dir, tracker_project_name=project, report_to="none"
+        )
         check_places(config, ["unet", "vae"])
 
     check(name)

@@ -56,8 +56,9 @@ def refuse_unlike(runs: list[Measured]) -> None:
     """Raises InputError unless the runs ended, began with one model and saw the same pairs in the same order."""
     first, *others = runs
     for run in runs:
-        if not (run.folder / "unet.pth").is_file():
-            raise InputError(f"{run.folder} is no run that ended: run its command again")
+        needed = [FILES["raw"], *([FILES["averaged"]] if "average" in run.errors else [])]
+        if not all((run.folder / name).is_file() for name in needed):
+            raise InputError(f"{run.folder} is no run that ended, with {' and '.join(needed)}: run its command again")
     for run in others:
         if differing := ", ".join(name for name in ALIKE if run.settings.get(name) != first.settings.get(name)):
             raise InputError(f"{first.label} and {run.label} differ in {differing}: compare runs that do not")

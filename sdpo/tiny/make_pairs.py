@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from sdpo.command import Parser, run_command
+from sdpo.command import InputError, Parser, run_command
 from sdpo.files import write_file
 from sdpo.tiny import pictures
 
@@ -51,8 +51,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = Parser("python -m sdpo.tiny.make_pairs", __doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of train.parquet, made if need be")
     out = parser.parse_args(arguments).out
+    path = out / "train.parquet"
+    if path.exists():
+        raise InputError(f"{path} is there already: name another --out, or remove it")
     out.mkdir(parents=True, exist_ok=True)
-    write_split(pictures.TRAINED, PAIRS, 0, out / "train.parquet")
+    write_split(pictures.TRAINED, PAIRS, 0, path)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from diffusers.training_utils import EMAModel
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from sdpo.command import Parser, run_command, show
+from sdpo.command import InputError, Parser, run_command, show
 from sdpo.files import write_json
 from sdpo.tiny import BASE, pictures
 
@@ -173,6 +173,8 @@ def main(arguments: list[str] | None = None) -> None:
         "--faulty", type=float, default=0.15, help="share of training pictures that break their caption"
     )
     args = parser.parse_args(arguments)
+    if min(args.vae_steps, args.unet_steps, args.batch) < 1:
+        raise InputError("--vae_steps, --unet_steps and --batch must be at least 1")
     settings = {name: value for name, value in vars(args).items() if name != "out"}
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
