@@ -451,21 +451,18 @@ def test_other_settings_or_weights_are_refused(arguments, bases, tmp_path):
 
 def test_a_refused_command_claims_no_folder(arguments, tmp_path):
     """Neither where another group is refused, nor where scores cannot be computed."""
-    (tmp_path / "other.json").write_text(json.dumps(PROMPTS[:1]))
-    eval_generate.main(arguments(f"--test_json={tmp_path / 'other.json'}"))
+    few, other = (f"{tmp_path / name}.json" for name in ("few", "other"))
+    Path(other).write_text(json.dumps(PROMPTS[:1]))
+    flags = [flag for flag in arguments() if not flag.startswith("--test_json")]
+    eval_generate.main([*flags, f"--test_json={other}"])
     manifest = tmp_path / "run" / f"{NAME}.json"
     manifest.write_text("[]")
-    for flags, message in {
-        (
-            "--guidance=standard",
-            "--test_json",
-            str(tmp_path / "few.json"),
-            str(tmp_path / "other.json"),
-        ): "was official",
-        ("--metrics=ImageReward", f"--weights=imagereward.checkpoint={manifest}"): "no image was made",
+    for more, message in {
+        ("--guidance=standard", "--test_json", few, other): "guidance was official",
+        (f"--test_json={few}", "--metrics=CLIP", f"--weights=clip.checkpoint={manifest}"): "no image was made",
     }.items():
         with pytest.raises(InputError, match=message):
-            eval_generate.main(arguments(*flags))
+            eval_generate.main([*flags, *more])
         assert manifest.exists() and not (tmp_path / "run" / NAME).exists()
 
 
