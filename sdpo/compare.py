@@ -6,6 +6,7 @@ table.json and errors.png in DIR. The winner's error is also compared pair by pa
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,8 +24,10 @@ from sdpo.files import brief, parse_json, read_text, write_json, write_text
 from sdpo.heldout import HELD_OUT_FILE, MEMBERS, PREFIXES, STEP, figures_of, mean_of, prompt_ids
 from sdpo.metrics import read_metrics, without_nan
 
+log = logging.getLogger(__name__)
 WEIGHTS = {"policy": "raw", "average": "averaged"}  # models as the table calls them
-SAME_REFERENCE = 0.05  # errors of the reference may differ by this share, for rounding on other machines
+SAME_REFERENCE = 0.05  # errors of the reference may differ by this share, as in another precision
+ROUNDING = 1e-3  # more than this is pointed out
 WITHOUT_INFLUENCE = ("output_dir", "logging_dir", "cache_dir", "latent_cache", "reference_cache")
 COLUMNS = {  # heading -> key of a row, factor, digits
     "updates": ("updates", 1, 0),
@@ -107,6 +110,11 @@ def read_runs(named: dict[str, str]) -> list[Measured]:
             raise InputError(
                 f"{first.label} and {run.label} were not measured alike: errors of their references differ: {fix}"
             )
+        if not torch.allclose(ours, theirs, rtol=ROUNDING, atol=0, equal_nan=True):
+            log.warning(
+                f"CAUTION: errors of the references of {first.label} and {run.label} differ by up to "
+                f"{(theirs / ours - 1).abs().max():.2%}: differences of that order between these runs mean nothing"
+            )
     return runs
 
 
@@ -114,7 +122,7 @@ def describe(run: Measured, first: Measured) -> list[dict[str, Any]]:
     """A row {run, weights, updates, figures...} for the raw and, if there are any, the averaged weights of a run."""
     rows = []
     prompts = prompt_ids(run.captions)
-    scales = [value for step, value in read_metrics(run.folder, "avg_lose_l_scale") if step <= run.updates]
+    logged = [(step, value) for step, value in read_metrics(run.folder, "avg_lose_l_scale") if step <= run.updates]
     for model in (model for model in PREFIXES if model in run.errors):
         change = run.errors[model] - run.errors["reference"]
         row = {"run": run.label, "weights": WEIGHTS[model], "updates": run.updates}
@@ -122,8 +130,9 @@ def describe(run: Measured, first: Measured) -> list[dict[str, Any]]:
         if run is not first or model != "policy":
             difference = run.errors[model][:, 0] - first.errors["policy"][:, 0]
             row |= mean_of("winner_error_difference", difference, prompts)
-        if scales:  # sft has none
-            row["lambda"] = float(np.mean(scales))
+        if logged:  # sft has none
+            steps, scales = zip(*logged, strict=True)  # each a mean over the updates since the last one
+            row["lambda"] = float(np.average(scales, weights=np.diff([0, *steps])))
         rows.append(row)
     return rows
 
@@ -202,8 +211,9 @@ def main(arguments: list[str] | None = None) -> None:
     runs, out = open_runs("python -m sdpo.compare", __doc__, arguments)
     write_results(runs, [row for run in runs for row in describe(run, runs[0])], COLUMNS, out)
     show("\n" + "\n".join(["settings that differ:", *differing_settings(runs)]))
-    pairs, captions = len(runs[0].pairs), len(np.unique(runs[0].captions))
-    show(f"\n{pairs} held-out pairs of {captions} captions; table and chart: table.md and errors.png in {out}")
+    pairs, captions = len(runs[0].pairs), len(prompt_ids(runs[0].captions).unique())
+    show(f"\n{pairs} held-out pairs of {captions} captions, over which ± is one standard error")
+    show(f"table and chart: table.md and errors.png in {out}")
 
 
 if __name__ == "__main__":

@@ -147,11 +147,13 @@ def mean_of(name: str, values: Tensor, prompts: Tensor) -> dict[str, float]:
 def clustered_error(values: Tensor, clusters: Tensor) -> float | None:
     """Standard error of the mean of values (n,) that are independent only where their clusters (n,) of int64 differ.
 
-    That of independent values if each has a cluster of its own; None if there is only one (Liang and Zeger 1986).
+    A jackknife that leaves out a cluster at a time (Efron 1982), which also holds where sizes are very unequal. That of
+    independent values if each has a cluster of its own; None if there is only one.
     """
-    present, clusters = clusters.unique(return_inverse=True)
-    count = len(present)
+    _, clusters, sizes = clusters.unique(return_inverse=True, return_counts=True)
+    count = len(sizes)
     if count < 2:
         return None
     sums = values.new_zeros(count).index_add_(0, clusters, values - values.mean())
-    return (count / (count - 1) * sums.square().sum()).sqrt().item() / len(values)
+    shifts = sums / (len(values) - sizes)  # of the mean, where a cluster is left out
+    return ((count - 1) / count * shifts.square().sum()).sqrt().item()

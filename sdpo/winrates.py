@@ -31,6 +31,7 @@ from sdpo.manifest import MADE_WITH, OFFICIAL_METRICS, Entry, Scores, check_scor
 
 TIE_FOR_A = {"half": 0.5, "loss_for_a": 0.0}  # what a tie counts by ties policy
 RESAMPLES = 9999  # of the bootstrap
+FEW = 50  # pairs, below which its intervals are too narrow
 SHOWN = 10  # dropped prompts on the console
 
 Interval = tuple[float, float]
@@ -371,11 +372,13 @@ def list_cautions(comparison: Comparison) -> list[str]:
     """What a reader of the figures should know: repeated prompts, mere ties, other settings, shared noise."""
     results = next(iter(comparison.details.values()))["results"]
     cautions = []
-    if (prompts := len({result["prompt"] for result in results})) < len(results):
+    if (prompts := len({" ".join(result["prompt"].lower().split()) for result in results})) < len(results):
         cautions.append(f"only {prompts} prompts are distinct, but intervals and p count pairs as independent")
     for side in "ab":
         if (images := len({result[f"image_{side}"] for result in results})) < len(results):
             cautions.append(f"the images of {side.upper()} are only {images} different ones")
+    if len(results) < FEW:
+        cautions.append(f"of {len(results)} pairs the interval of the mean difference, a bootstrap's, is too narrow")
     if all(detail["ties"] == detail["total_pairs"] for detail in comparison.details.values()):
         cautions.append("every pair is a tie in every metric: make sure that A and B are not the same images")
     for name, count in comparison.summary["pairing"]["differing"].items():
@@ -445,4 +448,4 @@ def format_matrix(matrix: dict[str, Any]) -> str:
         for label, *values in zip(matrix["labels"], matrices["win_rate"], matrices["p_holm"], strict=True):
             rows.append([label, *map(cell, *values)])
         lines += [*_align(rows), ""]
-    return "\n".join([*lines, "* p < 0.05, sign test, Holm-corrected over all comparisons and metrics here"])
+    return "\n".join([*lines, "* p < 0.05, sign test without ties, Holm-corrected over all runs and metrics here"])

@@ -32,7 +32,7 @@ def write_run(folder, policy, average=None, pairs=range(8), reference=REFERENCE,
     pq.write_table(pa.table(columns).replace_schema_metadata({STEP: "20"}), folder / "heldout.parquet")
     content = {"config": {"beta_dpo": 100.0, "output_dir": str(folder), **settings}, "plan": {"steps": 40}}
     (folder / "config.json").write_text(json.dumps(content))
-    lines = [{"step": 10, "avg_lose_l_scale": 0.2}, {"step": 20, "avg_lose_l_scale": 0.4}]
+    lines = [{"step": 15, "avg_lose_l_scale": 0.2}, {"step": 20, "avg_lose_l_scale": 0.4}]
     lines.append({"step": 20, "heldout/winner_error_change": 0.1, "heldout/loser_error_change": 0.1})
     lines.append({"step": 30, "avg_lose_l_scale": 0.9})  # after the measurement
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -61,7 +61,7 @@ def test_runs_are_compared_pair_by_pair(tmp_path, capsys):
         assert (row["winner_error_change"], row["winner_error_change_se"]) == pytest.approx(of_prompts(change[:, 0]))
         assert (row["loser_error_change"], row["loser_error_change_se"]) == pytest.approx(of_prompts(change[:, 1]))
         assert row["margin"] == pytest.approx(-50 * (change[:, 0] - change[:, 1]).mean())
-        assert (row["updates"], row["lambda"]) == (20, pytest.approx(0.3))
+        assert (row["updates"], row["lambda"]) == (20, pytest.approx((15 * 0.2 + 5 * 0.4) / 20))  # over updates
     for row, errors in ((rows[1], b), (rows[2], averaged)):
         expected = of_prompts((errors - a)[:, 0])
         assert (row["winner_error_difference"], row["winner_error_difference_se"]) == pytest.approx(expected)
@@ -122,10 +122,11 @@ def test_figures_that_are_no_numbers_are_named(tmp_path, value):
         compare.main([f"a={run}", "--out", str(tmp_path / "out")])
 
 
-def test_runs_that_were_not_measured_alike_are_not_compared(tmp_path):
+def test_runs_that_were_not_measured_alike_are_not_compared(tmp_path, caplog):
     first = write_run(tmp_path / "a", REFERENCE)
     rounded = write_run(tmp_path / "rounded", REFERENCE, reference=REFERENCE * 1.01)
     compare.read_runs({"a": first, "rounded": rounded})
+    assert "CAUTION: errors of the references of a and rounded differ by up to 1.00%" in caplog.text
     others = {
         "other pairs, the first pair 4 of 'c' and 'x'": {"prompts": [*PROMPTS[:4], "x", *PROMPTS[5:]]},
         "errors of their references differ": {"reference": REFERENCE[::-1]},

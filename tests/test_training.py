@@ -447,11 +447,12 @@ def test_held_out_figures_are_those_of_the_saved_weights(arguments, tmp_path):
     for (caption,), change in zip(prepare_pairs(run.config, run.seed)[1].captions(), winner, strict=True):
         sums[caption] += (change - winner.mean()).item()
     assert 1 < len(sums) < 10
-    squares = sum(value**2 for value in sums.values())
+    sizes = Counter(held_out.captions)
+    squares = sum((value / (10 - sizes[caption])) ** 2 for caption, value in sums.items())
     margin = -run.config.beta_dpo / 2 * (winner - loser)
     expected = {
         "winner_error_change": winner.mean(),
-        "winner_error_change_se": (len(sums) / (len(sums) - 1) * squares) ** 0.5 / 10,
+        "winner_error_change_se": ((len(sums) - 1) / len(sums) * squares) ** 0.5,
         "loser_error_change": loser.mean(),
         "margin": margin.mean(),
         "margin_accuracy": (margin > 0).double().mean(),
@@ -479,6 +480,20 @@ def test_pairs_of_one_caption_are_not_independent():
         means.std().item() / 2
     )
     assert clustered_error(values, torch.zeros(12, dtype=torch.long)) is None
+
+
+def test_captions_of_many_pairs_count_as_the_captions_that_they_are():
+    """The error is the jackknife's over captions; of means of unequal captions it has the right size on average."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.tensor([40, 20, 13, 10, 8, 6, 5, 5, 4, 4, 3])
+    clusters = torch.arange(len(sizes)).repeat_interleave(sizes)
+    effects = torch.randn(2000, len(sizes), generator=generator, dtype=torch.float64)[:, clusters]
+    errors = torch.tensor([clustered_error(values, clusters) for values in effects])
+    assert errors.square().mean().item() == pytest.approx(effects.mean(1).var().item(), rel=0.1)
+    without = torch.stack([effects[0, clusters != cluster].mean() for cluster in range(len(sizes))])
+    deviations = without - effects[0].mean()
+    jackknife = ((len(sizes) - 1) / len(sizes) * deviations.square().sum()).sqrt()
+    assert errors[0].item() == pytest.approx(jackknife.item())
 
 
 def test_a_held_out_error_that_is_not_finite_is_no_wrong_margin(arguments):

@@ -567,8 +567,20 @@ def test_scores_tie_as_the_floats_that_are_written():
 def test_repeated_prompts_are_pointed_out():
     comparison = compare(make_run("a", "xxy", [1.0, 2.0, 3.0]), make_run("b", "xxy", [0.0, 0.0, 0.0]))
     assert "CAUTION: only 2 prompts are distinct" in format_comparison(comparison)
+    comparison = compare(make_run("a", ["A x", "a  X"], [1.0, 2.0]), make_run("b", ["A x", "a  X"], [0.0, 0.0]))
+    assert "CAUTION: only 1 prompts are distinct" in format_comparison(comparison)
     comparison = compare(make_run("a", "xy", [1.0, 2.0]), make_run("b", "xy", [0.0, 0.0]))
     assert "are distinct" not in format_comparison(comparison)
+
+
+def test_a_bootstrap_of_few_pairs_is_pointed_out():
+    for count in (49, 50):
+        prompts = [f"prompt {number}" for number in range(count)]
+        runs = (make_run(label, prompts, [float(number % 7)] * count) for number, label in enumerate("ab"))
+        said = format_comparison(compare(*runs))
+        assert (f"of {count} pairs the interval of the mean difference, a bootstrap's, is too narrow" in said) == (
+            count < 50
+        )
 
 
 def test_mere_ties_and_images_that_entries_share_are_pointed_out():
