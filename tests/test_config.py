@@ -216,8 +216,8 @@ def test_held_out_pairs_are_asked_for_by_any_of_three_flags():
     for flags in (
         "--validation_pairs=3",
         "--validation_split=test",
-        "--validation_data_dir=more",
-        "--validation_data_dir=more --validation_split=train",  # of another folder
+        "--validation_data_dir=.",
+        "--validation_data_dir=. --validation_split=train",  # of another folder
     ):
         assert parse(*flags.split()).holds_out
 

@@ -964,7 +964,8 @@ def test_labels_of_several_types_are_refused(tmp_path):
 def test_folders_whose_names_are_patterns_are_refused(tmp_path):
     for name in ("run?", "run[1]", "a::b"):
         with pytest.raises(
-            InputError, match=r"datasets takes \*, \?, \[, \] and :: in its path for patterns; rename it"
+            InputError,
+            match=r"datasets takes \*, \?, \[, \] and :: in its path for patterns, and no line breaks; rename it",
         ):
             load(as_parquet(tmp_path / name))
 

@@ -60,18 +60,18 @@ def test_stopping_after_any_update_changes_nothing(bases, wide_pairs, tmp_path, 
         Pairs, "load", lambda pairs, index, members: loaded.append(index) or original(pairs, index, members)
     )
     train.main(train_flags(base, wide_pairs, tmp_path / "whole", **RUN | settings))
-    whole, held_out = list(loaded), RUN["validation_pairs"]
+    whole = list(loaded)
     pairs = json.loads((tmp_path / "whole" / "config.json").read_text())["plan"]["pairs"]
     trained = [index_of(place, pairs) for place in range(16 * STEPS)]  # in their order
-    # workers load in processes of their own; this one loads a first sample to see how much memory they need
-    here = slice(0, 1) if settings["dataloader_num_workers"] else slice(None)
-    assert whole[held_out:] == trained[here]
+    here = slice(0) if settings["dataloader_num_workers"] else slice(None)  # workers load in processes of their own
+    held_out = whole[1 : 1 + RUN["validation_pairs"]]
+    assert whole == [trained[0], *held_out, *trained[here]]  # the first to see whether it can be loaded
     for step in stops:
         loaded.clear()
         leave(tmp_path / "whole", tmp_path / f"cut-{step}", step)
         train.main(train_flags(base, wide_pairs, tmp_path / f"cut-{step}", **RUN | settings))
         assert_same_run(tmp_path / f"cut-{step}", tmp_path / "whole")
-        assert loaded == whole[:held_out] + trained[16 * step :][here]  # no data but what is trained on
+        assert loaded == [trained[16 * step], *held_out, *trained[16 * step :][here]]  # no data but what is trained on
 
 
 def test_on_two_ranks_too_and_with_another_number_of_ranks(bases, wide_pairs, tmp_path):
