@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from sdpo.command import InputError
 from sdpo.files import is_text, locked, parse_json, read_text, sha256, write_json, write_text
@@ -255,13 +255,21 @@ def append_scores(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
         _parse_row(line.encode(), f"new row of {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path), path.open("ab+") as file:
-        file.seek(0)
-        content = file.read()
-        last = content[content.rfind(b"\n") + 1 :]
+        size, last = file.seek(0, os.SEEK_END), _last_line(file)
         if last and not _is_whole(last):
-            file.truncate(len(content) - len(last))
+            file.truncate(size - len(last))
         glue = "\n" if last and _is_whole(last) else ""
         file.write((glue + "".join(lines)).encode())
+
+
+def _last_line(file: BinaryIO, block: int = 2**16) -> bytes:
+    """What a file holds after its last line feed, read from its end."""
+    start, tail = file.seek(0, os.SEEK_END), b""
+    while start and b"\n" not in tail:
+        end, start = start, max(0, start - block)
+        file.seek(start)
+        tail = file.read(end - start) + tail
+    return tail[tail.rfind(b"\n") + 1 :]
 
 
 def compact_scores(path: str | Path) -> None:

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import stat
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -450,7 +451,8 @@ def column(table: datasets.Dataset, name: str, rows: np.ndarray | None = None, s
     """Values of one column without touching the others; raises InputError for text that is not UTF-8."""
     table = table.select_columns([name])
     try:
-        return (table if rows is None else table.select(rows))[:][name]
+        values = table[:][name]  # all of them: `datasets` gathers rows one by one
+        return values if rows is None else [values[row] for row in rows.tolist()]
     except UnicodeDecodeError as error:
         for row in range(len(table)):
             try:
@@ -491,10 +493,19 @@ def measure_images(values: pa.ChunkedArray) -> np.ndarray:
                 sizes = np.where(sizes < 0, measure_images(pc.struct_field(values, field)), sizes)
         return sizes
     if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
-        return np.array([os.path.getsize(path) if path and os.path.isfile(path) else -1 for path in values.to_pylist()])
+        return np.array([measure_file(path) if path else -1 for path in values.to_pylist()])
     if pa.types.is_null(values.type):
         return np.full(len(values), -1)
     return pc.fill_null(pc.binary_length(values).cast(pa.int64()), -1).to_numpy()
+
+
+def measure_file(path: str) -> int:
+    """Size of a file in bytes; -1 where there is none."""
+    try:
+        about = os.stat(path)
+    except (OSError, ValueError):  # a path may hold NUL
+        return -1
+    return about.st_size if stat.S_ISREG(about.st_mode) else -1
 
 
 def hash_images(table: datasets.Dataset, columns: Iterable[str], rows: np.ndarray) -> str:

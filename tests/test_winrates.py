@@ -1,5 +1,6 @@
 """Manifests, score files and win rates against the official code's files, closed forms and scipy."""
 
+import io
 import json
 import os
 import subprocess
@@ -20,6 +21,7 @@ from sdpo.files import sha256
 from sdpo.manifest import (
     MADE_WITH,
     Entry,
+    _last_line,
     append_scores,
     compact_scores,
     find_score,
@@ -562,6 +564,12 @@ def test_scores_tie_as_the_floats_that_are_written():
     ]
     (result,) = compare(*runs).details["CLIP"]["results"]
     assert (result["score_a"], result["winner"]) == (float(2**53), "tie")
+
+
+@pytest.mark.parametrize("block", [1, 7, 2**16])
+@pytest.mark.parametrize("content", [b"", b"\n", b"a", b"a\n", b"a\nbc", b"\n" * 9 + b"b" * 20, b"a" * 30])
+def test_what_follows_the_last_line_feed_is_read_from_the_end(content, block):
+    assert _last_line(io.BytesIO(content), block) == content.split(b"\n")[-1]
 
 
 def test_repeated_prompts_are_pointed_out():
