@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sdpo.checkpoint import ADAPTERS, list_checkpoints, read_state, remove_older, remove_remains, set_aside, step_of
@@ -84,11 +84,8 @@ def check_places(config: TrainConfig, parts: list[str]) -> None:
     own = folder.resolve()
     if own.name in parts and (own.parent / "model_index.json").is_file():
         raise InputError(f"--output_dir {folder} is a part of the model in {own.parent}: name another folder")
-    if holds_another_model(folder):
-        raise InputError(
-            f"--output_dir {folder} holds a model that train.py has not made, and training would write over it: name "
-            "another folder"
-        )
+    if other := find_other_model(folder):
+        raise InputError(f"{other} is not of a run of train.py, which would write over it: name another --output_dir")
     places = [folder / name for name in parts]
     in_the_way = [place for place in places if place.is_symlink() or (place.exists() and not can_be_written(place))]
     in_the_way += [place for name in (*MODEL_FILES, *RESULTS) if "." in name and (place := folder / name).is_dir()]
@@ -99,16 +96,14 @@ def check_places(config: TrainConfig, parts: list[str]) -> None:
         )
 
 
-def holds_another_model(folder: Path) -> bool:
-    """Whether a folder holds a model of diffusers', or a part of one, and nothing that a run of train.py leaves."""
+def find_other_model(folder: Path) -> Path | None:
+    """The file that describes a model, or a part of one, in a folder without anything that a run of train.py leaves."""
     if (folder / "unet.pth").exists() or list_checkpoints(folder) or any(folder.glob("earlier-*")):
-        return False
-    try:
+        return None
+    with suppress(OSError, ValueError, AttributeError, RecursionError):  # not there, or not a run's
         if {"config", "plan"} <= json.loads((folder / "config.json").read_text(encoding="utf-8")).keys():
-            return False
-    except (OSError, ValueError, AttributeError, RecursionError):  # not there, or not a run's
-        pass
-    return any((folder / name).is_file() for name in ("model_index.json", "config.json"))
+            return None
+    return next((path for name in ("model_index.json", "config.json") if (path := folder / name).is_file()), None)
 
 
 def set_results_aside(folder: Path, logging_dir: str, anew: bool) -> None:

@@ -241,7 +241,7 @@ def test_the_model_of_somebody_else_is_not_written_over(arguments, bases, tmp_pa
     base = bases["sd15", "v_prediction"]
     shutil.copytree(base if name == "model_index.json" else base / "unet", tmp_path / "run")
     before = contents(tmp_path / "run")
-    with pytest.raises(InputError, match=r"--output_dir .*run holds a model that train.py has not made"):
+    with pytest.raises(InputError, match=rf"run/{name} is not of a run of train.py, which would write over it"):
         train.main(arguments())
     assert contents(tmp_path / "run") == before
 
