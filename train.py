@@ -42,7 +42,7 @@ from sdpo.config import Plan, TrainConfig
 from sdpo.console import start_console
 from sdpo.data import PairDataset, Transform, check_shared_memory, train_batches
 from sdpo.families import FAMILIES, Family, load_family
-from sdpo.files import write_json
+from sdpo.files import can_be_written, write_json
 from sdpo.heldout import HELD_OUT_FILE, PREFIXES, HeldOutPairs
 from sdpo.hub import check_precision
 from sdpo.inputs import make_inputs
@@ -55,7 +55,7 @@ from sdpo.pairs import Pairs, prepare_pairs
 from sdpo.prompts import read_prompts
 from sdpo.ranks import join_ranks, main_first, on_main, together
 from sdpo.references import open_references
-from sdpo.resuming import changed_flags, refuse_other_settings, resume
+from sdpo.resuming import changed_flags, refuse_other_rank, refuse_other_settings, resume
 from sdpo.rng import normal
 from sdpo.sampling import sample
 from sdpo.step import AUTOCAST, SHARDING, Run, build_run, loss_name, update
@@ -281,10 +281,15 @@ def check_start(config: TrainConfig, processes: int, family: Family, checkpoint:
         raise InputError(
             f"--reference_cache keeps errors of the reference, and {config.method} needs its predictions: drop it"
         )
+    cache = config.reference_cache
+    if cache and not (can_be_written(cache) or Path(cache, "index.json").is_file()):
+        raise InputError(f"--reference_cache {cache} cannot be written: name another folder")
     family.check_pipeline()
     check_places(config, family.parts)
     if config.validation_prompts:
         family.check_sampler(SAMPLING_STEPS, "drop --validation_prompts")
+    if checkpoint:
+        refuse_other_rank(config, checkpoint)
     if checkpoint and not config.resume_with_changes:
         refuse_other_settings(checkpoint, changed_flags(config, family, checkpoint))
     if config.max_train_steps:  # else they depend on how many pairs there are

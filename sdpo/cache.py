@@ -349,7 +349,8 @@ def main(arguments: list[str] | None = None) -> None:
     check_precision(config.mixed_precision)
     accelerator = join_ranks()
     start_console(accelerator.is_main_process)
-    on_main(accelerator, lambda: check_base(config))
+    if not config.verify:  # which is mostly of caches that are complete
+        on_main(accelerator, lambda: check_base(config))
     pairs, held_out, notes = main_first(accelerator, lambda: prepare_pairs(config, config.seed or 0))
     for line in notes:
         log.info(line)

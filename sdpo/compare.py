@@ -111,9 +111,10 @@ def read_runs(named: dict[str, str]) -> list[Measured]:
                 f"{first.label} and {run.label} were not measured alike: errors of their references differ: {fix}"
             )
         if not torch.allclose(ours, theirs, rtol=ROUNDING, atol=0, equal_nan=True):
+            shares = (theirs / ours - 1).abs().nan_to_num(0, 0)
             log.warning(
                 f"CAUTION: errors of the references of {first.label} and {run.label} differ by up to "
-                f"{(theirs / ours - 1).abs().max():.2%}: differences of that order between these runs mean nothing"
+                f"{shares.max():.2%}: differences of that order between these runs mean nothing"
             )
     return runs
 
@@ -132,9 +133,15 @@ def describe(run: Measured, first: Measured) -> list[dict[str, Any]]:
             row |= mean_of("winner_error_difference", difference, prompts)
         if logged:  # sft has none
             steps, scales = zip(*logged, strict=True)  # each a mean over the updates since the last one
-            row["lambda"] = float(np.average(scales, weights=np.diff([0, *steps])))
+            weights = count_updates(steps, run.settings.get("logging_steps", steps[0]))
+            row["lambda"] = float(np.average(scales, weights=weights))
         rows.append(row)
     return rows
+
+
+def count_updates(steps: Sequence[int], logging_steps: int) -> np.ndarray:
+    """How many updates each log line is a mean over, by its step; a run that went on from elsewhere begins later."""
+    return np.diff([max(0, steps[0] - logging_steps), *steps]).clip(1)
 
 
 def differing_settings(runs: Sequence[Measured]) -> list[str]:

@@ -59,7 +59,7 @@ def _refuse_doubles(items: list[tuple[str, Any]]) -> dict[str, Any]:
 def can_be_written(folder: str | Path) -> bool:
     """Whether files can be written into a folder, which need not exist yet."""
     path = Path(folder).absolute()
-    nearest = next(place for place in (path, *path.parents) if place.exists())
+    nearest = next(place for place in (path, *path.parents) if os.path.lexists(place))
     return nearest.is_dir() and os.access(nearest, os.W_OK)
 
 

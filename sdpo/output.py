@@ -44,8 +44,9 @@ def alone_in(folder: str | Path) -> Iterator[None]:
     busy = f"another run is in {folder}: wait until it ends, or choose another --output_dir"
     with alone(Path(folder, ".lock"), busy):
         for path in Path(folder).glob(PARTIAL):
-            if path.is_file() and path.name.rsplit(".", 2)[0] in (*MODEL_FILES, *RESULTS):
-                path.unlink()  # others may be those of an evaluation that goes on
+            own = path.name.startswith("labels_") or path.name.rsplit(".", 2)[0] in (*MODEL_FILES, *RESULTS)
+            if own and path.is_file():  # others may be those of an evaluation that goes on
+                path.unlink()
         remove_remains(folder)
         yield
 
@@ -75,13 +76,13 @@ def check_places(config: TrainConfig, parts: list[str]) -> None:
     Nor may the tracker's files take the place of what else is in the folder.
     """
     folder = Path(config.output_dir)
+    own = folder.resolve()
     logs = os.path.normpath(os.path.join(config.logging_dir, config.tracker_project_name))
-    name = logs.split(os.sep)[0]
+    name = os.path.relpath(os.path.realpath(folder / logs), own).split(os.sep)[0]
     if name in (*parts, *MODEL_FILES, *RESULTS) or re.fullmatch(r"(checkpoint|earlier)-\d+", name):
         raise InputError(f"--logging_dir: {logs} would be in the place of something else: name another folder")
-    if config.report_to != "none" and not can_be_written(folder / logs):
+    if config.report_to in ("tensorboard", "all") and not can_be_written(folder / logs):
         raise InputError(f"--logging_dir: {folder / logs} cannot be written: name another folder")
-    own = folder.resolve()
     if own.name in parts and (own.parent / "model_index.json").is_file():
         raise InputError(f"--output_dir {folder} is a part of the model in {own.parent}: name another folder")
     if other := find_other_model(folder):
@@ -91,14 +92,15 @@ def check_places(config: TrainConfig, parts: list[str]) -> None:
     in_the_way += [place for name in (*MODEL_FILES, *RESULTS) if "." in name and (place := folder / name).is_dir()]
     if in_the_way:
         raise InputError(
-            f"{in_the_way[0]} is in the way of the trained model, or cannot be written: move it, or choose another "
-            "--output_dir"
+            f"{in_the_way[0]} is in the way of the trained model, a link, or cannot be written: move it, or choose "
+            "another --output_dir"
         )
 
 
 def find_other_model(folder: Path) -> Path | None:
     """The file that describes a model, or a part of one, in a folder without anything that a run of train.py leaves."""
-    if (folder / "unet.pth").exists() or list_checkpoints(folder) or any(folder.glob("earlier-*")):
+    left = ("unet.pth", "metrics.jsonl", HELD_OUT_FILE, "checkpoint-*", "earlier-*")
+    if any(any(folder.glob(pattern)) for pattern in left):
         return None
     with suppress(OSError, ValueError, AttributeError, RecursionError):  # not there, or not a run's
         if {"config", "plan"} <= json.loads((folder / "config.json").read_text(encoding="utf-8")).keys():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from sdpo.checkpoint import load_average, read_state
-from sdpo.command import InputError, is_of_machine, refuse
+from sdpo.command import InputError, is_of_machine
 from sdpo.config import TrainConfig
 from sdpo.families import Family
 from sdpo.files import brief
@@ -43,7 +42,7 @@ HELD_OUT_FLAGS = ("validation_pairs", "validation_seed", "validation_split", "va
 
 def resume(run: Run, checkpoint: Path) -> None:
     """Put a checkpoint into the run; InputError if settings that shape the run differ and that is not meant."""
-    refuse(adapter_conflicts(run, checkpoint))
+    refuse_other_base(run, checkpoint)
     changes = changed_flags(run.config, run.family, checkpoint) + changed_inputs(run, checkpoint)
     if not run.config.resume_with_changes:
         refuse_other_settings(checkpoint, changes)
@@ -69,15 +68,26 @@ def refuse_other_settings(checkpoint: Path, changes: list[str]) -> None:
         )
 
 
-def adapter_conflicts(run: Run, checkpoint: Path) -> Iterator[tuple[object, str]]:
-    """Pairs (is wrong, what to do about it) of what adapters cannot go on with, also where a change is meant."""
-    then, anew = read_state(checkpoint), f"start a new run from its weights with --unet_init {checkpoint}/unet.pth"
-    rank = then["config"].get("lora_rank", 0)
-    yield rank != run.config.lora_rank, f"{checkpoint} was trained with --lora_rank {rank}: go on with that, or {anew}"
-    yield (
-        rank and then["base"].get("UNet") != run.base["UNet"],
-        f"the adapters in {checkpoint} were trained on another UNet: go on with that, or {anew}",
-    )
+def refuse_other_rank(config: TrainConfig, checkpoint: Path) -> None:
+    """Raises InputError where adapters have another rank than those of a checkpoint, also where a change is meant."""
+    rank = read_state(checkpoint)["config"].get("lora_rank", 0)
+    if rank != config.lora_rank:
+        raise InputError(
+            f"{checkpoint} was trained with --lora_rank {rank}: go on with that, or {start_anew(checkpoint)}"
+        )
+
+
+def refuse_other_base(run: Run, checkpoint: Path) -> None:
+    """Raises InputError where adapters would go on with another UNet than theirs, also where a change is meant."""
+    if run.config.lora_rank and read_state(checkpoint)["base"].get("UNet") != run.base["UNet"]:
+        raise InputError(
+            f"the adapters in {checkpoint} were trained on another UNet: go on with that, or {start_anew(checkpoint)}"
+        )
+
+
+def start_anew(checkpoint: Path) -> str:
+    """What to do with a checkpoint that a run cannot go on from."""
+    return f"start a new run from its weights with --unet_init {checkpoint}/unet.pth"
 
 
 def holds_out_otherwise(config: TrainConfig, then: dict[str, Any]) -> bool:
@@ -162,8 +172,7 @@ def refuse_other_optimizer(run: Run, own: list[dict], checkpoint: Path) -> None:
     groups = run.optimizer.param_groups
     if any(settings.keys() - group.keys() for group, settings in zip(groups, own, strict=True)):
         raise InputError(
-            f"{checkpoint} holds the state of another optimizer: go on with that one, or start a new run from its "
-            f"weights with --unet_init {checkpoint}/unet.pth"
+            f"{checkpoint} holds the state of another optimizer: go on with that one, or {start_anew(checkpoint)}"
         )
 
 

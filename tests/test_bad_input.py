@@ -958,7 +958,7 @@ def test_what_is_in_the_way_of_the_trained_model(refused, tmp_path, name):
     text(f"run/{name}", "x")(tmp_path)
     check(
         refused("train"),
-        rf"run/{name.removesuffix('/x')} is in the way of the trained model, or cannot be written: move",
+        rf"run/{name.removesuffix('/x')} is in the way of the trained model, a link, or cannot be written: move",
     )
 
 

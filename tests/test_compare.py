@@ -122,6 +122,15 @@ def test_figures_that_are_no_numbers_are_named(tmp_path, value):
         compare.main([f"a={run}", "--out", str(tmp_path / "out")])
 
 
+@pytest.mark.parametrize(
+    "steps, logging_steps, expected",
+    [((10, 20, 23), 10, [10, 10, 3]), ((1005, 1010), 5, [5, 5]), ((3,), 5, [3]), ((0,), 1, [1]), ((4, 2), 1, [1, 1])],
+)
+def test_log_lines_count_as_the_updates_that_they_are_of(steps, logging_steps, expected):
+    """Also of a run that went on from elsewhere, whose lines begin later, and of files that were edited."""
+    assert compare.count_updates(steps, logging_steps).tolist() == expected
+
+
 def test_runs_that_were_not_measured_alike_are_not_compared(tmp_path, caplog):
     first = write_run(tmp_path / "a", REFERENCE)
     rounded = write_run(tmp_path / "rounded", REFERENCE, reference=REFERENCE * 1.01)

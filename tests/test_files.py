@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from sdpo.checkpoint import damage, put_in_place, remove, seal
 from sdpo.command import NO_ROOM
-from sdpo.files import remove_abandoned, sha256, write_file, write_json, write_text
+from sdpo.files import can_be_written, remove_abandoned, sha256, write_file, write_json, write_text
 
 
 def test_writers_of_the_same_file_do_not_meet(tmp_path):
@@ -144,3 +144,11 @@ def test_a_file_is_hashed_anew_when_it_changes(tmp_path):
         path.write_bytes(content)
         seen.append(sha256(path))
     assert seen == [hashlib.sha256(content).hexdigest() for content in (b"one", b"two", b"two")]
+
+
+def test_where_files_can_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    assert all(can_be_written(place) for place in (tmp_path, tmp_path / "a" / "b"))
+    assert not any(can_be_written(tmp_path / name) for name in ("file", "file/x", "nowhere", "nowhere/x"))
+    assert not can_be_written("/proc/nowhere/x" if not os.access("/proc", os.W_OK) else tmp_path / "file")

@@ -37,7 +37,7 @@ from sdpo.heldout import HeldOutPairs, clustered_error
 from sdpo.inputs import make_inputs
 from sdpo.metrics import read_metrics
 from sdpo.optimizers import OPTIMIZERS, optimizer_name
-from sdpo.output import check_places, set_results_aside
+from sdpo.output import check_places, find_other_model, set_results_aside
 from sdpo.pairs import prepare_pairs
 from sdpo.rng import normal
 from sdpo.step import compute_loss
@@ -246,6 +246,16 @@ def test_the_model_of_somebody_else_is_not_written_over(arguments, bases, tmp_pa
     assert contents(tmp_path / "run") == before
 
 
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "heldout.parquet", "checkpoint-3.abandoned", "earlier-1", "unet.pth"]
+)
+def test_what_a_run_leaves_is_not_taken_for_somebody_elses(tmp_path, name):
+    (tmp_path / "config.json").write_text("{")  # damaged
+    assert find_other_model(tmp_path) == tmp_path / "config.json"
+    (tmp_path / name).touch()
+    assert find_other_model(tmp_path) is None
+
+
 def test_a_link_to_a_part_of_another_model_is_not_written_through(arguments, bases, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "vae").symlink_to(bases["sd15", "v_prediction"] / "vae")
@@ -258,7 +268,8 @@ def test_what_the_flags_and_the_base_tell_is_refused_before_data_are_read(argume
     monkeypatch.setattr(train, "prepare_pairs", None)  # cannot be called
     for flags, message in {
         ("--beta_dpo=7",): "would be another run: --beta_dpo was 100.0, is 7.0",
-        ("--lora_rank=17", "--resume_with_changes"): "--lora_rank 17 is above 16",
+        ("--lora_rank=17", f"--output_dir={tmp_path / 'other'}"): "--lora_rank 17 is above 16",
+        (f"--reference_cache={tmp_path / 'run' / 'unet.pth' / 'x'}",): "unet.pth/x cannot be written: name another",
         ("--unet_init=/nowhere", "--resume_with_changes"): "/nowhere",
         ("--global_batch_size=3", "--train_batch_size=2"): "not a multiple of 2",
         ("--lr_scheduler=polynomial", "--learning_rate=1e-8", "--resume_with_changes"): "needs a higher learning rate",
@@ -276,7 +287,7 @@ def test_other_tracker_folders_are_in_nobodys_place(tmp_path, name):
         check_places(config, ["unet", "vae"])
 
     check(name)
-    for place in (["vae/x"], ["./checkpoint-2"], [".", "vae"]):
+    for place in (["vae/x"], ["./checkpoint-2"], [".", "vae"], [str(tmp_path / "unet.pth")]):
         with pytest.raises(InputError, match=r"--logging_dir: .* would be in the place of something else"):
             check(*place)
 
