@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from sdpo.command import (
     Count,
     Decay,
@@ -467,11 +469,11 @@ class TrainConfig:
             )
 
     def _method_cautions(self, loss: str) -> Iterator[tuple[object, str]]:
-        alpha = min(max(self.dmpo_alpha, 1e-6), 1 - 1e-6)  # as the loss has it, but for its rounding
-        turn = math.log1p(-alpha) - math.log(alpha)
+        q = float(np.float32(1 - self.dmpo_alpha).clip(1e-6, 1 - 1e-6))  # rounded as the loss has it
+        turn = math.log(q) - math.log1p(-q)
         yield (
             self.method == "dmpo",
-            f"the gradient of dmpo with alpha {self.dmpo_alpha:g} changes sign at margin {turn:.3g}: beyond it descent "
+            f"the gradient of dmpo with alpha {self.dmpo_alpha:g} changes sign at margin {turn:.3f}: beyond it descent "
             "shrinks the margin and raises the winner's error, and scaling the loser cannot prevent that",
         )
         yield (

@@ -5,18 +5,21 @@ import errno
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args, get_type_hints
 
 import pytest
+import torch
 
 from sdpo.command import InputError, parse_flags, run_command, show
 from sdpo.config import Plan, TrainConfig
 from sdpo.families import FAMILIES
 from sdpo.generation import EvalConfig
-from sdpo.losses import PAIR_LOSSES
+from sdpo.losses import PAIR_LOSSES, dmpo
 from sdpo.optimizers import OPTIMIZERS, optimizer_name
 from sdpo.step import loss_name
 
@@ -458,13 +461,22 @@ def cautions(flags):
     return config.cautions(loss_name(config, FAMILIES[config.base["name"]]), Plan.of(config, 1, pairs=10).steps)
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.01, 0.1, 1.0])
+def test_the_margin_at_which_dmpo_turns_is_where_its_gradient_changes_sign(alpha):
+    (said,) = (text for text in cautions(f"--train_method=dmpo --dmpo_alpha={alpha}") if "changes sign" in text)
+    turn = float(re.search(r"at margin (-?[\d.]+):", said)[1])
+    margins = torch.tensor([turn - 0.004, turn + 0.004], requires_grad=True)
+    below, above = torch.autograd.grad(dmpo(SimpleNamespace(margin=margins), alpha).sum(), margins)[0]
+    assert below < 0 < above
+
+
 @pytest.mark.parametrize(
     "flags, words",
     (
-        ("--train_method=dmpo --dmpo_alpha=0.01", "dmpo 0.01 4.6 winner"),  # ln 99
-        ("--train_method=dmpo --dmpo_alpha=0.1", "dmpo 0.1 2.2"),  # ln 9
-        ("--train_method=dmpo", "dmpo alpha 0 13.8"),  # 1 - alpha is kept off 1 by 1e-6
-        ("--train_method=dmpo --dmpo_alpha=1", "dmpo alpha 1 -13.8"),
+        ("--train_method=dmpo --dmpo_alpha=0.01", "dmpo 0.01 4.595 winner"),  # ln 99
+        ("--train_method=dmpo --dmpo_alpha=0.1", "dmpo 0.1 2.197"),  # ln 9
+        ("--train_method=dmpo", "dmpo alpha 0 13.802"),  # 1 - alpha is kept off 1 by 1e-6, to fp32
+        ("--train_method=dmpo --dmpo_alpha=1", "dmpo alpha 1 -13.816"),
         ("--train_method=dspo --beta_dpo=0.001", "dspo 0.001 beta^2 inert"),
         ("--train_method=dspo --beta_dpo=0.001 --sdxl", "dspo micro-batch split"),
         ("--train_method=dspo --beta_dpo=0.001 --dspo_form=switched", "dspo micro-batch split"),
