@@ -256,6 +256,19 @@ def test_what_a_run_leaves_is_not_taken_for_somebody_elses(tmp_path, name):
     assert find_other_model(tmp_path) is None
 
 
+def test_a_schedule_that_validation_images_cannot_be_sampled_by_is_refused_at_the_start(arguments, bases, tmp_path):
+    base, prompts = tmp_path / "base", tmp_path / "prompts.txt"
+    prompts.write_text("a small red circle")
+    for change, message in {
+        "num_train_timesteps": (20, r"base has 20 timesteps, of which 25 steps cannot be sampled: drop --validation_p"),
+        "timestep_spacing": ("foo", r"scheduler of .*base does not support Euler sampling \(foo"),
+    }.items():
+        shutil.copytree(bases["sd15", "epsilon"], base, dirs_exist_ok=True)
+        edit_json(base / "scheduler" / "scheduler_config.json", **{change: message[0]})
+        with pytest.raises(InputError, match=message[1]):
+            train.main(arguments(f"--pretrained_model_name_or_path={base}", f"--validation_prompts={prompts}"))
+
+
 def test_a_link_to_a_part_of_another_model_is_not_written_through(arguments, bases, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "vae").symlink_to(bases["sd15", "v_prediction"] / "vae")
