@@ -292,9 +292,10 @@ def check_start(config: TrainConfig, processes: int, family: Family, checkpoint:
         refuse_other_rank(config, checkpoint)
     if checkpoint and not config.resume_with_changes:
         refuse_other_settings(checkpoint, changed_flags(config, family, checkpoint))
-    if config.max_train_steps:  # else they depend on how many pairs there are
+    if config.max_train_steps:
         Plan.of(config, processes, pairs=1)
-    config.accumulation(processes)
+    else:  # the rest of the plan depends on how many pairs there are
+        config.accumulation(processes)
     OPTIMIZERS[optimizer_name(config, family)].build([nn.Parameter(torch.zeros(1))], config, config.learning_rate)
     unet = family.load_unet(config.unet_init)
     if config.lora_rank:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:  # the benchmark trains without the packages that data on file
 # A pass uses every weight once, so autocast gains nothing by keeping its copies until the end of the pass
 AUTOCAST = AutocastKwargs(cache_enabled=False)
 REFERENCE_ERROR = "reference_error"  # among what is measured on a micro-batch
-NO_EFFECT = "no effect"
+NO_EFFECT = "no effect"  # in place of a flag's value
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)  # engines that may share out weights over ranks
 
 
