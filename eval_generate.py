@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 def main(arguments: list[str] | None = None) -> dict[str, Path]:
     """Generate and score as the command line says; returns the manifest's path by group."""
-    config = parse_flags(EvalConfig, __doc__.splitlines()[0], "python eval_generate.py", arguments)
+    config = parse_flags(EvalConfig, "python eval_generate.py", __doc__, arguments)
     accelerator = join_ranks()
     metrics = config.score_metrics
     device = str(accelerator.device)

@@ -44,7 +44,6 @@ from sdpo.data import PairDataset, Transform, check_shared_memory, train_batches
 from sdpo.families import FAMILIES, Family, load_family
 from sdpo.files import can_be_written, write_json
 from sdpo.heldout import HELD_OUT_FILE, PREFIXES, HeldOutPairs
-from sdpo.hub import check_precision
 from sdpo.inputs import make_inputs
 from sdpo.losses import PAIR_LOSSES
 from sdpo.memory import choose_checkpointing, planned_memory
@@ -53,7 +52,7 @@ from sdpo.optimizers import OPTIMIZERS, optimizer_name
 from sdpo.output import alone_in, check_places, space_cautions, tidy_output
 from sdpo.pairs import Pairs, prepare_pairs
 from sdpo.prompts import read_prompts
-from sdpo.ranks import join_ranks, main_first, on_main, together
+from sdpo.ranks import check_precision, join_ranks, main_first, on_main, together
 from sdpo.references import open_references
 from sdpo.resuming import changed_flags, refuse_other_rank, refuse_other_settings, resume
 from sdpo.rng import normal
@@ -62,7 +61,7 @@ from sdpo.step import AUTOCAST, SHARDING, Run, build_run, loss_name, update
 from sdpo.stopping import DataError, MicroBatches, Skips, StopRequest
 
 log = logging.getLogger(__name__)
-SAMPLING_STEPS = 25  # of images of --validation_prompts
+SAMPLING_STEPS, SAMPLING_GUIDANCE = 25, 7.5  # of images of --validation_prompts
 LESS_MEMORY = (
     "try --gradient_checkpointing full, fewer pairs in --train_batch_size with as many more in "
     "--gradient_accumulation_steps, --latent_cache, --optimizer adamw8bit, --lora_rank, or a smaller --resolution"
@@ -251,8 +250,8 @@ def set_up(config: TrainConfig) -> tuple[Run, PairDataset, HeldOutPairs | None]:
 
     # models: tried out and announced before an engine wraps them
     run = build_run(config, accelerator, family, plan, seed, references)
-    run.data = fingerprint
-    run.base = on_main(accelerator, lambda: family.describe(config.unet_init))
+    run.data_fingerprint = fingerprint
+    run.base_fingerprints = on_main(accelerator, lambda: family.describe(config.unet_init))
     run.prompts = prompts
     dataset = training_samples(run, pairs)
     try_out(run, dataset)
@@ -291,7 +290,7 @@ def check_start(config: TrainConfig, processes: int, family: Family, checkpoint:
     if checkpoint:
         refuse_other_rank(config, checkpoint)
     if checkpoint and not config.resume_with_changes:
-        refuse_other_settings(checkpoint, changed_flags(config, family, checkpoint))
+        refuse_other_settings(checkpoint, changed_flags(config, family, read_state(checkpoint)))
     if config.max_train_steps:
         Plan.of(config, processes, pairs=1)
     else:  # the rest of the plan depends on how many pairs there are
@@ -435,7 +434,7 @@ def show_progress(progress: tqdm, figures: dict[str, float]) -> None:
 
 def log_held_out(run: Run, figures: dict[str, float]) -> None:
     """Log how held-out errors have changed so far: a line for the raw weights, one for the averaged ones."""
-    for name in ("heldout", "heldout_ema"):
+    for name in PREFIXES.values():
         if f"{name}/margin" in figures:
             winner, loser, accuracy = (
                 figures[f"{name}/{key}"] for key in ("winner_error_change", "loser_error_change", "margin_accuracy")
@@ -477,7 +476,7 @@ def sample_prompts(run: Run, unet: nn.Module) -> None:
         noise = normal(run.seed, "validation-image", (index,), (1, *shape))
         try:
             with run.accelerator.autocast():  # (1, H, W, 3)
-                image = sample(run.family, unet, [prompt], noise, steps=SAMPLING_STEPS, guidance_scale=7.5)
+                image = sample(run.family, unet, [prompt], noise, SAMPLING_STEPS, SAMPLING_GUIDANCE)
         except FloatingPointError as error:
             log.error(f"no image of {prompt!r} after {run.step} updates: {error}")
             continue
@@ -507,7 +506,7 @@ def save_model(run: Run) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Train as the command line says."""
-    config = parse_flags(TrainConfig, __doc__.splitlines()[0], "python train.py", arguments)
+    config = parse_flags(TrainConfig, "python train.py", __doc__, arguments)
     with alone_in(config.output_dir), within_memory(LESS_MEMORY):
         run, dataset, held_out = set_up(config)
         with writing_to(config.output_dir), StopRequest(run.accelerator) as request:

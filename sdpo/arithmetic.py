@@ -87,7 +87,7 @@ def _after_blocks(
 
 
 def track_attention(model: nn.Module) -> None:
-    """Have attention without gradients run as it does with them, in place."""
+    """Make attention run without gradients as it does with them, in place."""
     for module in model.modules():
         if isinstance(module, Attention):
             _track(module, "forward", module.forward)
@@ -96,9 +96,9 @@ def track_attention(model: nn.Module) -> None:
 def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
     """Compile the blocks that make up a diffusers UNet, in place, one graph per shape.
 
-    Without gradients they run the same graph as with them, block by block, so that nothing is kept for a backward pass.
-    That pass computes norms, activations and casts of weights again instead of keeping them, which leaves half to two
-    thirds of the bytes. Raises InputError for a model without such blocks.
+    Without gradients the blocks run the graph that they run with them, one at a time, so that nothing is kept. The
+    backward pass computes norms, activations and casts of weights again instead of keeping them, which leaves half to
+    two thirds of the bytes. Raises InputError for a model without such blocks.
     """
     blocks = [module for module in model.modules() if type(module) in COMPILED]
     if not blocks:
@@ -124,7 +124,7 @@ def group_norm(self: nn.GroupNorm, x: Tensor) -> Tensor:
     groups = x.float().unflatten(1, (self.num_groups, -1))  # (N, G, C / G, H, W)
     weight, bias = (parameter.view(*groups.shape[1:3], 1, 1) for parameter in (self.weight, self.bias))
     variance, mean = torch.var_mean(groups, (2, 3, 4), correction=0, keepdim=True)
-    scale = weight * torch.rsqrt(variance + self.eps)  # (N, G, C / G, 1, 1): all gradients come of sums by channel
+    scale = weight * torch.rsqrt(variance + self.eps)  # (N, G, C / G, 1, 1): so that every gradient is a sum by channel
     out = groups * scale + (bias - mean * scale)
     return out.flatten(1, 2).to(self.weight.dtype)
 

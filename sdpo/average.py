@@ -13,7 +13,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class AveragedWeights:
-    """Exponential moving average of the trained weights of a model that accelerate has prepared, from what they are."""
+    """Exponential moving average of the trained weights of a prepared model, beginning with their present values."""
 
     def __init__(self, model: nn.Module, decay: float):
         self.model = model

@@ -28,11 +28,11 @@ from sdpo.config import TrainConfig
 from sdpo.console import start_console
 from sdpo.data import Transform, check_shared_memory, start_loading
 from sdpo.families import Conditioning, Family, load_family
-from sdpo.hub import DTYPES, check_precision
+from sdpo.hub import DTYPES
 from sdpo.images import decode_column
 from sdpo.inputs import normalise
 from sdpo.pairs import Pairs, prepare_pairs
-from sdpo.ranks import join_ranks, main_first, on_main, together
+from sdpo.ranks import check_precision, join_ranks, main_first, on_main, together
 from sdpo.shards import SHARD_BYTES, Shards, read_key, refuse_changes, refuse_damaged
 
 log = logging.getLogger(__name__)
@@ -345,7 +345,7 @@ def check_base(config: CacheConfig) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Fill a cache as the command line says."""
-    config = parse_flags(CacheConfig, __doc__.splitlines()[0], "python -m sdpo.cache", arguments)
+    config = parse_flags(CacheConfig, "python -m sdpo.cache", __doc__, arguments)
     check_precision(config.mixed_precision)
     accelerator = join_ranks()
     start_console(accelerator.is_main_process)

@@ -30,6 +30,7 @@ from sdpo.hub import load_fitting_state, load_weights
 from sdpo.step import Run
 
 ADAPTERS = "pytorch_lora_weights{}.safetensors"  # with an ending; without one, what diffusers looks for in a folder
+BEGIN_ANEW = (None, "", "none")  # values of --resume_from_checkpoint
 log = logging.getLogger(__name__)
 
 
@@ -251,7 +252,7 @@ def choose_checkpoint(config: TrainConfig) -> Path | None:
     Raises InputError if it is damaged, if none is whole, or if there are some and none is wanted.
     """
     wanted = config.resume_from_checkpoint
-    if wanted in (None, "", "none"):
+    if wanted in BEGIN_ANEW:
         if found := list_checkpoints(config.output_dir):
             raise InputError(
                 f"--resume_from_checkpoint {wanted}: {found[-1]} would later be taken for one of the new run: choose "

@@ -53,7 +53,7 @@ def run_command(main: Callable[[], Any]) -> Any:
 
 
 def explain(error: OSError) -> str:
-    """What is wrong with a file, and what to do, in one sentence; empty for an error that is about none."""
+    """What is wrong with a file, and what to do, in one sentence; empty for an error that names no file."""
     path = error.filename2 or error.filename
     if error.errno in NO_ROOM:
         text = f"{path or 'a file'} cannot be written ({error.strerror}): make room and run the same command again"
@@ -98,7 +98,7 @@ class FlagErrors:
     """Mixed into an argument parser: raises InputError for flags that do not fit."""
 
     def parse_known_args(self, args: list[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """As the parser's own, after a look for what a shell was to expand: else a folder called ~ would be made."""
+        """As the parser's own, but refuses a ~/ that the shell left as it is: a folder called ~ would be made."""
         for argument in sys.argv[1:] if args is None else args:
             name, _, value = argument.partition("=")
             if value.startswith("~/"):
@@ -114,7 +114,7 @@ class Parser(FlagErrors, argparse.ArgumentParser):
     """For commands whose flags are not those of a dataclass; the first line of `about` describes the command."""
 
     def __init__(self, command: str, about: str):
-        super().__init__(prog=command, description=about.splitlines()[0], allow_abbrev=False)
+        super().__init__(prog=command, description=about.partition("\n")[0], allow_abbrev=False)
 
     def parse_known_args(self, args: list[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """As FlagErrors', for names of flags with dashes too, as a dataclass's have them."""
@@ -164,14 +164,17 @@ def flag(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
-def parse_flags(cls: type, description: str, command: str, arguments: list[str] | None = None) -> Any:
-    """An instance of the dataclass `cls` from arguments (sys.argv by default); InputError for what does not fit."""
+def parse_flags(cls: type, command: str, about: str, arguments: list[str] | None = None) -> Any:
+    """An instance of the dataclass `cls` from arguments (sys.argv by default); InputError for what does not fit.
+
+    The first line of `about` describes the command.
+    """
     from transformers import HfArgumentParser  # slow, and commands without it use Parser
 
     class DataclassParser(FlagErrors, HfArgumentParser):
         pass
 
-    parser = DataclassParser(cls, prog=command, description=description, allow_abbrev=False)
+    parser = DataclassParser(cls, prog=command, description=about.partition("\n")[0], allow_abbrev=False)
     _, unknown = parser.parse_known_args(arguments)
     if unknown:  # before what is missing is complained of
         parser.error(f"unknown flag {unknown[0]}")

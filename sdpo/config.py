@@ -31,7 +31,7 @@ from sdpo.manifest import METRICS
 OFFICIAL_CHOICES = {"aesthetics": "aes", "hpsv2": "hps"}  # names of scorers in --choice_model
 CHOICE_MODELS = {OFFICIAL_CHOICES.get(row, row): row for row in METRICS.values()}  # row of sdpo.scorers.SCORERS
 POLYNOMIAL_END = 1e-7  # learning rate that diffusers' polynomial schedule ends with, whatever it began with
-DATA_FOLDERS = ("dataset_name", "train_data_dir", "validation_data_dir")  # where they are local
+DATA_FOLDERS = ("dataset_name", "train_data_dir", "validation_data_dir")  # flags that may name a local folder of data
 # Flags that must not be empty where they are given
 NEVER_EMPTY = (
     "split", "image_column", "caption_column", "labels_file", "latent_cache", "reference_cache", "validation_data_dir",

@@ -88,7 +88,7 @@ class PairDataset(Dataset):
     transform: Transform
     latent_shape: tuple[int, int, int]
     seed: int
-    stream: str  # "train", or "held-out" for the order of the data and the first of several captions
+    stream: str  # "train": shuffled, any of several captions; "held-out": in order, the first caption
     global_batch: int
     members: int = 2  # 1: winners only
     empty_captions: float = 0.0

@@ -107,6 +107,7 @@ class Family(ABC):
     dspo_form: str
     optimizer: str  # row of sdpo.optimizers.OPTIMIZERS
     gradient_checkpointing: str
+    slices_vae = False  # whether the VAE takes one image at a time
 
     def __init__(
         self,
@@ -119,13 +120,15 @@ class Family(ABC):
     ):
         self.source, self.vae_source = source, vae
         self.options = {"revision": revision, "cache_dir": cache_dir}
-        self.options_elsewhere = {"cache_dir": cache_dir}  # for what another source gives: the revision is the base's
+        self.options_elsewhere = {"cache_dir": cache_dir}  # for parts from another source: --revision is the base's
         self.scheduler = self.load(DDPMScheduler, "scheduler")
         check_scheduler(self.scheduler, source)
         self.tokenizers, self.text_encoders = [], []
         if encoders:
             self._load_text_parts()
-        self.vae = self._load_vae(AutoencoderKL if encoders else WeightlessVAE)
+        self.vae = self.load(AutoencoderKL if encoders else WeightlessVAE, "vae")
+        if self.slices_vae:
+            self.vae.enable_slicing()
         if self.vae.config.shift_factor or self.vae.config.latents_mean or self.vae.config.latents_std:
             raise InputError(f"VAE {vae or source} shifts its latents, which is not supported: name another one")
         for model in (self.vae, *self.text_encoders):
@@ -166,9 +169,6 @@ class Family(ABC):
                     f"{encoder.config.max_position_embeddings}: correct model_max_length in tokenizer_config.json"
                 )
 
-    def _load_vae(self, cls: type = AutoencoderKL) -> AutoencoderKL:
-        return self.load(cls, "vae")
-
     def fingerprints(self) -> dict[str, str]:
         """SHA-256 over the files of the VAE, and over those of tokenizers and text encoders; none need be loaded."""
         texts = [self._hash(cls, name) for name, cls in self.text_parts.items()]
@@ -184,7 +184,7 @@ class Family(ABC):
         bare = Path(init, "config.json").is_file() and not Path(init, "unet").is_dir()
         return init, None if bare else "unet", self.options_elsewhere
 
-    def fingerprint_unet(self, init: str = "") -> str:
+    def fingerprint_unet(self, init: str) -> str:
         """SHA-256 over the files of the UNet that load_unet gives; it need not be loaded."""
         init = find_weights(init)
         if is_weight_file(init):
@@ -231,7 +231,7 @@ class Family(ABC):
         return unet.float()
 
     def _check_prediction(self, folder: Path) -> None:
-        """Raises InputError where a folder is in a pipeline whose UNet predicts something else than the base's."""
+        """Raises InputError where a folder is in a pipeline whose UNet predicts something other than the base's."""
         kind = self.scheduler.config.prediction_type
         within = (folder, *folder.absolute().parents[:2]) if folder.exists() else ()  # itself, a part, a checkpoint
         paths = [place / "scheduler" / "scheduler_config.json" for place in within]
@@ -453,7 +453,7 @@ class Family(ABC):
         """Write a diffusers pipeline with a UNet of this config and state; its other parts are read again, in fp32."""
         unet = UNet2DConditionModel.from_config(config)
         unet.load_state_dict(state)
-        parts = {"unet": unet, "vae": self._load_vae(), **self._left_out}
+        parts = {"unet": unet, "vae": self.load(AutoencoderKL, "vae"), **self._left_out}
         load_part(self.pipeline_class, self.source, **parts, **self.options).to(torch.float32).save_pretrained(folder)
         for path in Path(folder).glob("*/*.safetensors"):
             shutil.copymode(Path(folder, "model_index.json"), path)  # safetensors lets nobody else read its files
@@ -490,11 +490,7 @@ class StableDiffusionXL(Family):
     dspo_form = "switched"
     optimizer = "adafactor"
     gradient_checkpointing = "full"
-
-    def _load_vae(self, cls: type = AutoencoderKL) -> AutoencoderKL:
-        vae = super()._load_vae(cls)
-        vae.enable_slicing()  # one image at a time: 16 of 1024 pixels at once would take some 20 GiB in bf16
-        return vae
+    slices_vae = True  # 16 images of 1024 pixels at once would take some 20 GiB in bf16
 
     def vae_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """`dtype`, but fp32 where the VAE overflows in fp16, as its config says."""
@@ -502,7 +498,7 @@ class StableDiffusionXL(Family):
 
     @torch.no_grad()
     def encode_texts(self, captions: list[str]) -> Conditioning:
-        """Of both encoders side by side; "text_embeds" (N, D2) is the second one's pooled embedding."""
+        """{"encoder_hidden_states": (N, L, D1 + D2), of both encoders side by side, "text_embeds": (N, D2), pooled}."""
         outputs = [
             encoder(ids, output_hidden_states=True)
             for encoder, ids in zip(self.text_encoders, self.tokenize(captions), strict=True)
@@ -536,15 +532,6 @@ RELEASED = {  # short names of the published checkpoints
 }
 
 
-def find_family(source: str, **options: str | None) -> str:
-    """Row of FAMILIES whose pipeline a hub id or local folder holds; raises InputError for any other pipeline."""
-    found = read_pipeline_class(source, **options)
-    families = {family.pipeline_class.__name__: name for name, family in FAMILIES.items()}
-    if found not in families:
-        raise InputError(f"{source} holds a {found}; supported are {', '.join(families)}")
-    return families[found]
-
-
 def load_family(name: str | None, source: str, **options: str | bool | None) -> Family:
     """The family with its frozen parts on the CPU in fp32; source is a hub id or a local diffusers folder.
 
@@ -552,10 +539,13 @@ def load_family(name: str | None, source: str, **options: str | bool | None) -> 
     unless the source holds a pipeline of the family `name`, a row of FAMILIES (None takes any of them), whose parts can
     be read and go together.
     """
-    found = find_family(source, **{key: options.get(key) for key in ("revision", "cache_dir")})
-    if name not in (None, found):
-        held, wanted = (FAMILIES[row].pipeline_class.__name__ for row in (found, name))
+    held = read_pipeline_class(source, **{key: options.get(key) for key in ("revision", "cache_dir")})
+    rows = {family.pipeline_class.__name__: row for row, family in FAMILIES.items()}
+    if held not in rows:
+        raise InputError(f"{source} holds a {held}; supported are {', '.join(rows)}")
+    if name not in (None, rows[held]):
+        wanted = FAMILIES[name].pipeline_class.__name__
         raise InputError(
             f"{source} holds a {held}, not a {wanted}: SDXL models need --sdxl, SD1.x models run without it"
         )
-    return FAMILIES[found](source, **options)
+    return FAMILIES[rows[held]](source, **options)

@@ -27,7 +27,7 @@ from sdpo.ranks import together
 HELD_OUT_FILE = "heldout.parquet"  # in a run's output folder: the errors measured last, a row per pair
 STEP = b"sdpo_step"  # key of its metadata: updates made when they were
 MEMBERS = ("winner", "loser")
-SHORT = 5  # seconds that need no progress bar
+PROGRESS_AFTER = 5  # seconds
 PREFIXES = {"policy": "heldout", "average": "heldout_ema"}  # model -> prefix of its figures in metrics.jsonl
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class HeldOutPairs:
         reference: nn.Module,
     ):
         self.accelerator, self.family, self.count = accelerator, family, len(dataset.pairs)
-        self.captions = [options[0] for options in dataset.pairs.captions()]  # that they are measured with
+        self.captions = [options[0] for options in dataset.pairs.captions()]  # the one that each is measured with
         self.shares: list[tuple[slice, Inputs]] = []  # places among the pairs, and their inputs
         errors, unreadable = together(lambda: self._encode(dataset, batch_size, reference))
         self.reference_errors = self._gather(errors)  # (pairs, 2)
@@ -97,7 +97,7 @@ class HeldOutPairs:
     def _showing_progress(self, steps: Sequence, what: str) -> Iterable:
         """The steps, with a progress bar on the main process where they take long."""
         hidden = self.accelerator.process_index > 0
-        return tqdm(steps, desc=what, unit="batch", delay=SHORT, leave=False, disable=hidden)
+        return tqdm(steps, desc=what, unit="batch", delay=PROGRESS_AFTER, leave=False, disable=hidden)
 
     def figures(self, errors: Tensor, beta: float) -> dict[str, float]:
         """What `figures_of` says of errors (pairs, 2) minus the reference's, on the pairs that could be read."""
@@ -147,8 +147,8 @@ def mean_of(name: str, values: Tensor, prompts: Tensor) -> dict[str, float]:
 def clustered_error(values: Tensor, clusters: Tensor) -> float | None:
     """Standard error of the mean of values (n,) that are independent only where their clusters (n,) of int64 differ.
 
-    A jackknife that leaves out a cluster at a time (Efron 1982), which also holds where sizes are very unequal. That of
-    independent values if each has a cluster of its own; None if there is only one.
+    A jackknife that leaves out a cluster at a time (Efron 1982), which also holds where sizes are very unequal. With
+    each value in a cluster of its own it is the usual one; None for a single cluster.
     """
     _, clusters, sizes = clusters.unique(return_inverse=True, return_counts=True)
     count = len(sizes)

@@ -30,12 +30,6 @@ UNUSED = r"position_ids$|logit_scale$|text_projection\.weight$|visual_projection
 WRAPPERS = ("module.", "_orig_mod.")  # prefixes of names, from the outside in
 
 
-def check_precision(name: str) -> None:
-    """Raises InputError for a --mixed_precision that this machine does not support."""
-    if name == "fp16" and not torch.cuda.is_available():
-        raise InputError("--mixed_precision fp16 (the default) needs a GPU: use --mixed_precision no or bf16 here")
-
-
 def fetch(repository: str, name: str, **options: str | None) -> Path:
     """A file of a hub repository, downloaded once; raises InputError where that fails."""
     try:
@@ -109,7 +103,7 @@ def check_finite(state: dict[str, Tensor], source: str) -> None:
 
 
 def check_fit(state: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str, fix: str) -> None:
-    """Raises InputError unless a state dict from `source` has names and shapes of a model's own, and real numbers."""
+    """Raises InputError unless a state dict from `source` has a model's own names and shapes, in floating point."""
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     resized = sorted(n for n in own.keys() & state.keys() if getattr(state[n], "shape", None) != own[n].shape)
     if missing or unknown or resized:
@@ -181,7 +175,7 @@ def recognise(path: str | Path) -> str | None:
 
 
 def check_archive(path: str | Path) -> None:
-    """Raises InputError for a file of torch.save some byte of which has changed, which torch does not notice."""
+    """Raises InputError for a file of torch.save that does not match its checksums, which torch does not verify."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if (damaged := archive.testzip()) is not None:

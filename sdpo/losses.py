@@ -21,7 +21,7 @@ class PairTerms:
 
     residual_w: Tensor  # (B, C, H, W)  e_w = prediction - target of the winner
     residual_l: Tensor  # (B, C, H, W)  e_l
-    drift_w: Tensor | None  # (B, C, H, W)  prediction of the policy - that of the reference, winner, if that is given
+    drift_w: Tensor | None  # (B, C, H, W)  prediction of the policy - that of the reference, of the winner
     error_w: Tensor  # (B,)  m_w = mean of e_w^2
     error_l: Tensor  # (B,)  m_l; its gradient is scaled by loser_scale
     reference_error_w: Tensor  # (B,)  r_w
@@ -204,7 +204,7 @@ def dmpo(terms: PairTerms, alpha: float) -> Tensor:
 def sft(prediction: Tensor, target: Tensor) -> Tensor:
     """Supervised fine-tuning on winners, (B,): the mean squared residual; no reference and no loser.
 
-    Raises ValueError unless target has the shape of prediction.
+    prediction, target: (B, C, H, W), of winners alone. Raises ValueError unless their shapes are equal.
     """
     check_shape("target", target, prediction.shape, "prediction")
     return sample_error(prediction.float(), target.detach().float())

@@ -280,7 +280,7 @@ def compact_scores(path: str | Path) -> None:
 
 
 def match_scores(entries: Iterable[Entry], scores: Scores) -> Scores:
-    """Rows of the entries, as far as there are any.
+    """The rows that there are for entries.
 
     Where the image exists and its row has a sha256, that must be the image's: it has not changed since. A row of the
     same prompt and content counts whatever its spelling of the path.

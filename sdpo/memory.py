@@ -70,7 +70,7 @@ def choose_checkpointing(run: Run, batch: Batch) -> str:
 
 
 def room_for_activations(run: Run, free: int) -> float:
-    """Bytes that activations may take of `free` ones, once there are gradients and, unless resumed, optimizer state."""
+    """Bytes of `free` left for activations after gradients and, unless it is there already, optimizer state."""
     memory = planned_memory(run)
     coming = memory["gradients"] + (0 if run.optimizer.state else memory.get("optimizer", 0))
     return (free - coming / (run.accelerator.num_processes if run.sharded else 1)) * FREE_SHARE

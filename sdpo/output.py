@@ -19,11 +19,11 @@ from sdpo.files import PARTIAL, alone, can_be_written
 from sdpo.heldout import HELD_OUT_FILE
 from sdpo.step import Run
 
-MODEL_FILES = ("unet.pth", "unet_ema.pth", "model_index.json")
 RESULTS = (
     "unet.pth", "unet_ema.pth", ADAPTERS.format(""), ADAPTERS.format("_ema"), "unet", "config.json", "metrics.jsonl",
     HELD_OUT_FILE, "validation",
 )  # fmt: skip
+OWN_FILES = ("model_index.json", *RESULTS)  # all that a run writes by name, but for the parts of its pipeline
 EVALUATED = (  # what an evaluation of a run's weights leaves beside them
     "*_seed*cfg", "*_seed*cfg.json*", "*_seed*cfg.zip", "scores.*", "summary.json", "summary.csv", "joint_test_*.log",
     "report.html", "eval-*",
@@ -44,7 +44,7 @@ def alone_in(folder: str | Path) -> Iterator[None]:
     busy = f"another run is in {folder}: wait until it ends, or choose another --output_dir"
     with alone(Path(folder, ".lock"), busy):
         for path in Path(folder).glob(PARTIAL):
-            own = path.name.startswith("labels_") or path.name.rsplit(".", 2)[0] in (*MODEL_FILES, *RESULTS)
+            own = path.name.startswith("labels_") or path.name.rsplit(".", 2)[0] in OWN_FILES
             if own and path.is_file():  # others may be those of an evaluation that goes on
                 path.unlink()
         remove_remains(folder)
@@ -79,7 +79,7 @@ def check_places(config: TrainConfig, parts: list[str]) -> None:
     own = folder.resolve()
     logs = os.path.normpath(os.path.join(config.logging_dir, config.tracker_project_name))
     name = os.path.relpath(os.path.realpath(folder / logs), own).split(os.sep)[0]
-    if name in (*parts, *MODEL_FILES, *RESULTS) or re.fullmatch(r"(checkpoint|earlier)-\d+", name):
+    if name in (*parts, *OWN_FILES) or re.fullmatch(r"(checkpoint|earlier)-\d+", name):
         raise InputError(f"--logging_dir: {logs} would be in the place of something else: name another folder")
     if config.report_to in ("tensorboard", "all") and not can_be_written(folder / logs):
         raise InputError(f"--logging_dir: {folder / logs} cannot be written: name another folder")
@@ -89,7 +89,7 @@ def check_places(config: TrainConfig, parts: list[str]) -> None:
         raise InputError(f"{other} is not of a run of train.py, which would write over it: name another --output_dir")
     places = [folder / name for name in parts]
     in_the_way = [place for place in places if place.is_symlink() or (place.exists() and not can_be_written(place))]
-    in_the_way += [place for name in (*MODEL_FILES, *RESULTS) if "." in name and (place := folder / name).is_dir()]
+    in_the_way += [place for name in OWN_FILES if "." in name and (place := folder / name).is_dir()]
     if in_the_way:
         raise InputError(
             f"{in_the_way[0]} is in the way of the trained model, a link, or cannot be written: move it, or choose "

@@ -30,6 +30,7 @@ from sdpo.tables import (
     blocks,
     check_captions,
     column,
+    data_source,
     find_pair_file,
     hash_captions,
     hash_images,
@@ -101,7 +102,7 @@ class Pairs:
 def load_pairs(config: TrainConfig, split: str, folder: str | None = None) -> tuple[Pairs, list[str]]:
     """The usable pairs of a split and what was dropped; raises InputError naming columns or rows that do not fit."""
     table = read_table(config, split, folder)
-    source = f"{folder or config.dataset_name or config.train_data_dir} ({split})"
+    source = f"{data_source(config, folder)} ({split})"
     columns = choose_columns(config, table, source)
     labels_path = config.labels_path if split == config.split and not folder else None
     notes = [f"{source}: {len(table):,} rows" + (f", labels of {labels_path}" if labels_path else "")]
@@ -148,12 +149,9 @@ def load_labels(
 
     All columns that training needs are checked before. Raises InputError naming columns or rows that do not fit.
     """
-    needed = [config.caption_column, *columns]
-    if columns == IMAGES and not path:
-        needed.append("label_0")
-    if config.dreamlike_pairs_only:
-        needed += ["model_0", "model_1"]
-    check_columns(table, needed, config.caption_column, columns, source)
+    more = ["label_0"] if columns == IMAGES and not path else []
+    more += ["model_0", "model_1"] if config.dreamlike_pairs_only else []
+    check_columns(table, config.caption_column, columns, source, more)
     if columns != IMAGES:
         return np.ones(len(table))
     if path:
@@ -163,10 +161,14 @@ def load_labels(
 
 
 def check_columns(
-    table: datasets.Dataset, needed: list[str], caption_column: str, image_columns: tuple[str, ...], source: str
+    table: datasets.Dataset,
+    caption_column: str,
+    image_columns: tuple[str, ...],
+    source: str,
+    more: Iterable[str] = (),
 ) -> None:
-    """Raises InputError for a column that is missing, and for captions and images that cannot be any."""
-    missing = [name for name in needed if name not in table.column_names]
+    """Raises InputError if a column, one of `more` included, is missing or holds what cannot be captions or images."""
+    missing = [name for name in (caption_column, *image_columns, *more) if name not in table.column_names]
     if missing and missing[0].startswith("model_"):
         raise InputError(f"{source}: column {missing[0]} missing: drop --dreamlike_pairs_only")
     if missing:
@@ -388,8 +390,8 @@ def check_before_labelling(config: TrainConfig) -> None:
     """Raises InputError for data that could not be used once hours of scoring are spent."""
     if config.dreamlike_pairs_only:
         table, names = read_table(config, config.split), ("model_0", "model_1")
-        source = f"{config.dataset_name or config.train_data_dir} ({config.split})"
-        check_columns(table, [config.caption_column, *IMAGES, *names], config.caption_column, IMAGES, source)
+        source = f"{data_source(config)} ({config.split})"
+        check_columns(table, config.caption_column, IMAGES, source, names)
         for name in names:
             name_dreamlike(table, name, source)
     if config.validation_data_dir or config.validation_split:
@@ -404,7 +406,7 @@ def refuse_trained_on(config: TrainConfig) -> None:
     split = config.validation_split or "train"
     trained, other = (
         place and (find_pair_file(Path(place)) or Path(place)).resolve()
-        for place in (config.dataset_name or config.train_data_dir, config.validation_data_dir)
+        for place in (data_source(config), config.validation_data_dir)
     )
     if other == trained and split == config.split:
         raise InputError(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 
@@ -15,6 +16,12 @@ from sdpo.files import brief
 
 T = TypeVar("T")
 PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # while the main process fetches and prepares data
+
+
+def check_precision(name: str) -> None:
+    """Raises InputError for a --mixed_precision that this machine does not support."""
+    if name == "fp16" and not torch.cuda.is_available():
+        raise InputError("--mixed_precision fp16 (the default) needs a GPU: use --mixed_precision no or bf16 here")
 
 
 def join_ranks(**options: Any) -> Accelerator:

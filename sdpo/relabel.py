@@ -42,7 +42,7 @@ from sdpo.images import image_source
 from sdpo.manifest import check_score
 from sdpo.pairs import IMAGES, LABELS_ABOUT, check_columns, check_rows_have_images, hash_labels
 from sdpo.scorers import check_device, check_parts, load_scorers, score_rows
-from sdpo.tables import as_list, column, hash_captions, hash_images, read_table
+from sdpo.tables import as_list, column, data_source, hash_captions, hash_images, read_table
 
 SCORE_COLUMNS = ("score_0", "score_1")  # columns of a label file
 log = logging.getLogger(__name__)
@@ -134,9 +134,9 @@ def relabel(config: RelabelConfig) -> str:
         check_device(config.device)
         if not can_be_written(out.parent):
             raise InputError(f"--out {out} cannot be written: name another file")
-    source = f"{config.dataset_name or config.train_data_dir} ({config.split})"
+    source = f"{data_source(config)} ({config.split})"
     table = read_table(config, config.split)
-    check_columns(table, [config.caption_column, *IMAGES], config.caption_column, IMAGES, source)
+    check_columns(table, config.caption_column, IMAGES, source)
     scored = describe_scores(config, table)
     kept = out.with_name(out.name + ".scores.jsonl")
     if out.exists():
@@ -266,7 +266,7 @@ def iterate_images(table: datasets.Dataset, caption_column: str, first: int) -> 
 
 def main(arguments: list[str] | None = None) -> None:
     """Label as the command line says."""
-    config = parse_flags(RelabelConfig, __doc__.splitlines()[0], "python -m sdpo.relabel", arguments)
+    config = parse_flags(RelabelConfig, "python -m sdpo.relabel", __doc__, arguments)
     start_console(main_process=True)
     show(relabel(config))
 

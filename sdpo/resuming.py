@@ -32,7 +32,7 @@ FREE = {
     "gradient_checkpointing", "activation_memory", "compile", "channels_last", "cuda_graphs",
     "hub_model_id", "local_rank", "hard_skip_resume",  # without effect
     "gradient_accumulation_steps", "global_batch_size",  # the plan says what they come to
-    # Run.base and Run.data say what these come to
+    # the fingerprints of base and data say what these come to
     "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "unet_init", "revision",
     "dataset_name", "dataset_config_name", "train_data_dir", "split", "labels_file",
 }  # fmt: skip
@@ -43,7 +43,8 @@ HELD_OUT_FLAGS = ("validation_pairs", "validation_seed", "validation_split", "va
 def resume(run: Run, checkpoint: Path) -> None:
     """Put a checkpoint into the run; InputError if settings that shape the run differ and that is not meant."""
     refuse_other_base(run, checkpoint)
-    changes = changed_flags(run.config, run.family, checkpoint) + changed_inputs(run, checkpoint)
+    then = read_state(checkpoint)
+    changes = changed_flags(run.config, run.family, then) + changed_inputs(run, then)
     if not run.config.resume_with_changes:
         refuse_other_settings(checkpoint, changes)
     for change in changes:
@@ -55,7 +56,7 @@ def resume(run: Run, checkpoint: Path) -> None:
             "checkpoint with --resume_from_checkpoint, or choose another --output_dir"
         )
     log.info(f"resumed        {checkpoint}, after {run.step} updates")
-    if run.step and holds_out_otherwise(run.config, read_state(checkpoint)["config"]):
+    if run.step and holds_out_otherwise(run.config, then["config"]):
         log.warning(f"CAUTION: pairs that are held out now may be among those of the first {run.step} updates")
 
 
@@ -79,7 +80,7 @@ def refuse_other_rank(config: TrainConfig, checkpoint: Path) -> None:
 
 def refuse_other_base(run: Run, checkpoint: Path) -> None:
     """Raises InputError where adapters would go on with another UNet than theirs, also where a change is meant."""
-    if run.config.lora_rank and read_state(checkpoint)["base"].get("UNet") != run.base["UNet"]:
+    if run.config.lora_rank and read_state(checkpoint)["base"].get("UNet") != run.base_fingerprints["UNet"]:
         raise InputError(
             f"the adapters in {checkpoint} were trained on another UNet: go on with that, or {start_anew(checkpoint)}"
         )
@@ -97,15 +98,14 @@ def holds_out_otherwise(config: TrainConfig, then: dict[str, Any]) -> bool:
 
 
 def comparable(name: str, value: Any) -> Any:
-    """What counts of a setting: of a latent cache that there is one, of held-out pairs where they really are."""
+    """What must not change of a setting: whether a latent cache is there, the real path of held-out data, else all."""
     if name == "latent_cache":
         return bool(value)  # its index.json is compared with data and base at every start
     return os.path.realpath(value) if name == "validation_data_dir" and value else value
 
 
-def changed_flags(config: TrainConfig, family: Family, checkpoint: Path) -> list[str]:
-    """Flags that shape the numbers of a run and differ from what the checkpoint was trained with."""
-    then = read_state(checkpoint)
+def changed_flags(config: TrainConfig, family: Family, then: dict[str, Any]) -> list[str]:
+    """Flags that shape the numbers of a run and differ from what a checkpoint was trained with, by its state `then`."""
     now = effective_settings(config, family)
     free = {*FREE, "seed"}
     if config.lr_scheduler.startswith("constant"):
@@ -118,7 +118,7 @@ def changed_flags(config: TrainConfig, family: Family, checkpoint: Path) -> list
         f"--{name} was {then['config'][name]!r}, is {value!r}"
         for name, value in now.items()
         if name not in free
-        and NO_EFFECT not in (value, then["config"].get(name, NO_EFFECT))  # what makes them so is a change itself
+        and NO_EFFECT not in (value, then["config"].get(name, NO_EFFECT))  # by another flag, which is named itself
         and comparable(name, then["config"][name]) != comparable(name, value)
     ]
     if config.seed is not None and config.seed != then["seed"]:
@@ -126,18 +126,19 @@ def changed_flags(config: TrainConfig, family: Family, checkpoint: Path) -> list
     return changes
 
 
-def changed_inputs(run: Run, checkpoint: Path) -> list[str]:
-    """What differs of the pairs, the global batch and the base from what the checkpoint was trained with."""
-    then, plan = read_state(checkpoint), run.plan
-    changes = []
+def changed_inputs(run: Run, then: dict[str, Any]) -> list[str]:
+    """What differs of pairs, global batch and base from what a checkpoint was trained with, by its state `then`."""
+    plan, changes = run.plan, []
     for name, what in {"global_batch": "the global batch", "pairs": "the number of pairs"}.items():
         old, new = then["plan"].get(name), getattr(plan, name)
         if old != new:
             changes.append(f"{what} was {old}, is {new}")
-    if then["plan"].get("pairs") == plan.pairs and then["data"] != run.data:
+    if then["plan"].get("pairs") == plan.pairs and then["data"] != run.data_fingerprint:
         changes.append("captions, labels or images of the pairs trained on have changed")
     return changes + [
-        f"the base's {name} has changed" for name, value in run.base.items() if then["base"].get(name) != value
+        f"the base's {name} has changed"
+        for name, value in run.base_fingerprints.items()
+        if then["base"].get(name) != value
     ]
 
 

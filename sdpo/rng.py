@@ -12,7 +12,7 @@ from torch import Tensor
 def draw(seed: int, stream: str, *position: int) -> np.random.Generator:
     """An independent generator for one purpose at one place, e.g. draw(seed, "noise", step, position).
 
-    Places of one stream have as many numbers each: one that is missing is a 0 to NumPy.
+    Every call for one stream gives as many numbers: NumPy takes a missing one for 0, so (1,) and (1, 0) draw alike.
     """
     return np.random.default_rng([seed, zlib.crc32(stream.encode()), *position])
 

@@ -42,6 +42,7 @@ Scored = tuple[list[Entry], Scores]  # a manifest and its scores
 Todo = dict[tuple[str, ...], list[Entry]]  # entries by the metrics that they lack
 log = logging.getLogger(__name__)
 SHARE = re.compile(r"scores\.rank\d+\.jsonl")  # a rank's scores until they are taken in
+SCORES = "scores.jsonl"  # beside the manifests whose images they are of
 OFFICIAL_MODEL = "official"  # a metric's own weights in fp32, in rows of scores
 
 
@@ -223,7 +224,7 @@ def take_in_shares(path: Path) -> None:
 
 def _beside(manifest: str | Path) -> Path:
     """The score file of a manifest."""
-    return Path(manifest).parent / "scores.jsonl"
+    return Path(manifest).parent / SCORES
 
 
 def _read(manifest: str | Path) -> tuple[list[Entry], Path, Scores]:
@@ -339,7 +340,7 @@ def try_scoring(
         options.try_out([prompt for group in prompts.values() for prompt in group], size)
     except InputError as error:
         raise InputError(f"{error}; or choose other --metrics (none: images alone); no image was made") from error
-    path = output / "scores.jsonl"
+    path = output / SCORES
     if options.metrics:
         check_writable(path)
     take_in_shares(path)

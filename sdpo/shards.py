@@ -35,7 +35,7 @@ class Shards:
         self.folder, self.key, self.flag = folder, key, flag
         self.files: list[Path] = []
         self.places: dict[int | str, tuple[int, int]] = {}  # name of a row: file, row in it
-        self.notes: dict[str, str] = {}  # name of what could not be made, as the writer has it: why not
+        self.notes: dict[str, str] = {}  # what could not be made, by the name that the writer has for it: why not
         self.checksums: list[np.ndarray] = []  # of each file's rows
         self._mapped: dict[int, dict[str, Tensor]] = {}
 

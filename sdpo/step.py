@@ -59,8 +59,8 @@ class Run:
     meter: Meter
     average: AveragedWeights | None = None  # of the policy, once that is prepared
     recorded: RecordedSteps | None = None  # micro-steps as CUDA graphs, once the policy is prepared
-    data: str = ""  # Pairs.fingerprint of what it trains on
-    base: dict[str, str] = field(default_factory=dict)  # Family.describe of what it begins with
+    data_fingerprint: str = ""  # Pairs.fingerprint of what it trains on
+    base_fingerprints: dict[str, str] = field(default_factory=dict)  # Family.describe of what it begins with
     reference_errors: ReferenceErrors | None = None  # the reference's errors, kept for other runs
     prompts: list[str] = field(default_factory=list)  # to sample images of when held-out errors are measured
     step: int = 0  # updates made or skipped
@@ -70,8 +70,8 @@ class Run:
         return {
             "step": self.step,
             "seed": self.seed,
-            "data": self.data,
-            "base": self.base,
+            "data": self.data_fingerprint,
+            "base": self.base_fingerprints,
             "config": effective_settings(self.config, self.family),
             "plan": dataclasses.asdict(self.plan),
             "meter": self.meter.state(),
@@ -207,10 +207,10 @@ def compute_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     config, family = run.config, run.family
     inputs = make_inputs(family, batch)
     reference = None
-    if config.method != "sft" and batch.reference_error is None:  # before the policy, while no activations are kept
-        with run.accelerator.autocast(), torch.no_grad():
-            reference = family.predict(run.reference, inputs.noisy, inputs.timesteps, inputs.conditioning)
     with run.accelerator.autocast():
+        if config.method != "sft" and batch.reference_error is None:  # before the policy, while no activations are kept
+            with torch.no_grad():
+                reference = family.predict(run.reference, inputs.noisy, inputs.timesteps, inputs.conditioning)
         prediction = family.predict(run.policy, inputs.noisy, inputs.timesteps, inputs.conditioning)
     if config.method == "sft":
         loss = sft(prediction, inputs.target).mean()

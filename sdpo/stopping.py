@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 
 from sdpo.batch import Batch, collate
-from sdpo.checkpoint import list_checkpoints, save_checkpoint, set_aside, step_of
+from sdpo.checkpoint import BEGIN_ANEW, list_checkpoints, save_checkpoint, set_aside, step_of
 from sdpo.command import InputError
 from sdpo.data import STOP_SIGNALS, PairDataset, micro_batch_places
 from sdpo.step import Run, Skipped, compute_loss
@@ -42,7 +42,7 @@ class StopRequest:
 
     def _note(self, number: int, _) -> None:
         self.received = number
-        for other in self.earlier:  # of SIGHUP there are two: the shell sends one, and its end another
+        for other in self.earlier:  # SIGHUP comes twice: from the shell, and when the shell ends
             signal.signal(other, signal.SIG_IGN if other == signal.SIGHUP else signal.SIG_DFL)
         if self.accelerator.is_local_main_process:
             with suppress(OSError):  # the terminal may be gone
@@ -63,8 +63,8 @@ class DataError(InputError):
 class MicroBatches:
     """This rank's micro-batches, for as long as its data give any.
 
-    Were a rank just to end, the others would wait for it. So it goes on with noise that is not a number, for which all
-    of them skip the update, and `check` ends the run on every rank. Not under DeepSpeed, which skips nothing.
+    If a rank simply stopped, the others would wait for it. It goes on with noise that is not a number instead: every
+    rank then skips the update, and `check` ends the run on all of them. Not under DeepSpeed, which skips nothing.
     """
 
     def __init__(self, run: Run, batches: Iterator[Batch]):
@@ -142,7 +142,7 @@ class Skips:
 
     def __init__(self, run: Run, dataset: PairDataset):
         self.run, self.dataset = run, dataset
-        self.in_a_row = self.in_all = 0
+        self.in_a_row = self.in_total = 0
         self.began_at = run.step
         self.last_made = run.step  # updates up to the last one that was not skipped
 
@@ -160,7 +160,7 @@ class Skips:
         overflow = scaler is not None and not math.isfinite(skipped.grad_norm)  # fp16 is still looking for its scale
         finding_scale = overflow and scaler.get_scale() > 1
         self.in_a_row += not finding_scale
-        self.in_all += not finding_scale
+        self.in_total += not finding_scale
         report = f"update {self.run.step} skipped: {self._describe(skipped)}"
         if not finding_scale or not all(map(math.isfinite, skipped.losses)):
             log.error(report)
@@ -184,7 +184,7 @@ class Skips:
             set_aside(later, "broken", "holds weights that give no finite loss")
         run.accelerator.wait_for_everyone()
         wanted = run.config.resume_from_checkpoint
-        earlier = [wanted] if wanted not in (None, "", "none", "latest") else list_checkpoints(run.config.output_dir)
+        earlier = [wanted] if wanted not in (*BEGIN_ANEW, "latest") else list_checkpoints(run.config.output_dir)
         goes_on = f"goes on from {earlier[-1]}, with --resume_with_changes" if earlier else "begins again"
         return f"{broken}, so they are not kept: {fix}; the same command then {goes_on}"
 
@@ -203,11 +203,11 @@ class Skips:
 
     def sum_up(self) -> None:
         """Say at the end what was skipped since the start or the last resume."""
-        if self.in_all:
+        if self.in_total:
             last = f", the last {self.in_a_row} among them: the one before may have broken the weights"
             ending = last if self.in_a_row and self.last_made else ""
             tried = self.run.step - self.began_at
-            log.warning(f"CAUTION: {self.in_all} of {tried} updates were skipped{ending}")
+            log.warning(f"CAUTION: {self.in_total} of {tried} updates were skipped{ending}")
 
     def _describe(self, skipped: Skipped) -> str:
         bad = [micro for micro, loss in enumerate(skipped.losses) if not math.isfinite(loss)]

@@ -35,13 +35,19 @@ SAVED_WITH = ("dataset_dict.json", "dataset_info.json", "state.json", "metadata.
 SAMPLED = 64  # rows by whose images a change of all of them is noticed
 FOOTER = 2**16  # bytes at the end of a parquet file, its footer or most of it
 STREAM_END = bytes.fromhex("ffffffff00000000")  # of Arrow's format for streams
-MUCH = 0.5  # GiB of data, from which on it takes a while to copy them
+LARGE_COPY = 0.5  # GiB, from which on it is said that data are copied
 NUMBERED = re.compile(r"(.*)-\d+-of-(\d+)(?:-[0-9a-f]+)?\.\w+")  # as train-00000-of-00645-b66ac786bf6fb553.parquet
 BINARY = (pa.types.is_binary, pa.types.is_large_binary)
 OUTCOME = {"winner": "jpg_0", "loser": "jpg_1"}  # image columns of data without labels, and what they are read as
-MISREAD = {"label_0": (pa.types.is_boolean,)} | dict.fromkeys([*OUTCOME, *OUTCOME.values()], BINARY)  # cast to these
+# Column: types in a first file to which `datasets` would cast what other files have there
+MISREAD = {"label_0": (pa.types.is_boolean,)} | dict.fromkeys([*OUTCOME, *OUTCOME.values()], BINARY)
 CONFIGS = re.compile(r"(?:Config name is missing|BuilderConfig .* not found)[^\[]*(\[.*?\])")  # what `datasets` says
 log = logging.getLogger(__name__)
+
+
+def data_source(config: TrainConfig, folder: str | None = None) -> str:
+    """Where the data are: another local folder, else the configured hub id or folder."""
+    return folder or config.dataset_name or config.train_data_dir
 
 
 def read_table(config: TrainConfig, split: str, folder: str | None = None) -> datasets.Dataset:
@@ -50,7 +56,7 @@ def read_table(config: TrainConfig, split: str, folder: str | None = None) -> da
     `config` is train.py's or that of relabel, whose flags of the data are the same. Raises InputError for data that is
     not there or cannot be read.
     """
-    source = folder or config.dataset_name or config.train_data_dir
+    source = data_source(config, folder)
     path = Path(source)
     if not path.name and path.exists():  # ".", which datasets does not take
         source = str(path.resolve())
@@ -281,7 +287,7 @@ def identify(files: list[str]) -> str:
 def showing_progress(files: list[str], cache_dir: str | None) -> Iterator[None]:
     """Say that much data are copied, with the progress bars of `datasets`, on the main process."""
     size = sum(os.path.getsize(file) for file in files if os.path.isfile(file)) / 2**30
-    if size < MUCH or not log.isEnabledFor(logging.INFO):
+    if size < LARGE_COPY or not log.isEnabledFor(logging.INFO):
         yield
         return
     cache = cache_dir or datasets.config.HF_DATASETS_CACHE
@@ -479,9 +485,7 @@ def check_captions(captions: list, name: str, source: str, first: int = 0) -> No
 
 def blocks(table: datasets.Dataset, columns: Iterable[str]) -> Iterator[pa.Table]:
     """10,000 rows at a time of some columns as they are on file, images undecoded."""
-    slim = table.select_columns(list(columns)).with_format("arrow")
-    for start in range(0, len(table), 10_000):
-        yield slim[start : start + 10_000]
+    return table.select_columns(list(columns)).with_format("arrow").iter(10_000)
 
 
 def measure_images(values: pa.ChunkedArray) -> np.ndarray:

@@ -31,7 +31,7 @@ from sdpo.manifest import MADE_WITH, OFFICIAL_METRICS, Entry, Scores, check_scor
 
 TIE_FOR_A = {"half": 0.5, "loss_for_a": 0.0}  # what a tie counts by ties policy
 RESAMPLES = 9999  # of the bootstrap
-FEW = 50  # pairs, below which its intervals are too narrow
+FEW_PAIRS = 50  # below which its intervals are too narrow
 SHOWN = 10  # dropped prompts on the console
 
 Interval = tuple[float, float]
@@ -346,7 +346,7 @@ def write_comparison(comparison: Comparison, outdir: str | Path, now: datetime |
 
 
 def stamped_path(stem: Path, suffix: str, now: datetime | None) -> Path:
-    """{stem}_{MMDD-HHMMSS}{suffix}, stamped with `now`, by default with the first second from now on that is free."""
+    """{stem}_{MMDD-HHMMSS}{suffix}, stamped with `now`, by default the first free second from now on."""
     while True:
         path = stem.with_name(f"{stem.name}_{now or datetime.now():%m%d-%H%M%S}{suffix}")
         if now or not path.exists():
@@ -377,7 +377,7 @@ def list_cautions(comparison: Comparison) -> list[str]:
     for side in "ab":
         if (images := len({result[f"image_{side}"] for result in results})) < len(results):
             cautions.append(f"the images of {side.upper()} are only {images} different ones")
-    if len(results) < FEW:
+    if len(results) < FEW_PAIRS:
         cautions.append(f"of {len(results)} pairs the interval of the mean difference, a bootstrap's, is too narrow")
     if all(detail["ties"] == detail["total_pairs"] for detail in comparison.details.values()):
         cautions.append("every pair is a tie in every metric: make sure that A and B are not the same images")

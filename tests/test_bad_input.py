@@ -1039,7 +1039,7 @@ def test_flags_are_not_read_from_files_beside_the_command(tmp_path, monkeypatch)
         sys, "argv", [str(tmp_path / "train.py"), "--dataset_name=x", "--pretrained_model_name_or_path=x"]
     )
     (tmp_path / "train.args").write_text("--seed 3")
-    assert parse_flags(TrainConfig, "", "train.py").seed is None
+    assert parse_flags(TrainConfig, "train.py", "").seed is None
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ GIVEN = {  # a value to give where the default's type does not say what is allow
 
 
 def parse_config(flags):
-    return parse_flags(TrainConfig, "", "python train.py", flags)
+    return parse_flags(TrainConfig, "python train.py", "", flags)
 
 
 def parse(*flags):

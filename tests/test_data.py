@@ -988,7 +988,7 @@ def test_much_data_is_copied_with_a_word(tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO, tables.__name__)
     load(as_parquet(tmp_path))
     assert "makes a copy" not in caplog.text
-    monkeypatch.setattr(tables, "MUCH", 0)
+    monkeypatch.setattr(tables, "LARGE_COPY", 0)
     bar, shown, read = datasets.utils.logging.is_progress_bar_enabled, [], datasets.load_dataset
     monkeypatch.setattr(datasets, "load_dataset", lambda *given, **more: shown.append(bar()) or read(*given, **more))
     load(tmp_path)

@@ -845,7 +845,7 @@ def test_only_overflows_while_the_scale_is_found_do_not_count(scale, norm, count
     """A run that overflows at a scale of 1 has diverged, and would never end."""
     noted = skips(scale)
     noted.note(Skipped(norm, [0.5, 0.5]))
-    assert (noted.in_a_row, noted.in_all) == (counted, counted)
+    assert (noted.in_a_row, noted.in_total) == (counted, counted)
 
 
 def test_a_rank_names_the_rows_of_its_own(caplog):

@@ -581,7 +581,7 @@ def test_held_out_pairs_are_dealt_out_and_what_any_rank_cannot_read_is_left_out(
 
 @pytest.mark.parametrize("short", [0, 1000])
 def test_measuring_shows_progress_where_it_takes_long(arguments, monkeypatch, capsys, short):
-    monkeypatch.setattr(heldout, "SHORT", short)
+    monkeypatch.setattr(heldout, "PROGRESS_AFTER", short)
     train.main(arguments("--validation_pairs=4", "--max_train_steps=1"))
     said = capsys.readouterr().err
     assert all((what in said) == (not short) for what in ("encoding held-out pairs:", "measuring held-out pairs:"))

@@ -24,6 +24,7 @@ from sdpo.sampling import sample
 from sdpo.tiny import BASE, pictures
 
 STEPS, GUIDANCE, PER_CAPTION = 20, 1.0, 8  # guidance 1: the conditional model itself, without help
+PER_ROW = 20  # samples shown of a model
 FILES = {"raw": "unet.pth", "averaged": "unet_ema.pth"}
 SCORE_COLUMNS = {"sample score": ("score", 1, 3), "all correct": ("all_correct", 1, 2)}  # columns of the table
 ALIKE = (  # settings that runs to be compared have in common
@@ -89,11 +90,11 @@ def reading(rows: list[dict]) -> str:
     return textwrap.fill(" ".join(sentences), 120)
 
 
-def draw_samples(images: dict[str, np.ndarray], path: Path, per_row: int = 20) -> None:
+def draw_samples(images: dict[str, np.ndarray], path: Path) -> None:
     """A row of pictures per model: the same captions and noise in each column."""
     figure, axes = plt.subplots(len(images), 1, figsize=(11, 0.75 * len(images)), layout="constrained")
     for axis, (name, pictures_of_model) in zip(np.atleast_1d(axes), images.items(), strict=True):
-        axis.imshow(np.concatenate(list(pictures_of_model[::PER_CAPTION][:per_row]), 1))
+        axis.imshow(np.concatenate(list(pictures_of_model[::PER_CAPTION][:PER_ROW]), 1))
         axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
         axis.set(xticks=[], yticks=[])
     figure.savefig(path, dpi=140)
