@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from matplotlib import pyplot as plt
@@ -65,6 +67,7 @@ def read_run(label: str, folder: Path) -> Measured:
         raise InputError(f"{folder} is no run that measured held-out pairs: train it with --validation_pairs")
     try:
         table = pq.read_table(path)
+        check_table(table)
         updates = int(table.schema.metadata[STEP])
         table = table.sort_by("pair")
         errors = {
@@ -73,19 +76,30 @@ def read_run(label: str, folder: Path) -> Measured:
             if model != "average" or f"{model}_{MEMBERS[0]}_error" in table.column_names
         }
         pairs, captions = table["pair"].to_numpy().astype(int), np.array(table["caption"].to_pylist(), str)
-        if len(np.unique(pairs)) < len(pairs):
-            raise ValueError("a pair twice")
     except Exception as error:  # pyarrow has many
         raise InputError(f"{path} is not one of train.py, or damaged ({brief(error)}): measure again") from error
     content = parse_json(read_text(config), config, "train again")
     try:
         settings = content["config"] | content["plan"]
-        known = isinstance(settings["beta_dpo"], float) and 0 < settings["beta_dpo"] < math.inf
+        beta, every = settings["beta_dpo"], settings.get("logging_steps", 1)
+        known = isinstance(beta, float) and 0 < beta < math.inf and type(every) is int and 0 < every < 2**63
     except (TypeError, KeyError):
         known = False
     if not known:
         raise InputError(f"{config} does not have the settings and plan of a run: train again")
+    if not all(values.isfinite().all() for values in errors.values()):
+        log.warning(f"CAUTION: errors in {path} are not finite, as those of broken weights are")
     return Measured(label, folder, settings, updates, pairs, captions, errors)
+
+
+def check_table(table: pa.Table) -> None:
+    """Raises ValueError for held-out errors that no run has written."""
+    if any(column.null_count for column in table.columns):
+        raise ValueError("values are missing")
+    if table.num_rows and not (pa.types.is_integer(table["pair"].type) and pa.types.is_string(table["caption"].type)):
+        raise ValueError("pair and caption are not numbers and texts")
+    if len(pc.unique(table["pair"])) < table.num_rows:
+        raise ValueError("a pair twice")
 
 
 def read_runs(named: dict[str, str]) -> list[Measured]:

@@ -34,14 +34,20 @@ def brief(error: Exception) -> str:
 def read_text(path: str | Path) -> str:
     """A file's text without its byte order mark; raises InputError unless it is UTF-8."""
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
+    before, nul, _ = text.partition("\0")
+    if nul:  # as in UTF-16, which without a byte order mark may be UTF-8 too
+        line = before.count("\n") + 1
+        raise InputError(f"{path} is not UTF-8 text (line {line} holds NUL); save it as UTF-8, or correct the line")
+    return text
 
 
 def parse_json(text: str | bytes, where: str | Path, fix: str) -> Any:
     """The value of a JSON text; raises InputError, saying where and what to do, if it is none."""
     try:
+        text = text.decode("utf-8-sig") if isinstance(text, bytes) else text  # json would guess at UTF-16 and UTF-32
         return json.loads(text, object_pairs_hook=_refuse_doubles)
     except (ValueError, RecursionError) as error:  # bad JSON or UTF-8, a huge number; nested too deep
         raise InputError(f"{where}: not valid JSON ({brief(error)}); {fix}") from None

@@ -125,8 +125,10 @@ def check_fit(state: Mapping[str, Tensor], own: Mapping[str, Tensor], source: st
         )
     for name, value in state.items():
         if not isinstance(value, Tensor) or value.dtype not in FLOATS or value.layout != torch.strided or value.is_meta:
-            what = f"{value.dtype}, {value.layout}" if isinstance(value, Tensor) else type(value).__name__
-            raise InputError(f"{source}: {name} is {what}, but must be plain numbers of fp16, bf16, fp32 or fp64")
+            kind = (
+                f"{value.dtype}, {value.layout}, {value.device}" if isinstance(value, Tensor) else type(value).__name__
+            )
+            raise InputError(f"{source}: {name} is {kind}, but must be plain numbers of fp16, bf16, fp32 or fp64")
 
 
 def find_prefix(missing: Sequence[str], unknown: Sequence[str]) -> str:

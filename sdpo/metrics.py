@@ -136,7 +136,8 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict]]:
     for number, line in enumerate(path.read_bytes().decode(errors="replace").split("\n"), 1):
         try:
             row = json.loads(line)
-            int(row["step"])
+            if not 0 <= int(row["step"]) < 2**63:
+                raise ValueError("no number of updates")
         except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError):
             if line:
                 log.warning(f"CAUTION: {path}, line {number} is damaged and left out")
@@ -151,7 +152,8 @@ def read_metrics(folder: str | Path, name: str) -> list[tuple[int, float]]:
     for line, row in read_rows(path):
         if name in row:
             value = math.nan if row[name] is None else row[name]
-            if not isinstance(value, int | float) or abs(value) > sys.float_info.max:
-                raise InputError(f"{path}: {name} in the line {line:.80} is no number: remove the line")
+            number = isinstance(value, int | float) and not abs(value) > sys.float_info.max
+            if not number or (name.endswith("_se") and value < 0):  # a standard error
+                raise InputError(f"{path}: {name} in the line {line:.80} cannot be {value!r:.40}: remove the line")
             found.append((int(row["step"]), float(value)))
     return found

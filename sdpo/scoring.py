@@ -283,8 +283,11 @@ def _compute(
 
     device = check_device(options.device)  # before weights are fetched
     scorers = options.load(metrics)
-    for scorer in scorers.values():
-        scorer.check([entry.prompt for _, entry in entries], None)
+    for scorer, (_, entry) in itertools.product(scorers.values(), entries):
+        try:
+            scorer.check([entry.prompt], None)
+        except InputError as error:
+            raise InputError(f"{entry.where}: {error}; drop it, or score by other --metrics") from error
     images = ((entry.path, entry.prompt) for _, entry in entries)
     rows = score_rows(images, scorers, device=device, batch_size=options.batch_size)
     models = {metric: options.model(metric) for metric in metrics}

@@ -366,6 +366,8 @@ def read_pair_file(file: Path, caption_column: str) -> datasets.Dataset:
             paths.append(str(file.parent / record[name]))
             if not os.path.isfile(paths[-1]):  # Path.is_file raises for long names
                 raise InputError(f"{where}: image {paths[-1]} does not exist; paths are relative to {file.name}")
+        if "label_0" in record:  # as `labelled` has it
+            raise InputError(f"{where}: winner and loser say which image won, and so does label_0: remove that")
         if winners[-1] == losers[-1]:
             raise InputError(f"{where}: winner and loser are the same image, {winners[-1]}; correct or remove the row")
         check_captions([record[caption_column]], caption_column, str(file), first=number)

@@ -482,6 +482,8 @@ DATA = {  # pairs: (what writes them, flags of train.py, message)
     "JSONL, too deep": (jsonl(ROW, DEEP), "", r"pairs.jsonl row 2: not valid JSON \(.*recursion.*\); write"),
     "JSONL, digits without end": (jsonl(ROW, "1" * 5000), "", r"pairs.jsonl row 2: not valid JSON"),
     "JSONL in UTF-16": (jsonl(ROW, encoding="utf-16"), "", r"pairs.jsonl is not UTF-8 text .*; save it as UTF-8"),
+    "JSONL in UTF-16 without a mark": (jsonl(ROW, encoding="utf-16-le"), "", r"pairs.jsonl is not UTF-8 text \(line 1 holds NUL\); save"),
+    "JSONL with labels": (jsonl(ROW, ROW | {"label_0": 0}), "", r"pairs.jsonl row 2: winner and loser say which .* label_0: remove that"),
     "JSONL in Latin-1": (jsonl('{"caption": "é"}', encoding="latin-1"), "", r"is not UTF-8 text .*; save it as UTF-8"),
     "JSONL of nothing": (jsonl(""), "", r"pairs.jsonl has no rows; write"),
     "JSONL is a folder": (text("pairs.jsonl/x", ""), "", r"cannot read pairs from .*data"),
@@ -596,7 +598,7 @@ SAVING = {  # what training alone needs of a base model: (what writes it, messag
     ),
 }
 
-EIGHT_BITS = r"unet.pth: .* is torch.float8_e4m3fn, torch.strided, but must be plain numbers of fp16"
+EIGHT_BITS = r"unet.pth: .* is torch.float8_e4m3fn, torch.strided, cpu, but must be plain numbers of fp16"
 UNETS = {  # weights of the UNet: (what writes them, file, message)
     "text": (text("unet.pth", "weights"), "unet.pth", UNREADABLE),
     "nothing": (text("unet.pth", ""), "unet.pth", UNREADABLE),
@@ -612,6 +614,7 @@ UNETS = {  # weights of the UNet: (what writes them, file, message)
     "nested": (state(lambda s: {"model": s}), "unet.pth", r"unet.pth is not a state dict: expected"),
     "in 8 bits": (state(lambda s: {k: v.to(torch.float8_e4m3fn) for k, v in s.items()}), "unet.pth", EIGHT_BITS),
     "whole numbers": (state(lambda s: {k: v.int() for k, v in s.items()}), "unet.pth", r"unet.pth: .* is torch.int32"),
+    "without numbers": (state(lambda s: {k: v.to("meta") for k, v in s.items()}), "unet.pth", r"unet.pth: .* meta, but must"),
     "sparse": (state(lambda s: {k: v.to_sparse() for k, v in s.items()}), "unet.pth", r"unet.pth: .* torch.sparse_coo"),
     "of ragged shape": (
         state(lambda s: s | {"x": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])}),
@@ -720,6 +723,8 @@ PROMPTS = {  # prompts of eval_generate.py: (file, its content, message)
     "JSON lines as text": ("p.txt", '{"prompt": "a"}\n{"prompt": "b"}\n', r"p.txt holds JSON: .* in .jsonl for an object per"),
     "blank lines": ("p.txt", "\n \n", r"p.txt holds no prompts"),
     "UTF-16": ("p.txt", "cat".encode("utf-16"), r"p.txt is not UTF-8 text .* save it as UTF-8"),
+    "UTF-16 without a mark": ("p.txt", "a\ncat".encode("utf-16-le"), r"p.txt is not UTF-8 text \(line 1 holds NUL\); save"),
+    "NUL": ("p.txt", b"a\nc\0t", r"p.txt is not UTF-8 text \(line 2 holds NUL\); .* correct the line"),
     "Latin-1": ("p.json", '["café"]'.encode("latin-1"), r"p.json is not UTF-8 text .* save it as UTF-8"),
     "CSV": ("p.csv", "cat", r"p.csv: prompts are read from .json, .jsonl, .txt files"),
     "a folder": ("p.txt/x", "", r"p.txt cannot be read \(Is a directory\)"),
@@ -759,6 +764,7 @@ SCORES = {  # scores.jsonl of run B: (its second line, message)
     "broken": ('{"image": "0.png", "pro', r"B/scores.jsonl, line 2: not valid JSON \(.*\); delete the line"),
     "too deep": (DEEP, r"B/scores.jsonl, line 2: not valid JSON \(.*\); delete the line"),
     "UTF-16": ("{}".encode("utf-16"), r"B/scores.jsonl, line 2: not valid JSON \(.*\); delete the line"),
+    "NUL": (bytes(8), r"B/scores.jsonl, line 2: not valid JSON \(Expecting value.*\); delete the line"),
     "a list": ("[1]", r'B/scores.jsonl, line 2: not an object with "image" and "prompt"; delete'),
     "no prompt": ('{"image": "0.png"}', r'B/scores.jsonl, line 2: not an object with "image" and "prompt"; delete'),
     "models of text": (score('0.1, "models": "x"'), r'B/scores.jsonl, line 2: "models" is not an object .*; delete'),

@@ -111,15 +111,49 @@ def test_labels_are_shown_as_they_are(tmp_path):
     assert "| _x y | raw |" in (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("value", ['"0.5"', "[]", "1" + "0" * 400])
-def test_figures_that_are_no_numbers_are_named(tmp_path, value):
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("loser_error_change", '"0.5"'),
+        ("loser_error_change", "[]"),
+        ("loser_error_change", "1" + "0" * 400),
+        ("winner_error_change_se", "-1"),
+    ],
+)
+def test_figures_that_cannot_be_are_named(tmp_path, name, value):
     run = write_run(tmp_path / "a", REFERENCE)
-    path = tmp_path / "a" / "metrics.jsonl"
-    path.write_text(
-        path.read_text().replace('"heldout/loser_error_change": 0.1', f'"heldout/loser_error_change": {value}')
-    )
-    with pytest.raises(InputError, match=r"metrics.jsonl: heldout/loser_error_change in the line .* is no number"):
+    with open(tmp_path / "a" / "metrics.jsonl", "a") as file:
+        file.write(f'{{"step": 30, "heldout/{name}": {value}}}\n')
+    with pytest.raises(InputError, match=rf"metrics.jsonl: heldout/{name} in the line .* cannot be .*: remove the"):
         compare.main([f"a={run}", "--out", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("step", ["-5", "1" + "0" * 400])
+def test_lines_of_no_number_of_updates_are_left_out(tmp_path, caplog, step):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": {step}, "x": 1.0}}\n{{"step": 5, "x": 2.0}}\n')
+    assert read_metrics(tmp_path, "x") == [(5, 2.0)]
+    assert "metrics.jsonl, line 1 is damaged and left out" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name, values, wrong",
+    [
+        ("pair", [0.5, 1.5, 2.5], "pair and caption are not numbers and texts"),
+        ("pair", [None, 1, 2], "values are missing"),
+        ("caption", [1, 2, 3], "pair and caption are not numbers and texts"),
+        ("caption", [None, "b", "c"], "values are missing"),
+        ("policy_loser_error", [None, 0.1, 0.2], "values are missing"),
+    ],
+)
+def test_held_out_errors_that_no_run_wrote_are_refused(tmp_path, name, values, wrong):
+    write_run(tmp_path / "a", REFERENCE)
+    path = tmp_path / "a" / "heldout.parquet"
+    table = pq.read_table(path).slice(0, 3)
+    number = table.column_names.index(name)
+    pq.write_table(table.set_column(number, name, pa.array(values)), path)
+    with pytest.raises(InputError, match=rf"heldout.parquet is not one of train.py, or damaged \({wrong}\): measure"):
+        compare.read_run("a", tmp_path / "a")
 
 
 @pytest.mark.parametrize(
@@ -157,6 +191,10 @@ def test_folders_that_are_no_runs_are_named(tmp_path):
         "config.json: not valid JSON": ("config.json", b"{"),
         "config.json does not have the settings": ("config.json", b'{"config": [], "plan": {}}'),
         "config.json does not have the settings and": ("config.json", b'{"config": {"beta_dpo": NaN}, "plan": {}}'),
+        "config.json does not have the settings and plan": (
+            "config.json",
+            b'{"config": {"beta_dpo": 1.0, "logging_steps": "x"}, "plan": {}}',
+        ),
     }
     for number, (message, (name, content)) in enumerate(damages.items()):
         bad = tmp_path / str(number)

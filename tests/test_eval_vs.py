@@ -83,6 +83,15 @@ def test_flags_may_have_dashes_as_those_of_other_commands():
     assert (args.json_a, args.json_b, args.label_a, args.batch_size) == ("a-b.json", "c-d.json", "-x", 3)
 
 
+def test_a_caption_without_pixel_checks_is_named(tmp_path):
+    a, b = (picture_run(tmp_path / label, 0) for label in "ab")
+    for path in (a, b):
+        rows = json.loads(path.read_text())
+        path.write_text(json.dumps([*rows[:2], rows[2] | {"prompt": "a cat"}]))
+    with pytest.raises(InputError, match=r"a/manifest.json, entry 2 .*'a cat' is not a caption .*other --metrics"):
+        eval_vs.main(versus(a, b, "--metrics=Pixels", f"--outdir={tmp_path / 'out'}"))
+
+
 @pytest.mark.parametrize("fault", ["manifest", "image", "prompts"])
 def test_nothing_is_scored_before_all_runs_are_known_to_be_comparable(tmp_path, fault):
     a, b = (picture_run(tmp_path / label, 0) for label in "ab")
