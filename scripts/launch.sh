@@ -9,7 +9,7 @@ command -v "$PYTHON" >/dev/null || { echo "error: PYTHON=$PYTHON is not a progra
   echo "error: $PYTHON lacks what requirements.txt lists: run bash $ROOT/scripts/setup.sh, or name another with PYTHON=..." >&2
   exit 2
 }
-if [[ -n "${GPUS:-}" && ! "$GPUS" =~ ^[1-9][0-9]*$ ]]; then
+if [[ -n "${GPUS:-}" && ! "$GPUS" =~ ^[1-9][0-9]{0,3}$ ]]; then
   echo "error: GPUS=$GPUS is not a number of GPUs: give how many to use, or leave it out for all" >&2
   exit 2
 fi

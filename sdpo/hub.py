@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -20,13 +22,14 @@ from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 from sdpo.command import InputError
 from sdpo.files import brief, sha256
 
+log = logging.getLogger(__name__)
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # as flags say it
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of weights
 WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")  # what files that load_tensors reads are called
 PART_FILES = {"config.json", "tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.json"}
 PART_FILES |= {"special_tokens_map.json", "added_tokens.json"}  # what a part consists of besides its weights
-# Names of tensors that published files have and a part does not need
-UNUSED = r"position_ids$|logit_scale$|text_projection\.weight$|visual_projection\.weight$|vision_model\.|^loss\."
+# Modules and parameters whose tensors published files have, for parts that lack them
+UNUSED = {"logit_scale", "text_projection", "visual_projection", "vision_model", "loss"}
 WRAPPERS = ("module.", "_orig_mod.")  # prefixes of names, from the outside in
 
 
@@ -59,13 +62,17 @@ def load_part(cls, source: str, subfolder: str | None = None, **options):
         fix = "give a local folder in the hub's format, or download it where the hub can be reached"
         if variant := only_variant(Path(source, subfolder or "")):
             fix = f"its weights are of the variant {variant} alone: take '.{variant}' out of their files' names"
-        raise InputError(f"cannot load {part} ({brief(error)}); {fix}") from error
+        if "ignore_mismatched_sizes" in (reason := brief(error)):  # which shapes differ is in transformers' log only
+            reason = "its config.json is missing, or of another size than its weights"
+        raise InputError(f"cannot load {part} ({reason}); {fix}") from error
     if not is_model:
         return loaded
     model, report = loaded
     if missing := sorted(report["missing_keys"]):  # the libraries fill gaps with random weights or none
         raise InputError(f"{part} lacks {len(missing)} tensors (e.g. {missing[0]}); download it again")
-    unknown = sorted(name for name in report["unexpected_keys"] if not re.search(UNUSED, name))
+    unneeded = {name for name in UNUSED if not hasattr(model, name)}
+    unexpected = sorted(name for name in report["unexpected_keys"] if not name.endswith("position_ids"))
+    unknown = [name for name in unexpected if name.partition(".")[0] not in unneeded]
     if unknown:
         raise InputError(f"{part} has {len(unknown)} tensors that its config.json has no place for (e.g. {unknown[0]})")
     check_finite(model.state_dict(), part)
@@ -87,12 +94,23 @@ def check_class(cls: type[nn.Module], config: Mapping[str, Any], part: str) -> N
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, source: str) -> None:
-    """Raises InputError unless a tokenizer has `size` entries."""
+    """Raises InputError unless a tokenizer has `size` entries; warns if its merges do not lead to all of them."""
     if len(tokenizer) != size:  # transformers makes an empty one where files are missing
         raise InputError(
             f"the tokenizer of {source!r} has {len(tokenizer)} entries, its model {size}: files are missing or another "
             "model's; give a local folder that holds them, or download it where the hub can be reached"
         )
+
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    if rules["model"]["type"] == "BPE":
+        merged = {"".join(pair.split(" ") if isinstance(pair, str) else pair) for pair in rules["model"]["merges"]}
+        known = merged | {token["content"] for token in rules["added_tokens"]}
+        lost = [piece for piece in tokenizer.get_vocab() if len(piece.removesuffix("</w>")) > 1 and piece not in known]
+        if lost:
+            log.warning(
+                f"CAUTION: the tokenizer of {source!r} has no merges for {len(lost):,} of {size:,} entries, such as "
+                f"{lost[0]!r}: unless it was made so, its merges.txt is cut off; download it again"
+            )
 
 
 def check_finite(state: dict[str, Tensor], source: str) -> None:

@@ -241,10 +241,11 @@ def score_table(config: RelabelConfig, table: datasets.Dataset, about: dict, kep
 
 def read_kept(kept: Path, about: dict) -> list[list[float | None]]:
     """Scores that an earlier run left, up to a line cut off; raises InputError for other lines and other labels'."""
-    lines = read_text(kept).split("\n")[:-1] if kept.is_file() else []
-    rows = [parse_json(line, f"{kept}, line {number}", "remove the file") for number, line in enumerate(lines, 1)]
-    if rows[1:] and rows[0] != about:
-        raise InputError(f"{kept} holds scores made from something else: name another --out, or remove it")
+    text = read_text(kept) if kept.is_file() else ""
+    lines = enumerate(text.split("\n")[:-1], 1)
+    rows = [parse_json(line, f"{kept}, line {number}", "remove the file") for number, line in lines]
+    if text and rows[:1] != [about]:
+        raise InputError(f"{kept} does not hold scores of these pairs by this model: name another --out, or remove it")
     for number, row in enumerate(rows[1:], 2):
         if not isinstance(row, list) or len(row) != 2:
             raise InputError(f"{kept}, line {number}: not the scores of two images; remove the file")

@@ -92,12 +92,27 @@ def torchvision_preprocess(size: int) -> Preprocess:
     return Preprocess(repr(steps), steps)
 
 
-def processor_preprocess(source: str) -> Preprocess:
-    """That of a CLIP model on the hub, on PIL: transformers resizes tensors by default, which moves pixels by 0.015."""
+def processor_preprocess(source: str, size: int) -> Preprocess:
+    """That of a CLIP model on the hub, on PIL: transformers resizes tensors by default, which moves pixels by 0.015.
+
+    Raises InputError unless it makes pictures of `size` x `size` pixels.
+    """
     processor = load_part(transformers.CLIPImageProcessorPil, source)
-    return Preprocess(
-        processor.to_json_string(), lambda image: processor(image, return_tensors="pt")["pixel_values"][0]
-    )
+
+    def prepare(image: Image.Image) -> Tensor:
+        return processor(image, return_tensors="pt")["pixel_values"][0]
+
+    try:
+        made = prepare(Image.new("RGB", (size, size)))
+        wrong = "" if made.shape == (3, size, size) and made.isfinite().all() else f"makes {tuple(made.shape)}"
+    except Exception as error:  # each wrong setting has one of its own
+        wrong = brief(error)
+    if wrong:
+        raise InputError(
+            f"the image processor of {source!r} does not make the finite numbers of 3 x {size} x {size} that its model "
+            f"takes ({wrong}): give the preprocessor_config.json of that model"
+        )
+    return Preprocess(processor.to_json_string(), prepare)
 
 
 def tiny_pixels(image: Image.Image) -> Tensor:
@@ -160,7 +175,7 @@ class PickScore(Scorer):
         text = self.model.config.text_config
         self.tokenizer = load_tokenizer(transformers.CLIPTokenizer, self.sources["processor"], text.vocab_size)
         self.text_options = {"padding": True, "truncation": True, "max_length": text.max_position_embeddings}
-        self.preprocess = processor_preprocess(self.sources["processor"])
+        self.preprocess = processor_preprocess(self.sources["processor"], self.model.config.vision_config.image_size)
 
     def forward(self, pixels: Tensor, prompts: list[str]) -> Tensor:
         """Scores (N,) of pixels (N, 3, H, W)."""
@@ -252,7 +267,7 @@ class Aesthetics(Scorer):
             self.head = Head(self.model.config.projection_dim)
         assign_weights(self.head, source)
         self.head.float()
-        self.preprocess = processor_preprocess(self.sources["model"])
+        self.preprocess = processor_preprocess(self.sources["model"], self.model.config.vision_config.image_size)
 
     def forward(self, pixels: Tensor, prompts: list[str]) -> Tensor:
         """Scores (N,) of pixels (N, 3, H, W)."""

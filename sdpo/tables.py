@@ -35,6 +35,7 @@ SAVED_WITH = ("dataset_dict.json", "dataset_info.json", "state.json", "metadata.
 SAMPLED = 64  # rows by whose images a change of all of them is noticed
 FOOTER = 2**16  # bytes at the end of a parquet file, its footer or most of it
 STREAM_END = bytes.fromhex("ffffffff00000000")  # of Arrow's format for streams
+SAVE_AGAIN = "save the data set again with save_to_disk"
 LARGE_COPY = 0.5  # GiB, from which on it is said that data are copied
 NUMBERED = re.compile(r"(.*)-\d+-of-(\d+)(?:-[0-9a-f]+)?\.\w+")  # as train-00000-of-00645-b66ac786bf6fb553.parquet
 BINARY = (pa.types.is_binary, pa.types.is_large_binary)
@@ -75,7 +76,7 @@ def read_table(config: TrainConfig, split: str, folder: str | None = None) -> da
     if path.is_file():
         raise InputError(f"{source} is a file, but neither .jsonl nor .csv: give the folder that holds it")
     try:
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        if is_saved(path):
             return labelled(undecoded(read_saved(path, split)))
         name = None if folder else config.dataset_config_name
         return labelled(undecoded(read_split(source, name, split, config.cache_dir)))
@@ -111,6 +112,8 @@ def find_fix(cause: Exception, path: Path, split: str, cache_dir: str | None) ->
     files = list_shards(path)
     fault = find_fault([file for file in files if split in str(file.relative_to(path))] or files)
     fault = fault or find_json_fault([file for name in SAVED_WITH for file in sorted(path.rglob(name))])
+    if not fault and is_saved(path):
+        return f"look at the files there, or {SAVE_AGAIN}"
     return fault or f"look at the files there, or delete their copy in {copy} if that is damaged"
 
 
@@ -403,11 +406,19 @@ def read_records(file: Path) -> list[tuple[int, dict]]:
     return records
 
 
+def is_saved(path: Path) -> bool:
+    """Whether a folder is one written by save_to_disk."""
+    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+
+
 def read_saved(path: Path, split: str) -> datasets.Dataset:
     """A folder written by save_to_disk, of a DatasetDict only one split; InputError if it is missing or cut off."""
     index, saved = path / "dataset_dict.json", path
     if index.is_file():
-        splits = parse_json(read_text(index), index, "save the data set again")["splits"]
+        content = parse_json(read_text(index), index, SAVE_AGAIN)
+        splits = content.get("splits") if isinstance(content, dict) else None
+        if not splits or not isinstance(splits, list):
+            raise InputError(f"{index} does not list the splits: {SAVE_AGAIN}")
         if split not in splits:
             raise no_such_split(path, split, splits)
         saved = path / split

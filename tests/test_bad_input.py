@@ -453,7 +453,9 @@ DATA = {  # pairs: (what writes them, flags of train.py, message)
     "saved, no splits": (saved(()), "--validation_split=validation", r"has no splits, .*--validation_data_dir"),
     "saved, another split": (saved(("train", "x")), "--split=test", r"no split 'test'; it has train, x: choose"),
     "saved, index cut off": (both(saved(("train",)), text("dataset_dict.json", "{")), "", r"dict.json: not valid JSON"),
-    "saved, empty index": (both(saved(("train",)), text("dataset_dict.json", {})), "", r"cannot read pairs from"),
+    "saved, empty index": (both(saved(("train",)), text("dataset_dict.json", {})), "", r"dict.json does not list the splits: save the data set again"),
+    "saved, splits in a word": (both(saved(("train",)), text("dataset_dict.json", {"splits": "train"})), "", r"does not list the splits"),
+    "saved, no list of files": (both(saved(()), text("state.json", {})), "", r"look at the files there, or save the data set again"),
     "saved, split gone": (both(saved(("train",)), drop("train")), "", r"cannot read pairs from .*data"),
     "saved, damaged": (both(saved(()), cut("data-00000-of-00001.arrow")), "", r"cannot read pairs from .*data"),
     "saved, state of text": (both(saved(()), text("state.json", "x")), "", r"cannot read pairs from .*state.json: not valid JSON"),
@@ -803,6 +805,7 @@ LAUNCHED = {  # what is run in a process of its own: (words, environment, messag
     "a flag for a UNet": ("scripts/eval/test_sdxl.sh --steps=2", {}, r"name the UNet first: .*test_sdxl.sh"),
     "GPUs in words, training": ("scripts/train/sdxl_dspo.sh", {"GPUS": "two"}, r"GPUS=two is not a number"),
     "GPUs below 0": ("scripts/train/sd15_dspo.sh", {"GPUS": "-1"}, r"GPUS=-1 is not a number of GPUs: give how many"),
+    "too many GPUs": ("scripts/train/sd15_dspo.sh", {"GPUS": "9" * 20}, r"GPUS=9+ is not a number of GPUs: give how many"),
     "no GPUs": ("scripts/train/sd15_dspo.sh", {"GPUS": "0"}, r"GPUS=0 is not a number of GPUs: give how many"),
     "GPUs in words, evaluation": ("scripts/eval/test_sd15.sh x", {"GPUS": "two"}, r"GPUS=two is not a number"),
     "no interpreter, training": ("scripts/train/sdxl_dmpo.sh", {"PYTHON": "/nowhere"}, r"/nowhere is not a program"),
@@ -993,6 +996,13 @@ def test_scores_kept_by_relabel(refused, pairs_folder, tmp_path, line, message):
     about = relabel.describe_scores(config, read_table(config, "train"))
     text("labels.parquet.scores.jsonl", f"{json.dumps(about)}\n{line}\n")(tmp_path)
     check(refused("relabel"), r"labels.parquet.scores.jsonl, " + message)
+
+
+@pytest.mark.parametrize("content", ["my own notes", "{}\n", '{"caption": "x"}\n[1, 2]\n'])
+def test_a_file_of_something_else_is_not_written_over_by_relabel(refused, tmp_path, content):
+    text("labels.parquet.scores.jsonl", content)(tmp_path)
+    check(refused("relabel"), r"labels.parquet.scores.jsonl does not hold scores of these pairs by this model: name")
+    assert (tmp_path / "labels.parquet.scores.jsonl").read_text() == content
 
 
 @pytest.mark.parametrize("case", PROMPTS)

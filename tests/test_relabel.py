@@ -335,7 +335,7 @@ def test_what_scores_are_made_from_tells_weights_apart(tmp_path):
     kept.write_text(f"{json.dumps(made_from[0])}\n[0.5, 0.25]\n")
     assert read_kept(kept, made_from[0]) == [[0.5, 0.25]]
     for other in made_from[1:]:
-        with pytest.raises(InputError, match=r"kept.jsonl holds scores made from something else: name another --out"):
+        with pytest.raises(InputError, match=r"kept.jsonl does not hold scores of these pairs by this model: name"):
             read_kept(kept, other)
 
 

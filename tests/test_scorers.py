@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -529,6 +530,48 @@ def test_missing_local_weights_are_named(tmp_path):
     refused([str(tmp_path), "CLIPModel"], PickScore, {"model": str(tmp_path), "processor": str(tmp_path)})
 
 
+@pytest.mark.parametrize(
+    "settings, wrong",
+    [
+        ({"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}}, "(makes (3, 64, 64))"),
+        ({"image_std": [0, 0, 0]}, "finite numbers of 3 x 32 x 32"),
+        ({"image_mean": [0.5]}, "mean must have 3 elements"),
+    ],
+)
+def test_image_processors_of_another_model_are_refused(weights, tmp_path, settings, wrong):
+    shutil.copytree(weights / "clip", tmp_path / "clip")
+    path = tmp_path / "clip" / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    sources = {"model": str(weights / "clip"), "processor": str(tmp_path / "clip")}
+    refused([tmp_path / "clip", wrong, "preprocessor_config.json of that model"], PickScore, sources)
+    sources = {"model": str(tmp_path / "clip"), "head": str(weights / "head.pth")}
+    refused([wrong, "preprocessor_config.json of that model"], Aesthetics, sources, head_sha256=None)
+
+
+def test_a_clip_with_more_layers_than_its_config_says_is_refused(weights, tmp_path):
+    shutil.copytree(weights / "clip", tmp_path / "clip")
+    path = tmp_path / "clip" / "config.json"
+    config = json.loads(path.read_text())
+    config["vision_config"]["num_hidden_layers"] = 1
+    path.write_text(json.dumps(config))
+    sources = {"model": str(tmp_path / "clip"), "processor": str(weights / "clip")}
+    refused(["16 tensors that its config.json has no place for", "vision_model"], PickScore, sources)
+    config["vision_config"] |= {"num_hidden_layers": 2, "hidden_size": 8}
+    path.write_text(json.dumps(config))
+    refused("its config.json is missing, or of another size than its weights", PickScore, sources)
+
+
+def test_merges_that_were_cut_off_are_pointed_out(weights, tmp_path, caplog):
+    shutil.copytree(weights / "clip", tmp_path / "clip")
+    (tmp_path / "clip" / "tokenizer.json").unlink()
+    lines = (weights / "clip" / "merges.txt").read_text().split("\n")
+    sources = {"model": str(weights / "clip"), "processor": str(tmp_path / "clip")}
+    for kept, said in ((len(lines), ""), (1001, "has no merges for 47,894 of 49,408 entries, such as ")):
+        (tmp_path / "clip" / "merges.txt").write_text("\n".join(lines[:kept]))
+        PickScore(sources)
+        assert said in caplog.text and bool(said) == bool(caplog.text)
+
+
 def test_unknown_names_are_refused():
     refused(["'beauty'", "pickscore, hpsv2"], load_scorers, ["beauty"])
     refused(["'hpsv2.model'", "hpsv2.checkpoint"], load_scorers, ["hpsv2"], {"hpsv2.model": "x"})
@@ -544,7 +587,7 @@ def broken_states(state):
         "1 unknown": dict(state) | {"extra": torch.zeros(1)},
         "1 of another shape (e.g. positional_embedding)": wide,
         "is not a state dict": ["not a dict"],
-        f"{first} is torch.int64, torch.strided, but must be": dict(state)
+        f"{first} is torch.int64, torch.strided, cpu, but must be": dict(state)
         | {first: torch.zeros(state[first].shape, dtype=torch.long)},
         "is not a state dict: expected parameter names": {},
     }

@@ -19,7 +19,7 @@ from sdpo.command import InputError
 from sdpo.compare import write_table
 from sdpo.families import load_family
 from sdpo.metrics import read_metrics
-from sdpo.tiny import compare, make_pairs, pictures
+from sdpo.tiny import compare, make_pairs, pictures, train_base
 from sdpo.tiny.train_base import build_tokenizer, measure
 
 
@@ -58,6 +58,22 @@ def test_pairs_are_not_written_over_others(tmp_path):
     with pytest.raises(InputError, match=r"train.parquet is there already: name another --out"):
         make_pairs.main([f"--out={tmp_path}"])
     assert (tmp_path / "train.parquet").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        (lambda: make_pairs.main(["--out="]), "--out is empty: name a folder"),
+        (lambda: train_base.main(["--out="]), "--out  is empty or cannot be written: name a folder"),
+        (lambda: train_base.main(["--out=x", "--faulty=15"]), r"--faulty must lie in \[0, 1\], got 15.0"),
+        (lambda: train_base.main(["--out=x", "--faulty=nan"]), r"--faulty must lie in \[0, 1\], got nan"),
+    ],
+)
+def test_flags_that_would_be_found_wrong_too_late_are_refused(tmp_path, monkeypatch, command, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=message):
+        command()
+    assert not list(tmp_path.iterdir())
 
 
 def test_only_its_own_captions_can_be_scored():
@@ -144,7 +160,8 @@ def test_the_reading_states_the_tables_own_figures(tmp_path):
 
 
 def test_runs_of_other_pairs_or_bases_are_not_compared(tmp_path):
-    settings = {"seed": 0, "unet_init": "", "beta_dpo": 200, "steps": 100}
+    base = "pretrained_model_name_or_path"
+    settings = {"seed": 0, base: str(compare.BASE), "unet_init": "", "beta_dpo": 200, "steps": 100}
     changes = {"a": {}, "b": {"beta_dpo": 300}, "c": {"seed": 1, "unet_init": "x"}, "d": {"pairs": 5, "split": "x"}}
     runs = {
         name: SimpleNamespace(label=name, folder=tmp_path, settings=settings | changes[name], errors={})
@@ -158,6 +175,10 @@ def test_runs_of_other_pairs_or_bases_are_not_compared(tmp_path):
         compare.refuse_unlike([runs["a"], runs["b"], runs["c"]])
     with pytest.raises(InputError, match="a and d differ in split, pairs: compare runs that do not"):
         compare.refuse_unlike([runs["a"], runs["d"]])
+    for other in ({base: "another"}, {"unet_init": "x"}, {"pretrained_vae_model_name_or_path": "x"}):
+        runs["a"].settings = settings | other
+        with pytest.raises(InputError, match="a did not begin with the tiny base model in"):
+            compare.refuse_unlike([runs["a"]])
 
 
 def test_runs_are_compared(tmp_path, monkeypatch, capsys):

@@ -6,6 +6,7 @@ errors.png and samples.png in DIR.
 
 from __future__ import annotations
 
+import os
 import textwrap
 from pathlib import Path
 
@@ -27,8 +28,9 @@ STEPS, GUIDANCE, PER_CAPTION = 20, 1.0, 8  # guidance 1: the conditional model i
 PER_ROW = 20  # samples shown of a model
 FILES = {"raw": "unet.pth", "averaged": "unet_ema.pth"}
 SCORE_COLUMNS = {"sample score": ("score", 1, 3), "all correct": ("all_correct", 1, 2)}  # columns of the table
+BEGINNING = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "unet_init")
 ALIKE = (  # settings that runs to be compared have in common
-    "pretrained_model_name_or_path", "unet_init", "dataset_name", "train_data_dir", "split", "labels_file",
+    *BEGINNING, "dataset_name", "train_data_dir", "split", "labels_file",
     "choice_model", "choice_margin", "choice_weights", "dreamlike_pairs_only", "max_train_samples", "seed", "pairs",
     "validation_pairs", "validation_split", "validation_data_dir", "validation_seed", "global_batch", "steps",
 )  # fmt: skip
@@ -54,7 +56,7 @@ def evaluate(family: Family, weights: Path | None) -> tuple[dict[str, float], np
 
 
 def refuse_unlike(runs: list[Measured]) -> None:
-    """Raises InputError unless the runs ended, began with one model and saw the same pairs in the same order."""
+    """Raises InputError unless the runs ended, began with the tiny base and saw the same pairs in the same order."""
     first, *others = runs
     for run in runs:
         needed = [FILES["raw"], *([FILES["averaged"]] if "average" in run.errors else [])]
@@ -63,6 +65,9 @@ def refuse_unlike(runs: list[Measured]) -> None:
     for run in others:
         if differing := ", ".join(name for name in ALIKE if run.settings.get(name) != first.settings.get(name)):
             raise InputError(f"{first.label} and {run.label} differ in {differing}: compare runs that do not")
+    base, *others = (first.settings.get(name) for name in BEGINNING)
+    if any(others) or os.path.realpath(base or "") != os.path.realpath(BASE):
+        raise InputError(f"{first.label} did not begin with the tiny base model in {BASE}: use python -m sdpo.compare")
 
 
 def reading(rows: list[dict]) -> str:

@@ -49,12 +49,14 @@ def write_split(specs: list[pictures.Spec], count: int, seed: int, path: Path) -
 def main(arguments: list[str] | None = None) -> None:
     """Pairs over the captions that the base was trained on."""
     parser = Parser("python -m sdpo.tiny.make_pairs", __doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder of train.parquet, made if need be")
+    parser.add_argument("--out", required=True, help="folder of train.parquet, made if need be")
     out = parser.parse_args(arguments).out
-    path = out / "train.parquet"
+    if not out:
+        raise InputError("--out is empty: name a folder")
+    path = Path(out, "train.parquet")
     if path.exists():
         raise InputError(f"{path} is there already: name another --out, or remove it")
-    out.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_split(pictures.TRAINED, PAIRS, 0, path)
 
 

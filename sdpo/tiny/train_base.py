@@ -27,7 +27,7 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sdpo.command import InputError, Parser, run_command, show
-from sdpo.files import write_json
+from sdpo.files import can_be_written, write_json
 from sdpo.tiny import BASE, pictures
 
 TOKENS = 16  # length of a tokenised caption
@@ -165,7 +165,7 @@ def measure(pipeline: StableDiffusionPipeline, pictures_per_caption: int = 16) -
 def main(arguments: list[str] | None = None) -> None:
     """Train both stages from seed 0, save the pipeline in fp16 and its measured shares beside it."""
     parser = Parser("python -m sdpo.tiny.train_base", __doc__)
-    parser.add_argument("--out", type=Path, default=BASE)
+    parser.add_argument("--out", default=str(BASE))
     parser.add_argument("--vae_steps", type=int, default=3000)
     parser.add_argument("--unet_steps", type=int, default=11000)
     parser.add_argument("--batch", type=int, default=64)
@@ -175,8 +175,11 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if min(args.vae_steps, args.unet_steps, args.batch) < 1:
         raise InputError("--vae_steps, --unet_steps and --batch must be at least 1")
+    if not 0 <= args.faulty <= 1:
+        raise InputError(f"--faulty must lie in [0, 1], got {args.faulty}")
+    if not args.out or not can_be_written(args.out):
+        raise InputError(f"--out {args.out} is empty or cannot be written: name a folder")
     settings = {name: value for name, value in vars(args).items() if name != "out"}
-    args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     pipeline = build_pipeline()
@@ -186,7 +189,7 @@ def main(arguments: list[str] | None = None) -> None:
     figures = measure(pipeline.to(torch.float16).to(torch.float32))  # what the stored weights can do
     pipeline.scheduler = scheduler
     pipeline.to(torch.float16).save_pretrained(args.out)
-    write_json(args.out / "measured.json", settings | figures)
+    write_json(Path(args.out, "measured.json"), settings | figures)
     show(json.dumps(figures, indent=2))
 
 
