@@ -139,6 +139,7 @@ class Limit:
 AT_LEAST_0 = Limit(lambda value: 0 <= value < 2**63, "must be at least 0 and below 2^63")
 Count = Annotated[int, Limit(lambda value: 1 <= value < 2**63, "must be at least 1 and below 2^63")]
 Size = Annotated[int, Limit(lambda value: 1 <= value < 2**31, "must be at least 1 and below 2^31")]
+Few = Annotated[int, Limit(lambda value: 1 <= value <= 2**16, "must be at least 1, at most 65536")]
 Natural = Annotated[int, AT_LEAST_0]
 NotNegative = Annotated[float, AT_LEAST_0]
 Positive = Annotated[float, Limit(lambda value: 0 < value < 2**63, "must be above 0 and below 2^63")]

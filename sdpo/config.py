@@ -15,6 +15,7 @@ import numpy as np
 from sdpo.command import (
     Count,
     Decay,
+    Few,
     InputError,
     Natural,
     NotNegative,
@@ -152,7 +153,7 @@ class TrainConfig:
 
     # Optimisation
     seed: Natural | None = flag(None, "seed of every random draw; drawn, printed and saved if not given")
-    train_batch_size: Count = flag(1, "pairs per device and micro-step")
+    train_batch_size: Few = flag(1, "pairs per device and micro-step")
     gradient_accumulation_steps: Count = flag(1, "micro-steps per update")
     global_batch_size: Count | None = flag(None, "pairs per update over all devices; sets gradient_accumulation_steps")
     max_train_steps: Natural = flag(2000, "updates; 0 means num_train_epochs passes over the data")
