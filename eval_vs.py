@@ -38,9 +38,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--more", nargs="*", action="extend", default=[], metavar="LABEL=JSON", help="further runs, for a matrix"
     )
-    parser.add_argument("--outdir", default="output/vs_eval", help="folder of the results")
+    parser.add_argument("--outdir", default="output/vs_eval", help="folder of the results; output/vs_eval by default")
     parser.add_argument("--ties_as_loss_for_a", action="store_true", help="a tie counts zero for A, not one half")
-    parser.add_argument("--pair_by", choices=PAIRINGS, default="prompt", help="how images of two runs are paired")
+    parser.add_argument(
+        "--pair_by", choices=PAIRINGS, default="prompt", help="how images of two runs are paired; by prompt by default"
+    )
     add_flags(parser)
     return parser.parse_args(arguments)
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Install into .venv and run every check: linter, then tests. No GPU and no network beyond pip; those of the report need
-# Chromium.
+# Install into .venv and run every check: linter, then tests. No GPU and no network beyond pip; tests of the HTML report
+# are skipped without Chromium.
 set -euo pipefail
 CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh

@@ -406,7 +406,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="what to score; the official five by default, Pixels for the tiny base",
     )
     parser.add_argument("--device", help="where missing scores are computed: cpu, cuda, ...; on a GPU if there is one")
-    parser.add_argument("--batch_size", type=int, default=64, help="images per step of a scorer")
+    parser.add_argument("--batch_size", type=int, default=64, help="images per step of a scorer; 64 by default")
     parser.add_argument(
         "--weights", nargs="*", action="extend", default=[], metavar="METRIC.PART=SOURCE", help="local path or hub file"
     )
