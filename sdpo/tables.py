@@ -112,9 +112,8 @@ def find_fix(cause: Exception, path: Path, split: str, cache_dir: str | None) ->
     files = list_shards(path)
     fault = find_fault([file for file in files if split in str(file.relative_to(path))] or files)
     fault = fault or find_json_fault([file for name in SAVED_WITH for file in sorted(path.rglob(name))])
-    if not fault and is_saved(path):
-        return f"look at the files there, or {SAVE_AGAIN}"
-    return fault or f"look at the files there, or delete their copy in {copy} if that is damaged"
+    otherwise = SAVE_AGAIN if is_saved(path) else f"delete their copy in {copy} if that is damaged"
+    return fault or f"look at the files there, or {otherwise}"
 
 
 def list_shards(folder: Path) -> list[Path]:

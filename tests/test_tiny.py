@@ -64,7 +64,7 @@ def test_pairs_are_not_written_over_others(tmp_path):
     "command, message",
     [
         (lambda: make_pairs.main(["--out="]), "--out is empty: name a folder"),
-        (lambda: train_base.main(["--out="]), "--out  is empty or cannot be written: name a folder"),
+        (lambda: train_base.main(["--out="]), "--out '' is empty or cannot be written: name a folder"),
         (lambda: train_base.main(["--out=x", "--faulty=15"]), r"--faulty must lie in \[0, 1\], got 15.0"),
         (lambda: train_base.main(["--out=x", "--faulty=nan"]), r"--faulty must lie in \[0, 1\], got nan"),
     ],

@@ -65,8 +65,8 @@ def refuse_unlike(runs: list[Measured]) -> None:
     for run in others:
         if differing := ", ".join(name for name in ALIKE if run.settings.get(name) != first.settings.get(name)):
             raise InputError(f"{first.label} and {run.label} differ in {differing}: compare runs that do not")
-    base, *others = (first.settings.get(name) for name in BEGINNING)
-    if any(others) or os.path.realpath(base or "") != os.path.realpath(BASE):
+    base, *replaced = (first.settings.get(name) for name in BEGINNING)
+    if any(replaced) or os.path.realpath(base or "") != os.path.realpath(BASE):
         raise InputError(f"{first.label} did not begin with the tiny base model in {BASE}: use python -m sdpo.compare")
 
 

@@ -178,7 +178,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not 0 <= args.faulty <= 1:
         raise InputError(f"--faulty must lie in [0, 1], got {args.faulty}")
     if not args.out or not can_be_written(args.out):
-        raise InputError(f"--out {args.out} is empty or cannot be written: name a folder")
+        raise InputError(f"--out {args.out!r} is empty or cannot be written: name a folder")
     settings = {name: value for name, value in vars(args).items() if name != "out"}
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
