@@ -280,7 +280,7 @@ def test_an_image_is_that_of_the_prompt_that_it_names(tmp_path, prompt):
         "vae/config.json": {"scaling_factor": 0.5},
         "text_encoder/config.json": {"hidden_act": "gelu"},
         "unet/config.json": {"flip_sin_to_cos": False},
-        "scheduler/scheduler_config.json": {"beta_end": 0.02},
+        "scheduler/scheduler_config.json": {"beta_end": 0.013},
     }.items(),
 )
 def test_other_settings_of_the_base_are_refused(arguments, bases, tmp_path, part, values):

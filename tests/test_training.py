@@ -305,6 +305,23 @@ def test_other_tracker_folders_are_in_nobodys_place(tmp_path, name):
             check(*place)
 
 
+def test_a_tracker_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "logs").touch()
+
+    def check(report_to):
+        config = SimpleNamespace(
+            output_dir=tmp_path, logging_dir="logs", tracker_project_name="tuning", report_to=report_to
+        )
+        check_places(config, ["unet", "vae"])
+
+    for report_to in ("tensorboard", "all"):
+        with pytest.raises(InputError, match=r"--logging_dir: .*logs/tuning cannot be written: name another folder"):
+            check(report_to)
+    check("none")
+    (tmp_path / "logs").unlink()
+    check("tensorboard")
+
+
 def test_a_tracker_folder_called_like_an_evaluations_is_moved_once(tmp_path):
     (tmp_path / "eval-logs").mkdir()
     (tmp_path / "unet.pth").touch()
