@@ -36,7 +36,7 @@ from sdpo.data import PairDataset, Transform, deal_out, train_batches
 from sdpo.families import StableDiffusion
 from sdpo.images import decode
 from sdpo.inputs import make_inputs
-from sdpo.pairs import Pairs, draw_subset, load_pairs, prepare_pairs, split_by_prompt
+from sdpo.pairs import Pairs, describe_size, draw_subset, load_pairs, prepare_pairs, split_by_prompt
 
 ROOT = Path(__file__).parents[1]
 
@@ -1107,13 +1107,13 @@ def test_a_data_set_of_the_hub_is_read_again_where_the_hub_is_out_of_reach(tmp_p
         environment = os.environ | {"HF_HOME": str(tmp_path)} | changes
         result = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
         assert result.returncode == 0, result.stderr[-2000:]
-        return result.stdout
+        return result.stdout, "CAUTION: me/pairs cannot be looked up" in result.stderr
 
     with serving(pairs_folder, "me/pairs") as server:
         endpoint = f"http://127.0.0.1:{server.server_port}"
-        first = read(HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="0")
-    assert first.startswith("116 ")
-    assert read(HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="1") == first
+        first, cautioned = read(HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="0")
+    assert first.startswith("116 ") and not cautioned
+    assert read(HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="1") == (first, True)
     assert [file for file in server.fetched if file.endswith(".parquet")] == ["train.parquet"]
     assert len(list(tmp_path.rglob("*.arrow"))) == 1
 
@@ -1124,6 +1124,12 @@ def test_captions_of_their_own_leave_all_other_pairs_to_train_on_in_their_order(
     assert sorted([*training.rows, *held_out.rows]) == list(range(30))
     for part in (training, held_out, draw_subset(training, 9, 0, "max-train-samples")):
         assert (np.diff(part.rows) > 0).all()
+
+
+def test_pairs_of_one_caption_are_said_to_give_no_standard_errors():
+    alike = describe_size(in_memory(4, caption=lambda i: ("a cat", " A  Cat")[i % 2]))
+    assert alike == "4 pairs of 1 caption, so without standard errors"
+    assert describe_size(in_memory(4, caption=lambda i: ("a cat", "a dog")[i % 2])) == "4 pairs of 2 captions"
 
 
 def test_fingerprints_tell_rows_of_the_same_captions_apart():

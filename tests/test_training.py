@@ -611,7 +611,9 @@ def test_validation_prompts_are_sampled(arguments, tmp_path):
     )
     for step in ("step-000000", "step-000001"):
         assert len(list((tmp_path / "run" / "validation" / step).glob("*.png"))) == 2
-    assert list((tmp_path / "run" / "logs").rglob("events.out.tfevents.*"))
+    events = EventAccumulator(str(tmp_path / "run" / "logs" / "tuning")).Reload()
+    for name in ("validation/000", "validation/001"):
+        assert [image.step for image in events.Images(name)] == [0, 1]
 
 
 def test_a_launchers_compiler_is_not_used(arguments, tmp_path, monkeypatch):
