@@ -30,6 +30,27 @@ def test_a_picture_passes_every_check_wherever_it_is(spec):
         assert all(pictures.check(pictures.render(spec, pictures.draw_centre(spec, rng)), spec).values())
 
 
+INSIDE = {  # of a shape of half the extent r at the origin, y downwards
+    "circle": lambda x, y, r: x**2 + y**2 < r**2,
+    "square": lambda x, y, r: (abs(x) < r) & (abs(y) < r),
+    "triangle": lambda x, y, r: (abs(x) < (y + r) / 2) & (y < r),
+}
+
+
+@pytest.mark.parametrize("shape", INSIDE)
+@pytest.mark.parametrize("size", pictures.SIZES)
+def test_pixels_are_coloured_as_far_as_the_shape_covers_them(shape, size):
+    centre, fine = (15.3, 16.8), 16
+    places = (np.arange(pictures.SIDE * fine) + 0.5) / fine
+    inside = INSIDE[shape](places - centre[0], places[:, None] - centre[1], pictures.SIZES[size])
+    covered = inside.reshape(pictures.SIDE, fine, pictures.SIDE, fine).mean((1, 3))
+    picture = pictures.render(pictures.Spec(size, "white", shape, "blue"), centre).astype(float)
+    blue, white = (np.array(pictures.COLOURS[colour]) for colour in ("blue", "white"))
+    share = (picture - blue) / (white - blue)  # of the shape's colour, in every channel
+    assert abs(share - covered[..., None]).max() < 0.25  # at corners, which the distance to the outline rounds
+    assert abs(share.mean(-1) - covered).mean() < 0.003
+
+
 @pytest.mark.parametrize(
     "attribute, value", [("size", "large"), ("colour", "green"), ("shape", "square"), ("background", "yellow")]
 )
