@@ -375,8 +375,17 @@ def test_planned_memory_is_that_of_the_tensors(arguments, flags):
     assert "reference" not in planned
 
 
-@pytest.mark.parametrize("budget, again", [(100, False), (1e-9, True)])
-def test_the_units_that_were_chosen_are_those_computed_again(arguments, budget, again):
-    flags = arguments("--gradient_checkpointing=auto", f"--activation_memory={budget}")
-    unet = set_up(flags)[0].policy
+@pytest.mark.parametrize(
+    "family, flags, again",
+    [
+        ("sd15", "", False),
+        ("sdxl", "", True),
+        ("sd15", "--gradient_checkpointing", True),
+        ("sdxl", "--gradient_checkpointing=none", False),
+        ("sd15", "--gradient_checkpointing=auto --activation_memory=100", False),
+        ("sd15", "--gradient_checkpointing=auto --activation_memory=1e-9", True),
+    ],
+)
+def test_units_are_computed_again_as_the_flags_or_the_base_say(arguments, family, flags, again):
+    unet = set_up(arguments(*flags.split(), family=family))[0].policy
     assert {unit.gradient_checkpointing for unit in checkpoint_units(unet).values()} == {again}
