@@ -604,8 +604,8 @@ def test_flags_that_lose_or_gain_their_effect_by_a_change_are_not_named_with_it(
 def test_pairs_that_were_trained_on_before_they_were_held_out_are_pointed_out(arguments, capsys):
     train.main(arguments("--checkpointing_steps=1", "--max_train_steps=1"))
     train.main(arguments("--max_train_steps=2", "--validation_pairs=4", "--resume_with_changes"))
-    said = "CAUTION: pairs that are held out now may be among those of the first 1 updates"
-    assert said in capsys.readouterr().err
+    said = "CAUTION: pairs that are held out now may be among those of the first "
+    assert f"{said}1 updates" in capsys.readouterr().err
     train.main(
         arguments("--max_train_steps=2", "--validation_pairs=4", "--checkpointing_steps=1", out="from the start")
     )
