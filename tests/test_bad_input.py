@@ -380,6 +380,7 @@ GENERATE_FLAGS = {
     "--output_path=/proc/nowhere": r"/proc/nowhere cannot be used \(.*\): correct the path",
     "--test_json=/nowhere.json": r"/nowhere.json cannot be read .*; groups known by name: papv2",
     "--test_json={f}": r": prompts are read from .json, .jsonl, .txt files",
+    f"--test_json={{f}}/{'x' * 181}.json": r"--test_json: 'x*' cannot be part of a folder's name: use up to 180 bytes",
     "--test_json=http://127.0.0.1:9/p.json": r"http:/.*p.json cannot be read .*; groups known by name: papv2",
     "--stepz=3": r"unknown flag --stepz=3; .* lists the flags",
 }  # fmt: skip

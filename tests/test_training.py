@@ -155,11 +155,11 @@ def test_logged_rewards_are_those_of_the_runs_beta(arguments, tmp_path):
 
 
 def test_speed_is_in_pairs_per_second(arguments, tmp_path, monkeypatch):
-    """By a clock that ticks once per reading, and so once per update of 4 pairs."""
-    ticks = itertools.count()
+    """By a clock that advances half a second per reading, and so per update of 4 pairs."""
+    ticks = itertools.count(step=0.5)
     monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
-    train.main(arguments())
-    assert read_metrics(tmp_path / "run", "pairs_per_second") == [(1, 4.0), (2, 4.0), (3, 4.0)]
+    train.main(arguments("--logging_steps=2"))
+    assert read_metrics(tmp_path / "run", "pairs_per_second") == [(2, 8.0), (3, 8.0)]
 
 
 @pytest.mark.parametrize("allowed", [False, True])
