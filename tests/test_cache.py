@@ -493,12 +493,15 @@ def test_a_full_disk_is_noticed_before_the_start(flags, tmp_path, monkeypatch):
     assert not (tmp_path / "cache").exists()
 
 
-def test_the_command_needs_a_folder_and_the_seed_that_chooses_pairs(flags):
+def test_the_command_needs_a_folder_the_seed_that_chooses_pairs_and_for_fp16_a_gpu(flags, tmp_path):
     without_seed = [flag for flag in flags("--max_train_samples=10") if not flag.startswith("--seed")]
     with pytest.raises(InputError, match="needs --seed"):
         cache.main(without_seed)
     with pytest.raises(InputError, match="--latent_cache is missing"):
         cache.main(flags(cached=False))
+    with pytest.raises(InputError, match=r"--mixed_precision fp16 .* needs a GPU"):
+        cache.main(flags("--mixed_precision=fp16"))
+    assert not (tmp_path / "cache").exists()
 
 
 def test_sampled_images_need_the_encoders(flags, tmp_path):
