@@ -41,7 +41,7 @@ from sdpo.files import alone, brief, can_be_written, identify_source, parse_json
 from sdpo.images import image_source
 from sdpo.manifest import check_score
 from sdpo.pairs import IMAGES, LABELS_ABOUT, check_columns, check_rows_have_images, hash_labels
-from sdpo.scorers import check_device, check_parts, load_scorers, score_rows
+from sdpo.scorers import SCORERS, check_device, check_parts, load_scorers, score_rows
 from sdpo.tables import as_list, column, data_source, hash_captions, hash_images, read_table
 
 SCORE_COLUMNS = ("score_0", "score_1")  # columns of a label file
@@ -215,10 +215,10 @@ def score_table(config: RelabelConfig, table: datasets.Dataset, about: dict, kep
     write_text(kept, "".join(lines))  # without a line that was cut off
     unreadable = sum(None in row for row in scores)
     name = CHOICE_MODELS[config.metric]
-    images = iterate_images(table, config.caption_column, len(scores))
-    scorers = load_scorers([name], config.sources)
     captions = column(table, config.caption_column)
-    scorers[name].check((as_list(caption)[0] for caption in captions), None)
+    SCORERS[name].check(as_list(caption)[0] for caption in captions)
+    scorers = load_scorers([name], config.sources)
+    images = iterate_images(table, config.caption_column, len(scores))
     results = score_rows(images, scorers, batch_size=config.batch_size, device=device, tolerant=True)
     progress = tqdm(desc=config.metric, unit="pair", initial=len(scores), total=len(table))
     with progress, kept.open("a") as file, within_memory("use a smaller --batch_size; scores made so far are kept"):

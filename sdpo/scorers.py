@@ -148,8 +148,9 @@ class Scorer(nn.Module):
     def load(self) -> None:
         """Load the parts and set `preprocess`."""
 
-    def check(self, prompts: Iterable[str], size: tuple[int, int] | None) -> None:
-        """Raises InputError for prompts, and a (height, width), of images that it cannot score."""
+    @classmethod
+    def check(cls, prompts: Iterable[str], size: tuple[int, int] | None = None) -> None:
+        """Raises InputError for prompts, and a (height, width), of images that it cannot score; needs no weights."""
 
     @torch.no_grad()
     def score(self, pixels: Tensor, prompts: Iterable[str]) -> Tensor:
@@ -341,7 +342,8 @@ class PixelChecks(Scorer):
 
     preprocess = Preprocess("tiny pixels", tiny_pixels)
 
-    def check(self, prompts: Iterable[str], size: tuple[int, int] | None) -> None:
+    @classmethod
+    def check(cls, prompts: Iterable[str], size: tuple[int, int] | None = None) -> None:
         """Only captions and pictures of the tiny default have checks."""
         try:
             for prompt in set(prompts):
@@ -353,7 +355,7 @@ class PixelChecks(Scorer):
 
     def forward(self, pixels: Tensor, prompts: list[str]) -> Tensor:
         """Scores (N,) in [0, 1] of pixels (N, 3, 32, 32) uint8; raises InputError for captions of another form."""
-        self.check(prompts, None)
+        self.check(prompts)
         rows = zip(pixels.permute(0, 2, 3, 1).cpu().numpy(), prompts, strict=True)
         return torch.tensor([pictures.score(picture, caption) for picture, caption in rows])
 

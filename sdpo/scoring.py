@@ -73,14 +73,10 @@ class ScoringOptions:
 
         return load_scorers([METRICS[metric] for metric in metrics], self.sources, DTYPES[self.dtype or "fp32"])
 
-    def try_out(self, prompts: Iterable[str] = (), size: tuple[int, int] | None = None) -> None:
-        """Load the weights of each metric once, and see what it says to prompts for images of a (height, width).
-
-        Raises InputError for weights that are missing, damaged or out of reach, and for images it cannot score.
-        """
+    def try_out(self) -> None:
+        """Load the weights of each metric once; raises InputError where they are missing, damaged or out of reach."""
         for metric in self.metrics:
-            for scorer in self.load([metric]).values():
-                scorer.check(prompts, size)
+            self.load([metric])
 
     def model(self, metric: str) -> str:
         """What rows of scores say about the model of a metric: "official", or what differs from it."""
@@ -136,8 +132,8 @@ def plan_scores(manifest: str | Path, options: ScoringOptions) -> Pending:
     pending = _plan(manifest, options)
     if pending.todo:
         check_writable(pending.path)
-    for missing in pending.todo.values():
-        check_images(missing)
+    for lacking, missing in pending.todo.items():
+        check_entries(missing, lacking)
     expected = pending.expected(options)
     for metric in options.metrics:
         find_model(*expected, metric, str(pending.path))
@@ -157,8 +153,11 @@ def check_writable(path: Path) -> None:
         ) from error
 
 
-def check_images(entries: Iterable[Entry]) -> None:
-    """Raises InputError for the first image that is of no use, as far as headers and the checksums of PNGs tell."""
+def check_entries(entries: Iterable[Entry], metrics: Iterable[str]) -> None:
+    """Raises InputError for the first whose image is of no use, as far as headers and the checksums of PNGs tell.
+
+    And for the first that one of the metrics cannot score, by its prompt and size.
+    """
     from sdpo.images import check_kind, refuse_errors_of_the_machine, verify
 
     for entry in entries:
@@ -170,6 +169,18 @@ def check_images(entries: Iterable[Entry]) -> None:
             raise InputError(
                 f"{entry.where}: image {entry.path} cannot be scored: {brief(error)}; make it again or drop it"
             ) from error
+        try:
+            check_prompts(metrics, [entry.prompt], size[::-1])
+        except InputError as error:
+            raise InputError(f"{entry.where}: {error}; drop it, or score by other --metrics") from error
+
+
+def check_prompts(metrics: Iterable[str], prompts: Iterable[str], size: tuple[int, int] | None = None) -> None:
+    """Raises InputError for prompts, and a (height, width), of images that a metric cannot score."""
+    from sdpo.scorers import SCORERS
+
+    for metric in metrics:
+        SCORERS[METRICS[metric]].check(prompts, size)
 
 
 def complete_scores(pending: Mapping[str, Pending], options: ScoringOptions) -> dict[str, Scored]:
@@ -177,8 +188,7 @@ def complete_scores(pending: Mapping[str, Pending], options: ScoringOptions) -> 
     collected = _collect(pending.values())
     if len(collected) > 1:  # weights of later ones are tried out before hours of scoring
         lacking = set(itertools.chain(*collected))
-        prompts = [entry.prompt for entries in collected.values() for _, entry in entries]
-        replace(options, metrics=[metric for metric in options.metrics if metric in lacking]).try_out(prompts)
+        replace(options, metrics=[metric for metric in options.metrics if metric in lacking]).try_out()
     for lacking, missing in collected.items():
         _compute(missing, lacking, options)
     for path in {plan.path for plan in pending.values() if plan.todo}:
@@ -283,11 +293,6 @@ def _compute(
 
     device = check_device(options.device)  # before weights are fetched
     scorers = options.load(metrics)
-    for scorer, (_, entry) in itertools.product(scorers.values(), entries):
-        try:
-            scorer.check([entry.prompt], None)
-        except InputError as error:
-            raise InputError(f"{entry.where}: {error}; drop it, or score by other --metrics") from error
     images = ((entry.path, entry.prompt) for _, entry in entries)
     rows = score_rows(images, scorers, device=device, batch_size=options.batch_size)
     models = {metric: options.model(metric) for metric in metrics}
@@ -340,7 +345,8 @@ def try_scoring(
     `prompts` are those of every folder of images in the folder `output`.
     """
     try:
-        options.try_out([prompt for group in prompts.values() for prompt in group], size)
+        check_prompts(options.metrics, [prompt for group in prompts.values() for prompt in group], size)
+        options.try_out()
     except InputError as error:
         raise InputError(f"{error}; or choose other --metrics (none: images alone); no image was made") from error
     path = output / SCORES

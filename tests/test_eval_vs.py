@@ -92,6 +92,15 @@ def test_a_caption_without_pixel_checks_is_named(tmp_path):
         eval_vs.main(versus(a, b, "--metrics=Pixels", f"--outdir={tmp_path / 'out'}"))
 
 
+def test_a_picture_of_another_size_than_the_metric_takes_is_named(tmp_path):
+    a, b = (picture_run(tmp_path / label, 0) for label in "ab")
+    Image.new("RGB", (40, 32)).save(b.parent / "5.png")
+    message = r"b/manifest.json, entry 5 .*pixel checks are of 32 x 32 pixels, images have \(32, 40\); drop it"
+    with pytest.raises(InputError, match=message):
+        eval_vs.main(versus(a, b, "--metrics=Pixels", f"--outdir={tmp_path / 'out'}"))
+    assert not list(tmp_path.rglob("scores.jsonl"))
+
+
 @pytest.mark.parametrize("fault", ["manifest", "image", "prompts"])
 def test_nothing_is_scored_before_all_runs_are_known_to_be_comparable(tmp_path, fault):
     a, b = (picture_run(tmp_path / label, 0) for label in "ab")
@@ -100,7 +109,8 @@ def test_nothing_is_scored_before_all_runs_are_known_to_be_comparable(tmp_path, 
     elif fault == "image":
         (tmp_path / "b" / "3.png").unlink()
     else:
-        b.write_text(json.dumps([row | {"prompt": "x"} for row in json.loads(b.read_text())]))
+        other = {"prompt": pictures.TRAINED[0].caption}
+        b.write_text(json.dumps([row | other for row in json.loads(b.read_text())]))
     message = {
         "manifest": "not valid JSON",
         "image": "image 3.png is neither .* lacks its Pixels; generate it again",

@@ -617,7 +617,7 @@ def test_launchers_say_what_is_missing(tmp_path):
 
 def test_scorers_are_tried_out_before_images_are_made(arguments, tmp_path):
     (tmp_path / "clip").mkdir()
-    flags = ["--metrics", "PickScore", "Pixels", "--weights", f"pickscore.model={tmp_path / 'clip'}"]
+    flags = ["--metrics", "PickScore", "--weights", f"pickscore.model={tmp_path / 'clip'}"]
     with pytest.raises(InputError, match=r"pickscore: cannot load CLIPModel of .*clip.*no image was made"):
         eval_generate.main(arguments(*flags))
     assert not list(tmp_path.rglob("*.png"))

@@ -118,6 +118,14 @@ def test_as_few_units_as_the_budget_needs_are_computed_again(case):
     assert 0 < sizes[0] <= sizes[1] <= sizes[2] < len(all_units)
 
 
+def test_units_of_one_shape_keep_as_much_and_not_what_comes_after_them(case):
+    family, unet, inputs = case
+    with FakeTensorMode():
+        by_unit = ActivationCounter(family, unet, inputs, torch.float32).by_unit()
+    alike = ("up_blocks.0.attentions.0", "up_blocks.0.attentions.1", "mid_block.attentions.0")
+    assert len({by_unit[name] for name in alike}) == 1
+
+
 class Plain:
     """What counting asks of a family."""
 
