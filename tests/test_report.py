@@ -12,7 +12,7 @@ import pytest
 
 from sdpo.command import InputError
 from sdpo.manifest import Entry
-from sdpo.report import write_report
+from sdpo.report import BINS, HEIGHT, write_report
 from sdpo.winrates import ScoredRun, compare, compare_all
 
 HOSTILE = [
@@ -80,6 +80,34 @@ def test_tables_state_mean_error_count_and_win_rates(tmp_path):
     row = next(row for row in rows if row[0] == "CLIP")
     low, high = comparison.summary["metrics"][1]["win_rate_ci95"]
     assert row[1:4] == [f"{wins / 9:.1%}", f"{low:.1%} to {high:.1%}", f"{wins}/0/{9 - wins}"]
+
+
+def test_bars_and_whiskers_are_the_win_rates_and_their_intervals(tmp_path):
+    """100 % is 400 units, and 0 % is at 110."""
+    runs = [make_run(tmp_path, label, [*"abcdefghi"], seed) for seed, label in enumerate(("plain", "safe"))]
+    comparison = compare(*runs)
+    tags = Page(write_report(tmp_path / "report.html", runs, [comparison])).tags
+    bars = [float(attributes["width"]) for _, attributes in tags if attributes.get("class") == "bar"]
+    whiskers = [attributes["d"] for _, attributes in tags if attributes.get("class") == "whisker"]
+    ends = [list(map(float, re.match(r"M([\d.]+) \d+H([\d.]+)M", path).groups())) for path in whiskers]
+    rows = comparison.summary["metrics"]
+    assert bars == pytest.approx([400 * row["win_rate_a_over_b"] for row in rows], abs=0.05)
+    assert ends == [pytest.approx([110 + 400 * x for x in row["win_rate_ci95"]], abs=0.05) for row in rows]
+
+
+def test_outlines_are_the_shares_of_a_runs_images_in_common_bins(tmp_path):
+    runs = [
+        make_run(tmp_path, label, [*map(str, range(n))], n, ["CLIP"]) for label, n in (("plain", 40), ("safe", 100))
+    ]
+    tags = Page(write_report(tmp_path / "report.html", runs)).tags
+    outlines = [attributes["d"] for _, attributes in tags if attributes.get("class", "").startswith("series ")]
+    heights = [[HEIGHT - float(y) for y in re.findall(r"V([\d.]+)h", outline)] for outline in outlines]
+    values = [np.array(run.scores["CLIP"]) for run in runs]
+    everything = np.concatenate(values)
+    bins = np.linspace(everything.min(), everything.max(), BINS + 1)
+    places = [np.searchsorted(bins[1:-1], value, side="right") for value in values]
+    shares = np.array([np.bincount(place, minlength=BINS) / len(place) for place in places])
+    assert np.allclose(heights, 120 * shares / shares.max(), atol=0.05)
 
 
 def test_one_run_several_runs_and_a_single_image(tmp_path):
