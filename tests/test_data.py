@@ -397,6 +397,20 @@ def test_a_parquet_file_that_was_edited_is_read_again_whatever_its_time(tmp_path
         as_parquet(tmp_path, make_rows(labels))
         os.utime(tmp_path / "train.parquet", (10**9, 10**9))
         assert load(tmp_path)[0].first_won.tolist() == [label == 1 for label in labels]
+    sizes = set()
+    for caption in ("a red cat", "a red dog"):
+        as_parquet(tmp_path, make_rows((1.0,), caption=lambda i, caption=caption: caption))
+        os.utime(tmp_path / "train.parquet", (10**9, 10**9))
+        sizes.add((tmp_path / "train.parquet").stat().st_size)
+        assert load(tmp_path)[0].captions() == [[caption]]
+    assert len(sizes) == 1
+
+
+def test_the_row_at_a_place_is_that_of_its_sample():
+    pairs = in_memory(9).select(np.array([1, 4, 5, 8]))
+    for stream in ("train", "held-out"):
+        dataset = samples(pairs, stream=stream, global_batch=2)
+        assert all(dataset[0, place]["caption"] == f"caption {dataset.row((0, place))}" for place in range(4))
 
 
 def test_the_working_directory_is_a_folder_like_others(tmp_path, monkeypatch):
