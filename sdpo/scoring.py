@@ -154,9 +154,9 @@ def check_writable(path: Path) -> None:
 
 
 def check_entries(entries: Iterable[Entry], metrics: Iterable[str]) -> None:
-    """Raises InputError for the first whose image is of no use, as far as headers and the checksums of PNGs tell.
+    """Raises InputError for the first whose image is of no use, or that a metric cannot score for its prompt or size.
 
-    And for the first that one of the metrics cannot score, by its prompt and size.
+    Images are looked at as far as their headers and the checksums of PNGs go.
     """
     from sdpo.images import check_kind, refuse_errors_of_the_machine, verify
 
