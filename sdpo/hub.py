@@ -100,7 +100,6 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, source: str)
             f"the tokenizer of {source!r} has {len(tokenizer)} entries, its model {size}: files are missing or another "
             "model's; give a local folder that holds them, or download it where the hub can be reached"
         )
-
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     if rules["model"]["type"] == "BPE":
         merged = {"".join(pair.split(" ") if isinstance(pair, str) else pair) for pair in rules["model"]["merges"]}
